@@ -1,0 +1,32 @@
+"""mpp: masked patch pretraining of Vision Transformers.
+
+The public names are resolved when they are first used, so that `mpp --help` imports no torch.
+"""
+
+import importlib
+
+_HOMES = {
+    "ViT": "mpp.models.vit",
+    "ViTConfig": "mpp.models.vit",
+    "presets": "mpp.models.presets",
+    "Batch": "mpp.batch",
+    "Objective": "mpp.objectives",
+    "OBJECTIVES": "mpp.objectives",
+    "load_recipe": "mpp.recipe",
+    "train": "mpp.train",
+    "load_encoder": "mpp.weights",
+    "read_shards": "mpp.data.read",
+    "targets": "mpp",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"mpp has no {name!r}; it has {', '.join(sorted(_HOMES))}")
+    if name == "targets":
+        return importlib.import_module("mpp.targets")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

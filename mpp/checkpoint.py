@@ -1,0 +1,124 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all, and checked when they are read.
+
+A checkpoint is a folder `step-00001000` with `model.safetensors`, `optimizer.safetensors`, perhaps `ema.safetensors`,
+and `state.json`, which names the step and each file's SHA-256. It is written under another name and renamed when all
+of it is on the disk, so that a folder of that name is complete.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+logger = logging.getLogger("mpp.checkpoint")
+
+State = dict[str, dict[str, Tensor]]  # file name without ending -> its tensors
+
+
+class CheckpointError(ValueError):
+    """A checkpoint can't be written, or does not fit."""
+
+
+def save(folder: Path, step: int, state: State, metadata: dict[str, str], keep: int) -> Path:
+    """Writes a checkpoint below `folder`, then deletes all but the last `keep`. Raises CheckpointError on a full disk."""
+    final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        digests = {}
+        for name, tensors in state.items():
+            path = partial / f"{name}.safetensors"
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+            digests[path.name] = _digest(path)
+        text = json.dumps({"step": step, "sha256": digests}, indent=1)
+        (partial / "state.json").write_text(text + "\n", encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)  # one of this step that was found damaged
+        partial.rename(final)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        needed = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values()) >> 20
+        raise CheckpointError(f"{final}: could not be saved ({error}); it needs {needed} MiB of disk") from error
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+    return final
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints below `folder`, rising."""
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.is_dir())
+
+
+def load(path: Path) -> tuple[int, State]:
+    """Reads and checks one checkpoint; raises CheckpointError, naming the file, if any of it is not as it was written."""
+    try:
+        described = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = {}
+        for name, digest in described["sha256"].items():
+            if _digest(path / name) != digest:
+                raise CheckpointError(f"{path / name}: not as it was written (cut or changed)")
+            state[name.removesuffix(".safetensors")] = load_file(path / name)
+        return int(described["step"]), state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
+
+
+def load_latest(folder: Path) -> tuple[int, State] | None:
+    """The newest checkpoint below `folder` that is whole; says which ones were passed over. None if there is none."""
+    for step in reversed(steps(folder)):
+        try:
+            return load(folder / f"step-{step:08d}")
+        except CheckpointError as error:
+            logger.warning("%s; going back to the checkpoint before it", error)
+    return None
+
+
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as tensors named PARAMETER/ENTRY."""
+    return {
+        f"{name}/{entry}": value
+        for name, parameter in module.named_parameters()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Puts a checkpoint's tensors back; raises CheckpointError with the keys if they are not the module's."""
+    expected, found = dict(module.state_dict()), state["model"]
+    wrong = sorted(expected.keys() ^ found.keys())
+    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+    if wrong:
+        raise CheckpointError(f"the checkpoint is of another model: {', '.join(wrong[:5])} missing, unknown or of another shape")
+    module.load_state_dict(found)
+    parameters = dict(module.named_parameters())
+    for key, value in state["optimizer"].items():
+        name, entry = key.rsplit("/", 1)
+        parameter = parameters[name]
+        # Adam's count of steps stays on the CPU unless the optimizer is fused, in which case it is beside the parameter.
+        fused = optimizer.defaults.get("fused")
+        optimizer.state[parameter][entry] = value.to(parameter.device) if value.ndim or fused else value
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

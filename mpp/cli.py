@@ -1,0 +1,148 @@
+"""`mpp ...`: parses the command line and calls one function a verb."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Command = Callable[[argparse.Namespace], None]
+
+# Each command imports what it needs when it runs: `mpp --help` is to be there at once, without torch.
+
+
+def shards_make(options: argparse.Namespace) -> None:
+    from mpp.data.write import make_shards
+
+    make_shards(
+        options.source,
+        options.out,
+        labels=options.labels,
+        size=options.size,
+        format=options.format,
+        quality=options.quality,
+        mode=options.mode,
+        per_shard=options.per_shard,
+        workers=options.workers,
+    )
+
+
+def shards_index(options: argparse.Namespace) -> None:
+    from mpp.data.index import index_folder
+
+    index_folder(options.folder, options.split)
+
+
+def shards_check(options: argparse.Namespace) -> None:
+    from mpp.data.index import check_folder
+
+    if check_folder(options.folder, mark=options.mark):
+        raise SystemExit(1)
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    from mpp.recipe import load_recipe
+    from mpp.run import pretrain
+    from mpp.train import Interrupted
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    try:
+        out = pretrain(recipe, options.weights)
+    except Interrupted as stop:
+        print(f"mpp: stopped by {stop}; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(128 + stop.number) from None
+    print(f"{out}/encoder.safetensors: the encoder; {out}/pictures: what it predicts; {out}/metrics.jsonl: how it went")
+
+
+def plan(options: argparse.Namespace) -> None:
+    from mpp.plan import plan
+    from mpp.recipe import load_recipe
+
+    print(plan(load_recipe(options.recipe, options.overrides), measure=options.measure))
+
+
+def probe(options: argparse.Namespace) -> None:
+    from mpp.eval.ridge import probe
+
+    print(probe(options.weights, options.data, train=options.train, test=options.test, untrained=options.untrained))
+
+
+def recipes(options: argparse.Namespace) -> None:
+    from mpp.recipe import list_recipes
+
+    for name, comment in list_recipes():
+        print(name)
+        for line in comment.splitlines():
+            print(f"    {line}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser("mpp", description="Masked patch pretraining of Vision Transformers.")
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+
+    def verb(group: "argparse._SubParsersAction", name: str, run: Command, help: str, example: str) -> argparse.ArgumentParser:
+        added = group.add_parser(name, help=help, description=help, epilog=f"example: {example}")
+        added.set_defaults(run=run)
+        return added
+
+    def recipe(added: argparse.ArgumentParser) -> None:
+        added.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that `mpp recipes` lists")
+        added.add_argument("overrides", metavar="key=value", nargs="*", help="settings that differ from the recipe's")
+
+    shards = verbs.add_parser("shards", help="make, index or check WebDataset shards").add_subparsers(
+        metavar="VERB", required=True
+    )
+    make = verb(shards, "make", shards_make, "Turn images into shards.", "mpp shards make photos/ data/photos --size 256")
+    make.add_argument("source", metavar="SOURCE", help="folder or archive of images, torchvision dataset, or `digits`")
+    make.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
+    make.add_argument("--labels", choices=("auto", "none"), default="auto", help="auto: folders are classes")
+    make.add_argument("--size", type=int, metavar="PIXELS", help="shrink the shorter side to this")
+    make.add_argument("--format", choices=("jpg", "png", "webp"), help="encode all images so; else files stay as they are")
+    make.add_argument("--quality", type=int, default=95, help="of jpg and webp that are encoded (default: 95)")
+    make.add_argument("--mode", choices=("RGB", "L"), default="RGB", help="L: grey, one channel")
+    make.add_argument("--per-shard", type=int, default=5000, metavar="IMAGES", help="at most (default: 5000)")
+    make.add_argument("--workers", type=int, metavar="THREADS", help="default: one a core")
+    index = verb(shards, "index", shards_index, "Index WebDataset tars that others wrote.", "mpp shards index laion/")
+    index.add_argument("folder", metavar="FOLDER", type=Path)
+    index.add_argument("--split", help="name of the split; else what the files' names say, or train")
+    check = verb(shards, "check", shards_check, "Decode every image and list the bad ones.", "mpp shards check data/photos")
+    check.add_argument("folder", metavar="FOLDER", type=Path)
+    check.add_argument("--mark", action="store_true", help="record the bad ones in the index, so that reading skips them")
+
+    pre = verb(verbs, "pretrain", pretrain, "Pretrain an encoder; again, go on.", "mpp pretrain cifar10/mpp train.lr=1e-3")
+    recipe(pre)
+    pre.add_argument("--from", dest="weights", type=Path, metavar="WEIGHTS", help="start from this encoder")
+    planned = verb(verbs, "plan", plan, "What a recipe takes: parameters, FLOPs, memory, time.", "mpp plan paper/vit_b16_mpp")
+    recipe(planned)
+    planned.add_argument("--measure", action="store_true", help="time a few steps on this machine")
+    probed = verb(
+        verbs,
+        "probe",
+        probe,
+        "Accuracy of a ridge classifier on frozen features.",
+        "mpp probe runs/cifar10-mpp --data data/cifar10",
+    )
+    probed.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, checkpoint or encoder.safetensors")
+    probed.add_argument("--data", required=True, type=Path, metavar="SHARDS")
+    probed.add_argument("--train", default="train", metavar="SPLIT", help="split to fit on (default: train)")
+    probed.add_argument("--test", default="test", metavar="SPLIT", help="split to score on (default: test)")
+    probed.add_argument("--untrained", action="store_true", help="the same encoder before training, for comparison")
+    verb(verbs, "recipes", recipes, "List the recipes with their sources and results.", "mpp recipes")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command. Errors that a user can mend are one line on stderr, with exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="mpp: %(message)s", stream=sys.stderr)
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        if type(error).__module__.partition(".")[0] != "mpp":
+            raise  # not ours: a bug, which a traceback serves better
+        print(f"mpp: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("mpp: stopped", file=sys.stderr)
+        raise SystemExit(130) from None

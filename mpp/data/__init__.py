@@ -1,0 +1,1 @@
+"""Images: from folders to shards (write, index), and from shards to batches (read, decode, augment)."""

@@ -1,0 +1,38 @@
+"""What this machine can do, and the choices that follow from it."""
+
+import resource
+from typing import Literal
+
+import torch
+
+DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+
+
+class HardwareError(ValueError):
+    """A recipe asks for what this machine does not have."""
+
+
+def device_of(name: DeviceName) -> torch.device:
+    """The device a recipe names; "auto" is the fastest there is."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in present.items() if there))
+    if not present[name]:
+        raise HardwareError(f"train.device: this machine has no {name}; it has {[k for k, there in present.items() if there]}")
+    return torch.device(name)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; elsewhere float32 is as fast or faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory used so far, MiB: of the device on CUDA, elsewhere of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts it in KiB

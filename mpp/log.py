@@ -1,0 +1,106 @@
+"""What a run tells: a progress bar, metrics.jsonl, TensorBoard, and pictures."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SHOWN = ("loss", "accuracy", "images/s")  # beside the bar
+PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
+GAP = 2  # pixels between images of a grid
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """How often a run tells what it does. None of this affects results."""
+
+    every: int = 10  # steps between lines of metrics
+    pictures: int = 500  # steps between pictures; 0 for none
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.pictures < 0:
+            raise ValueError(f"log.every must be at least 1 and log.pictures at least 0, got {self.every}, {self.pictures}")
+
+
+class Log:
+    """Writes metrics and pictures of a run that has done `start` of `steps` steps.
+
+    What an earlier, interrupted run wrote about later steps is taken back first: those steps are done again.
+    """
+
+    def __init__(self, out: Path, start: int, steps: int, tensorboard: bool) -> None:
+        self.out = out
+        _forget_after(out / "metrics.jsonl", start)
+        self._metrics = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(out), purge_step=start + 1) if tensorboard else None
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", mininterval=0.2 if terminal else 10)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+        self._metrics.close()
+        if self._board:
+            self._board.close()
+
+    def advance(self) -> None:
+        """Moves the bar on by a step."""
+        self._bar.update()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard and beside the bar."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        self._bar.set_postfix({name: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
+
+    def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
+        """One PNG, pictures/step-*.png: a row for each name, a column for each image."""
+        if pictures:
+            grid = picture_grid(pictures)
+            (self.out / "pictures").mkdir(exist_ok=True)
+            Image.fromarray(grid).save(self.out / "pictures" / f"step-{step:08d}.png")
+            if self._board:
+                self._board.add_image("/".join(pictures), grid, step, dataformats="HWC")
+
+
+def picture_grid(pictures: dict[str, Tensor]) -> np.ndarray:
+    """Puts pictures, name -> uint8 (b, c, h, w), into one (height, width, 3): a row for each name, on white."""
+    rows = []
+    for images in pictures.values():
+        images = images.cpu().expand(-1, 3, -1, -1)
+        zoom = -(-PICTURE_SIDE // max(images.shape[-2:]))
+        images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        images = torch.nn.functional.pad(images, (GAP, GAP, GAP, GAP), value=255)
+        rows.append(torch.cat(list(images), dim=2))
+    return torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drops the lines of later steps, and a line that was cut, from metrics.jsonl."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    partial = metrics.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, metrics)

@@ -1,0 +1,224 @@
+"""The Vision Transformer (arXiv 2010.11929) as three verbs that objectives compose: embed, encode, pool."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpp.models.mixers import MIXERS, Attention
+from mpp.models.positions import POSITIONS, Grid, Learned
+from mpp.models.stems import STEMS
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The shape of an encoder. The defaults are the paper's ViT-B/16 (table 1)."""
+
+    image: tuple[int, int] = (224, 224)  # (h, w) pixels
+    patch: int = 16  # side, pixels
+    channels: int = 3
+    width: int = 768
+    depth: int = 12  # blocks
+    heads: int = 12
+    mlp: int | None = None  # hidden units of a block's MLP; 4 * width where not given
+    stem: Literal["linear"] = "linear"
+    mixer: Literal["attention"] = "attention"
+    positions: Literal["learned", "sincos2d", "none"] = "learned"
+    resize: Literal["bilinear", "bicubic"] = "bilinear"  # of learned positions, for another grid
+    pool: Literal["cls", "avg"] = "cls"  # class token, or average of the patches
+    gelu: Literal["erf", "tanh"] = "erf"  # the paper's code computes tanh, which costs 3 times as much on a CPU
+    norm_eps: float = 1e-6  # flax's default, hence the paper's
+    mean: tuple[float, ...] = (0.5,)  # of each channel, on [0, 1]; a single number serves all channels
+    std: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self) -> None:
+        height, width = self.image
+        if self.patch < 1 or height % self.patch or width % self.patch or min(height, width) < self.patch:
+            raise ValueError(f"model.image ({height}, {width}) must be a multiple of model.patch ({self.patch})")
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"model.width ({self.width}) must be a multiple of model.heads ({self.heads})")
+        if self.positions == "sincos2d" and self.width % 4:
+            raise ValueError(f"model.positions sincos2d needs a model.width that 4 divides, got {self.width}")
+        for name in ("channels", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.channels):
+                raise ValueError(f"model.{name} needs 1 or {self.channels} numbers, got {len(getattr(self, name))}")
+        if min(self.std) <= 0:
+            raise ValueError(f"model.std must be positive, got {self.std}")
+
+    @property
+    def grid(self) -> Grid:
+        """Patches, (rows, columns)."""
+        return self.image[0] // self.patch, self.image[1] // self.patch
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units of a block's MLP."""
+        return self.mlp or 4 * self.width
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Gathers tokens (b, n, d) at index (b, k): (b, k, d)."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int, gelu: str) -> None:
+        super().__init__()
+        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(tokens), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block (ViT paper, equations 2 and 3)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
+        self.mixer = MIXERS[config.mixer](config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config.width, config.hidden, config.gelu)
+
+    def forward(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
+        """Maps tokens (b, n, d) to (b, n, d), or only those at `at` (b, k) to (b, k, d)."""
+        normed = self.norm1(tokens)
+        if at is None:
+            tokens = tokens + self.mixer(normed)
+        else:
+            tokens = take(tokens, at) + self.mixer(normed, take(normed, at))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class ViT(nn.Module):
+    """A Vision Transformer encoder.
+
+    `forward(images)` is `pool(encode(embed(images)))`. Images are uint8 (b, c, h, w), of any h and w that the patch
+    divides, or float if they are normalised already.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.prefix = 1 if config.pool == "cls" else 0  # tokens in front of the patches
+        for name in ("mean", "std"):
+            value = torch.tensor(getattr(config, name)).expand(config.channels).reshape(-1, 1, 1)
+            self.register_buffer(name, value.contiguous(), persistent=False)  # kept in the config
+        self.stem = STEMS[config.stem](config.patch, config.channels, config.width)
+        self.positions = POSITIONS[config.positions](config.grid, config.width, self.prefix, config.resize)
+        self.class_token = nn.Parameter(torch.empty(config.width)) if self.prefix else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draws the paper's initial weights (its code's models_vit.py; flax's defaults where that is silent)."""
+        if self.class_token is not None:
+            nn.init.zeros_(self.class_token)
+        if isinstance(self.positions, Learned):
+            nn.init.normal_(self.positions.table, std=0.02)
+        lecun_normal_(self.stem.project.weight)
+        nn.init.zeros_(self.stem.project.bias)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                for part in module.qkv.weight.chunk(3):  # each is a map of its own: Xavier's fan-out is d, not 3 d
+                    nn.init.xavier_uniform_(part)
+                nn.init.xavier_uniform_(module.project.weight)
+                nn.init.zeros_(module.qkv.bias)
+                nn.init.zeros_(module.project.bias)
+            elif isinstance(module, MLP):
+                for linear in (module.expand, module.contract):
+                    nn.init.xavier_uniform_(linear.weight)
+                    nn.init.normal_(linear.bias, std=1e-6)
+
+    def grid(self, images: Tensor) -> Grid:
+        """The rows and columns of patches of images (b, c, h, w)."""
+        channels, height, width = images.shape[-3:]
+        if channels != self.config.channels:
+            raise ValueError(f"the encoder takes {self.config.channels} channels, got images with {channels}")
+        if height % self.config.patch or width % self.config.patch:
+            raise ValueError(f"image sides must be multiples of the patch ({self.config.patch}), got {height}x{width}")
+        return height // self.config.patch, width // self.config.patch
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Maps uint8 images to float32 with the encoder's mean and std."""
+        return (images.float() - 255 * self.mean) / (255 * self.std)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Maps images (b, c, h, w) to patch tokens (b, n, d), still without positions."""
+        self.grid(images)
+        return self.stem(self.normalise(images) if images.dtype == torch.uint8 else images)
+
+    def encode(
+        self,
+        tokens: Tensor,
+        keep: Tensor | None = None,
+        *,
+        at: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+        grid: Grid | None = None,
+    ) -> Any:
+        """Runs the blocks on patch tokens (b, n, d): (b, prefix + n, d).
+
+        keep: (b, k) indices of patches; the others are dropped, after positions are added to all n.
+        at: (b, k) indices of patches; gives their outputs alone, (b, k, d) without prefix tokens. Exact, and saves
+            what the last block would compute for the others.
+        layers: block numbers from 0; gives a list of these blocks' outputs (b, prefix + n, d), without the final norm.
+        grid: (rows, columns) of the patches where it is not the config's.
+        """
+        grid = grid or self.config.grid
+        if grid[0] * grid[1] != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]}x{grid[1]} patches; pass grid=")
+        if at is not None and (keep is not None or layers is not None):
+            raise ValueError("encode takes `at` with neither `keep` nor `layers`")
+        tokens = tokens + self.positions.patches(grid).to(tokens.dtype)
+        if keep is not None:
+            tokens = take(tokens, keep)
+        if self.class_token is not None:
+            prefix = (self.class_token + self.positions.prefixes()).expand(len(tokens), -1, -1)
+            tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
+        if layers is not None:
+            return self._outputs(tokens, layers)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens)
+        last = self.blocks[-1](tokens, None if at is None else at + self.prefix)
+        return self.norm(last)
+
+    def _outputs(self, tokens: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        outputs = []
+        for block in self.blocks[: max(layers) + 1]:
+            tokens = block(tokens)
+            outputs.append(tokens)
+        return [outputs[layer] for layer in layers]
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """Drops the prefix tokens: (b, prefix + n, d) to (b, n, d)."""
+        return tokens[:, self.prefix :]
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Maps encoded tokens (b, prefix + n, d) to one vector an image (b, d), as `config.pool` says."""
+        return tokens[:, 0] if self.config.pool == "cls" else self.patches(tokens).mean(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pool(self.encode(self.embed(images), grid=self.grid(images)))
+
+
+def lecun_normal_(weight: Tensor) -> None:
+    """Truncated normal with variance 1 / fan-in after truncation at two standard deviations (flax's lecun_normal)."""
+    std = math.sqrt(1 / weight.shape[1]) / 0.87962566103423978  # std of a unit normal cut at +-2
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

@@ -1,0 +1,219 @@
+"""Masked patch prediction, the self-supervision of the ViT paper (arXiv 2010.11929, section 4.6, appendix B.1.2)."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from mpp import targets
+from mpp.batch import Batch
+from mpp.masks import count_of, random_index
+from mpp.models.vit import ViT, take
+from mpp.objectives.base import Objective, ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class MaskedPatchConfig(ObjectiveConfig):
+    """The defaults are the paper's."""
+
+    name: str = "mpp"
+    target: Literal["mean_colour", "colour_grid", "pixels"] = "mean_colour"
+    share: float = 0.5  # of the patches that are corrupted; the paper found 0.15 slightly worse
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)  # of those: [mask], another patch's embedding, kept
+    bits: int = 3  # a colour channel
+    grid: int = 4  # cells a side, of colour_grid
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"objective.share must be in (0, 1], got {self.share}")
+        if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6:
+            raise ValueError(f"objective.split must be three shares that add up to 1, got {self.split}")
+        if not 1 <= self.bits <= 5:
+            raise ValueError(f"objective.bits must be 1 to 5 (2 to 32,768 colours), got {self.bits}")
+        if self.grid < 1:
+            raise ValueError(f"objective.grid must be at least 1, got {self.grid}")
+
+
+class Draw(NamedTuple):
+    """What happens to which patches."""
+
+    index: Tensor  # (b, k) the corrupted patches
+    fate: Tensor  # (b, k) uniform in [0, 1): the first shares of `split` become [mask], the next another patch
+    other: Tensor  # (b, k) the patch whose embedding replaces this one's where fate says so; never itself
+
+
+class MaskedPatchPrediction(Objective):
+    """Predicts the true colours of corrupted patches from the encoder's output at their places.
+
+    A share of the patch embeddings is corrupted, before positions are added: 80 % of those become a learned [mask]
+    embedding, 10 % the embedding of another patch of the image, and 10 % stay. The loss counts all of them and no others.
+    """
+
+    def __init__(self, encoder: ViT, config: MaskedPatchConfig | None = None) -> None:
+        super().__init__(encoder)
+        self.config = config = config or MaskedPatchConfig()
+        shape = encoder.config
+        if config.target == "pixels":
+            outputs = shape.patch**2 * shape.channels
+        else:
+            if shape.channels != 3:
+                raise ValueError(
+                    f"objective.target {config.target} needs colour images (model.channels 3, got {shape.channels}); "
+                    "pixels takes any"
+                )
+            if config.target == "colour_grid" and shape.patch % config.grid:
+                raise ValueError(f"objective.grid ({config.grid}) must divide model.patch ({shape.patch})")
+            outputs = self.cells * 2 ** (3 * config.bits)
+        if shape.grid[0] * shape.grid[1] < 2:
+            raise ValueError(f"masked patches need at least 2 patches, got an image {shape.image} of one patch")
+        self.mask_token = nn.Parameter(0.02 * torch.randn(shape.width))
+        self.head = nn.Linear(shape.width, outputs)
+        nn.init.zeros_(self.head.weight)  # as every head of the paper's code: the first guess is uniform
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("apart", _distances(shape.grid), persistent=False)  # (n, n)
+
+    apart: Tensor
+
+    @property
+    def cells(self) -> int:
+        """Colours predicted for each patch."""
+        return self.config.grid**2 if self.config.target == "colour_grid" else 1
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.compute(batch.images, self.draw(len(batch), batch.images.device))
+
+    def draw(self, images: int, device: torch.device) -> Draw:
+        """Draws what is corrupted, and how, for that many images."""
+        patches = len(self.apart)
+        index = random_index(images, patches, count_of(self.config.share, patches), device)
+        shift = torch.randint(1, patches, index.shape, device=device)
+        return Draw(index, torch.rand(index.shape, device=device), (index + shift) % patches)
+
+    def corrupt(self, tokens: Tensor, draw: Draw) -> Tensor:
+        """Replaces patch embeddings (b, n, d) as drawn."""
+        masked, swapped, _ = self.config.split
+        fate = draw.fate.unsqueeze(-1)  # (b, k, 1)
+        kept_or_other = torch.where(fate < masked + swapped, take(tokens, draw.other), take(tokens, draw.index))
+        new = torch.where(fate < masked, self.mask_token.to(tokens.dtype), kept_or_other)
+        return tokens.scatter(1, draw.index.unsqueeze(-1).expand_as(new), new)
+
+    def predict(self, images: Tensor, draw: Draw) -> Tensor:
+        """The head's outputs at the corrupted patches, float32 (b, k, outputs)."""
+        tokens = self.corrupt(self.encoder.embed(images), draw)  # (b, n, d)
+        return self.head(self.encoder.encode(tokens, at=draw.index)).float()
+
+    def compute(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and what to log, for a given draw."""
+        predicted = self.predict(images, draw)
+        if self.config.target == "pixels":
+            truth = take(self.true_pixels(images), draw.index)  # (b, k, p * p * c)
+            loss = F.mse_loss(predicted, truth)
+            return loss, self.pixel_metrics(images, predicted.detach(), draw)
+        colours = self.true_colours(images)  # (b, n, cells)
+        logits = rearrange(predicted, "b k (cells colours) -> b k cells colours", cells=self.cells)
+        loss = F.cross_entropy(logits.flatten(0, 2), take(colours, draw.index).flatten())
+        return loss, self.colour_metrics(logits.argmax(-1), colours, draw)
+
+    def true_colours(self, images: Tensor) -> Tensor:
+        """The classes of each patch's cells: (b, n, cells) int64."""
+        if self.config.target == "colour_grid":
+            return targets.colour_grid(images, self.encoder.config.patch, self.config.grid, self.config.bits)
+        return targets.mean_colour(images, self.encoder.config.patch, self.config.bits).unsqueeze(-1)
+
+    def true_pixels(self, images: Tensor) -> Tensor:
+        """The pixels of each patch as the encoder sees them, normalised: (b, n, p * p * c)."""
+        return targets.patch_pixels(self.encoder.normalise(images), self.encoder.config.patch)
+
+    def colour_metrics(self, guess: Tensor, colours: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """How often colours are right: (b, k, cells) guesses, beside two guesses that need no learning.
+
+        commonest: the colour that is commonest in the batch, everywhere. nearest: the colour of the nearest patch that is
+        not corrupted.
+        """
+        truth = take(colours, draw.index)  # (b, k, cells)
+        counts = torch.zeros(2 ** (3 * self.config.bits), device=truth.device)
+        counts.scatter_add_(0, truth.flatten(), torch.ones_like(truth, dtype=counts.dtype).flatten())
+        copied = take(colours, self.nearest_visible(draw.index))
+        return {
+            "accuracy": (guess == truth).float().mean(),
+            "commonest": counts.max() / truth.numel(),
+            "nearest": (copied == truth).float().mean(),
+        }
+
+    def pixel_metrics(self, images: Tensor, predicted: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """For colour images the same figures as `colour_metrics`, of the predicted pixels' mean."""
+        if self.encoder.config.channels != 3:
+            return {}
+        pixels = targets.patch_pixels(images, self.encoder.config.patch)
+        guess = self._colour_of(self._to_uint8(predicted))
+        return self.colour_metrics(guess.unsqueeze(-1), self._colour_of(pixels).unsqueeze(-1), draw)
+
+    def nearest_visible(self, index: Tensor) -> Tensor:
+        """For each corrupted patch (b, k) the nearest that is not; the first in row-major order of equally near ones."""
+        hidden = torch.zeros(len(index), len(self.apart), device=index.device).scatter_(1, index, torch.inf)
+        return (self.apart[index] + hidden.unsqueeze(1)).argmin(-1)  # (b, k)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures of the input, the corrupted input ([mask] is grey), the prediction and the truth.
+
+        Prediction and truth show the target alone in the corrupted patches, and the image elsewhere.
+        """
+        images, patch = batch.images, self.encoder.config.patch
+        draw = self.draw(len(batch), images.device)
+        predicted = self.predict(images, draw)
+        patches = targets.patch_pixels(images, patch)  # (b, n, p * p * c)
+        corrupted = self._corrupted_pixels(patches, draw)
+        if self.config.target == "pixels":
+            guess, truth = self._to_uint8(predicted), take(patches, draw.index)
+        else:
+            logits = rearrange(predicted, "b k (cells colours) -> b k cells colours", cells=self.cells)
+            guess = self._painted(logits.argmax(-1))
+            truth = self._painted(take(self.true_colours(images), draw.index))
+        where = draw.index.unsqueeze(-1).expand_as(truth)
+        painted = {
+            "input": patches,
+            "corrupted": patches.scatter(1, where, corrupted),
+            "predicted": patches.scatter(1, where, guess),
+            "truth": patches.scatter(1, where, truth),
+        }
+        return {name: _picture(pixels, images.shape[-1] // patch, patch) for name, pixels in painted.items()}
+
+    def _corrupted_pixels(self, patches: Tensor, draw: Draw) -> Tensor:
+        masked, swapped, _ = self.config.split
+        fate = draw.fate.unsqueeze(-1)
+        kept_or_other = torch.where(fate < masked + swapped, take(patches, draw.other), take(patches, draw.index))
+        return torch.where(fate < masked, torch.full_like(kept_or_other, 128), kept_or_other)
+
+    def _painted(self, classes: Tensor) -> Tensor:
+        """Fills patches with the colours of their cells: (b, k, cells) to uint8 (b, k, p * p * 3)."""
+        side = self.encoder.config.patch // int(self.cells**0.5)
+        colours = targets.class_colour(classes, self.config.bits)  # (b, k, cells, 3)
+        cells = rearrange(colours, "b k (p q) c -> b k p q c", p=int(self.cells**0.5))
+        return repeat(cells, "b k p q c -> b k (p r) (q s) c", r=side, s=side).flatten(2)
+
+    def _to_uint8(self, predicted: Tensor) -> Tensor:
+        """Normalised pixels (b, k, p * p * c) back to colours."""
+        mean, std = self.encoder.mean.flatten(), self.encoder.std.flatten()
+        pixels = predicted.unflatten(-1, (-1, len(mean))) * std + mean
+        return (255 * pixels).round().clamp(0, 255).to(torch.uint8).flatten(2)
+
+    def _colour_of(self, pixels: Tensor) -> Tensor:
+        """The mean colour's class of patches given as pixels: uint8 (b, k, p * p * 3) to (b, k) int64."""
+        sums = pixels.unflatten(-1, (-1, 3)).sum(-2, dtype=torch.int64)
+        return targets.colour_class(sums, self.encoder.config.patch**2, self.config.bits)
+
+
+def _picture(patches: Tensor, columns: int, patch: int) -> Tensor:
+    """Puts patches (b, n, p * p * c) together: (b, c, h, w)."""
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", w=columns, p=patch, q=patch)
+
+
+def _distances(grid: tuple[int, int]) -> Tensor:
+    """Distances (n, n), in patches, between the patches of a grid."""
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], dim=1).float()
+    return (places[:, None] - places).square().sum(-1).sqrt()

@@ -1,0 +1,334 @@
+"""Recipes: YAML files and command-line overrides over frozen dataclasses, refused before anything is read or allocated.
+
+Layers are merged in order: the dataclasses' defaults, the model's preset, base files, the file, the command line.
+"""
+
+import contextlib
+import copy
+import difflib
+import itertools
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from fractions import Fraction
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from mpp.checkpoint import sync
+from mpp.data.read import DataConfig
+from mpp.log import LogConfig
+from mpp.models.presets import presets
+from mpp.models.vit import ViT, ViTConfig
+from mpp.objectives import OBJECTIVES, Objective, ObjectiveConfig
+from mpp.train import EvalConfig, TrainConfig
+
+UNITS = ("steps", "epochs", "images")  # in which `train` may say how long
+BUNDLED = Path(str(resources.files("mpp.recipes"))).resolve()
+COMMAND_LINE = "command line"  # the source that errors name for overrides
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be used: one line with the file, the key, what was found and what was expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides a run."""
+
+    name: str = field(compare=False)  # from the file's place, cifar10-mpp for recipes/cifar10/mpp.yaml; no key of YAML
+    out: str | None = None  # run folder; runs/NAME where not given
+    seed: int = 0
+    model: ViTConfig = field(default_factory=ViTConfig)
+    objective: ObjectiveConfig
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2 ** 63), got {self.seed}")
+        unit, duration = self.duration
+        if duration <= 0:
+            raise ValueError(f"train.{unit} must be above 0, got {duration}")
+        if self.train.warmup > duration:
+            raise ValueError(f"train.warmup ({self.train.warmup} {unit}) must not exceed train.{unit} ({duration})")
+        try:
+            with torch.device("meta"):  # shapes without memory: what the constructors refuse is refused here
+                self.build()
+        except (RuntimeError, OverflowError) as error:
+            raise ValueError(f"model has impossible sizes: {str(error).splitlines()[0]}") from error
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out or f"runs/{self.name}")
+
+    @property
+    def duration(self) -> tuple[str, float]:
+        """How long to train: the unit and the number of them."""
+        given = [(unit, getattr(self.train, unit)) for unit in UNITS if getattr(self.train, unit) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"train.{unit} ({value})" for unit, value in given) or "none"
+            raise ValueError(f"exactly one of train.steps, train.epochs and train.images must be given, found {found}")
+        return given[0]
+
+    def build(self) -> Objective:
+        """The objective with its encoder, freshly initialised."""
+        objective: Any = OBJECTIVES[self.objective.name][0]
+        return objective(ViT(self.model), self.objective)
+
+    def in_steps(self, images: int) -> "Recipe":
+        """The same recipe with duration and warm-up in whole steps, for a train split of that many images."""
+        if images < 1:
+            raise ValueError(f"data.train ({self.data.train}) must hold at least 1 image, found {images}")
+        unit, duration = self.duration
+        batch = self.train.batch
+        steps_of = {"steps": Fraction(1), "epochs": Fraction(images, batch), "images": Fraction(1, batch)}[unit]
+        # By way of text, so that 0.1 is one tenth and 0.1 epochs of 50,000 images are not one step too many.
+        steps, warmup = (math.ceil(Fraction(str(value)) * steps_of) for value in (duration, self.train.warmup))
+        return replace(self, train=replace(self.train, steps=steps, epochs=None, images=None, warmup=warmup))
+
+
+class Layer(NamedTuple):
+    """Settings as they stand in one place; `source` names it in errors."""
+
+    source: str
+    values: dict[str, Any]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Loads a recipe file, or a bundled recipe by name ("cifar10/mpp"), under overrides such as "train.lr=1e-3".
+
+    Raises RecipeError, one line, for whatever can't be meant.
+    """
+    file = _find(path)
+    files, name, line = _read_chain(file), _name(file), _command_line(overrides)
+    try:
+        return _build([*files, line], name)
+    except RecipeError:
+        raise
+    except ValueError as error:  # keys that do not go together: the command line's fault if the files alone are well
+        source = files[-1].source
+        with contextlib.suppress(ValueError):
+            _build([*files, Layer(COMMAND_LINE, {})], name)
+            source = COMMAND_LINE
+        raise RecipeError(f"{source}: {error}") from error
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Writes the whole recipe as plain YAML, atomically; `load_recipe` gives it back equal."""
+    path = Path(path)
+    text = f"# {recipe.name}, with every setting.\n" + OmegaConf.to_yaml(OmegaConf.create(_plain(recipe)))
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        sync(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """What differs, as "train.lr: 0.001 there, 0.0002 here"; but for `out`, as a run folder may be moved.
+
+    Whatever the old recipe chose agrees with "auto" in the new one.
+    """
+    there, here = dict(_leaves(_plain(old))), dict(_leaves(_plain(new)))
+    keys = [key for key in {**there, **here} if key != "out" and there.get(key) != here.get(key) != "auto"]
+    return [f"{key}: {_shown(there.get(key))} there, {_shown(here.get(key))} here" for key in keys]
+
+
+def list_recipes() -> list[tuple[str, str]]:
+    """Each bundled recipe's name and first comment, which gives the source of its numbers and the result."""
+    texts = {name: file.read_text(encoding="utf-8").splitlines() for name, file in _bundled().items()}
+    comments = {name: itertools.takewhile(lambda line: line[:1] == "#", lines) for name, lines in texts.items()}
+    return [(name, "\n".join(line[1:].strip() for line in comment)) for name, comment in comments.items()]
+
+
+def _bundled() -> dict[str, Path]:
+    files = {file.relative_to(BUNDLED).with_suffix("").as_posix(): file for file in sorted(BUNDLED.rglob("*.yaml"))}
+    return {name: file for name, file in files.items() if not name.startswith("base/")}
+
+
+def _find(path: str | Path) -> Path:
+    if Path(path).is_file():
+        return Path(path).resolve()
+    bundled = _bundled()
+    name = str(path).removesuffix(".yaml")
+    if name not in bundled:
+        raise RecipeError(f"{path}: neither a recipe file nor a bundled recipe.{_near(name, bundled)}")
+    return bundled[name]
+
+
+def _name(file: Path) -> str:
+    parts = file.with_suffix("").parts
+    below = len(parts) - parts[::-1].index("recipes") if "recipes" in parts[:-1] else len(parts) - 1
+    return "-".join(parts[below:])
+
+
+def _label(file: Path) -> str:
+    """How errors name a file: below the working directory or the bundled recipes if it is there."""
+    folders = [folder for folder in (Path.cwd(), BUNDLED) if file.is_relative_to(folder)]
+    return str(file.relative_to(folders[0]) if folders else file)
+
+
+def _read_chain(file: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
+    """The layers of a file and its bases, the lowest first."""
+    chain, label = (*above, file), _label(file)
+    if file in above:
+        raise RecipeError(f"{' -> '.join(map(_label, chain))}: recipes include each other")
+    values = _values(partial(OmegaConf.load, file), label)
+    base = values.pop("base", None)
+    if base is None:
+        return [Layer(label, values)]
+    if not isinstance(base, str) or not (file.parent / base).is_file():
+        raise RecipeError(f"{label}: base: expected a file beside this one, found {_shown(base)}")
+    return [*_read_chain((file.parent / base).resolve(), chain), Layer(label, values)]
+
+
+def _command_line(overrides: Sequence[str]) -> Layer:
+    for override in overrides:
+        if not all(part.strip() for part in override.partition("=")):
+            raise RecipeError(f"{COMMAND_LINE}: expected KEY=VALUE (null for none), found {_shown(override)}")
+    merged = OmegaConf.merge({}, *(_values(partial(OmegaConf.from_dotlist, [override]), COMMAND_LINE) for override in overrides))
+    return Layer(COMMAND_LINE, OmegaConf.to_container(merged))  # type: ignore[arg-type]  # a merge of dicts is one
+
+
+def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
+    """What is read, as plain values. Nothing is resolved and no tag is obeyed."""
+    try:
+        values = OmegaConf.to_container(read())
+    except (YAMLError, OmegaConfBaseException, RecursionError, OSError, ValueError) as error:
+        problem = " ".join(re.sub(r'in "[^"]*",', "at", str(error)).split())
+        raise RecipeError(f"{source}: expected keys with values in YAML, found an error: {problem}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{source}: expected keys with values, found {_shown(values)}")
+    for key, value in _leaves(values):  # type: ignore[arg-type]
+        if "${" in f"{key}{value}":
+            raise RecipeError(f"{source}: {key}: recipes are plain values and take no ${{...}}, found {_shown(value)}")
+    model = values.get("model")
+    if isinstance(model, dict) and type(model.get("image")) is int:
+        model["image"] = [model["image"], model["image"]]
+    return values  # type: ignore[return-value]  # keys that are no strings are unknown keys
+
+
+def _build(layers: Sequence[Layer], name: str) -> Recipe:
+    """Merges one layer at a time, so that an error names its source."""
+    layers = copy.deepcopy(layers)
+    objective, preset = _take(layers, "objective", "name", OBJECTIVES), _take(layers, "model", "preset", presets)
+    if objective is None:
+        raise RecipeError(f"{layers[-2].source}: objective.name: missing.{_near('', OBJECTIVES)}")
+    sections = {"data": DataConfig, "objective": OBJECTIVES[objective][1]}
+    defaults = {"name": name, "out": f"runs/{name}", **{key: OmegaConf.structured(sections[key]) for key in sections}}
+    chosen = {"model": asdict(presets[preset]) if preset else {}, "objective": {"name": objective}}
+    config = OmegaConf.merge(OmegaConf.structured(Recipe), defaults, chosen)
+    hints = {**get_type_hints(Recipe), **sections}
+    del hints["name"]
+    for layer in layers:
+        _check(layer.values, hints, layer.source)
+        _replace_duration(config.train, layer)
+        config = OmegaConf.merge(config, layer.values)
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise RecipeError(f"{layers[-2].source}: {', '.join(missing)}: missing, and without a default")
+    return OmegaConf.to_object(config)  # type: ignore[return-value]  # a Recipe, as the config was made from one
+
+
+def _take(layers: Sequence[Layer], section: str, key: str, table: Collection[str]) -> str | None:
+    """Takes a key out of all layers and gives its last value, a name of `table`."""
+    taken = None
+    for layer in layers:
+        values = layer.values.get(section)
+        if isinstance(values, dict) and key in values:
+            taken = values.pop(key)
+            if taken is not None and (not isinstance(taken, str) or taken not in table):
+                raise RecipeError(f"{layer.source}: {section}.{key}: unknown {_shown(taken)}.{_near(taken, table)}")
+    return taken
+
+
+def _replace_duration(below: Any, layer: Layer) -> None:
+    """Lets a layer's duration take the place of one in another unit below it, whose warm-up then has no meaning."""
+    train = layer.values.get("train", {})
+    given = [unit for unit in UNITS if train.get(unit) is not None]
+    if len(given) == 1:
+        for unit in set(UNITS) - {given[0]} - set(train):
+            train[unit] = None
+            if below[unit] is not None and below.warmup and "warmup" not in train:
+                found = f"{below.warmup:g} {unit}"
+                raise RecipeError(f"{layer.source}: train.warmup: expected in {given[0]} too, found {found} of a base")
+
+
+def _check(values: dict[str, Any], hints: dict[str, Any], source: str, above: str = "") -> None:
+    """Refuses unknown keys and values of another type; omegaconf alone would read 3 as text."""
+    sections = {key: get_type_hints(hint) for key, hint in hints.items() if is_dataclass(hint)}
+    for key, value in values.items():
+        dotted = f"{above}{key}"
+        if key not in hints:
+            below = [f"{section}.{key}" for section in sections if key in sections[section]]
+            raise RecipeError(f"{source}: {dotted}: unknown key.{_near(below[0] if below else key, below or hints)}")
+        if key in sections:
+            if not isinstance(value, dict):
+                raise RecipeError(f"{source}: {dotted}: expected a section of keys, found {_shown(value)}")
+            _check(value, sections[key], source, f"{dotted}.")
+        elif not _fits(value, hints[key]):
+            raise RecipeError(f"{source}: {dotted}: expected {_expected(hints[key])}, found {_shown(value)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is tuple:
+        wanted = parts[:1] * len(value) if isinstance(value, list) and parts[-1] is ... else parts
+        return isinstance(value, list) and len(value) == len(wanted) and all(map(_fits, value, wanted))
+    if hint is float:
+        return type(value) in (int, float) and -math.inf < value < math.inf
+    return type(value) is hint
+
+
+def _expected(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_expected, parts))
+    if origin is Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
+    if origin is tuple:
+        return f"[{', '.join('...' if part is ... else _expected(part) for part in parts)}]"
+    return KINDS[hint]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False, skipkeys=True)[:80]
+
+
+def _near(word: object, names: Collection[str]) -> str:
+    lower = {name.lower(): name for name in names}
+    near = [lower[name] for name in difflib.get_close_matches(str(word).lower(), lower)]
+    return f" {'Did you mean' if near else 'Expected one of'}: {', '.join(near or names)}{'?' if near else ''}"
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in asdict(recipe).items() if key != "name"}
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dicts with their dotted keys."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value

@@ -1,0 +1,155 @@
+"""A run: from a recipe to a folder with metrics, checkpoints and an encoder; started again there, it goes on."""
+
+import contextlib
+import fcntl
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mpp.data.index import ShardError, splits
+from mpp.data.read import Batches, read_shards
+from mpp.data.write import make_shards
+from mpp.hardware import device_of
+from mpp.models.vit import ViT
+from mpp.objectives import OBJECTIVES, Objective
+from mpp.recipe import Recipe, differences, load_recipe, save_recipe
+from mpp.seeds import seed_of
+from mpp.train import settled, train
+from mpp.weights import load_encoder, save_encoder
+
+INITIAL = -1  # in the place of a step in seeds: what is drawn before training
+EVALUATION = -2
+
+logger = logging.getLogger("mpp")
+
+
+class RunError(ValueError):
+    """A run can't start where it was asked to."""
+
+
+def pretrain(recipe: Recipe, weights: Path | None = None) -> Path:
+    """Runs a recipe to its end, or on from where it stopped; gives the run folder.
+
+    weights: an encoder to start from instead of random weights.
+    """
+    out = Path(recipe.out or f"runs/{recipe.name}")
+    with claimed(out):
+        batches = open_split(recipe, recipe.data.train, recipe.train.batch)
+        recipe = recipe.in_steps(len(batches.index))
+        objective = build(recipe, weights)
+        recipe = same_as_before(recipe, objective, batches, out)
+        train(
+            objective,
+            batches,
+            recipe.train,
+            out=out,
+            seed=recipe.seed,
+            log=recipe.log,
+            evaluate=evaluation(recipe, objective) if recipe.data.val else None,
+            evaluate_every=recipe.eval.every,
+        )
+        save_encoder(objective.encoder, out / "encoder.safetensors")
+    return out
+
+
+def open_split(recipe: Recipe, split: str, batch: int, *, training: bool = True) -> Batches:
+    """Opens a split of the recipe's shards, which are made first if the recipe says from what and they are not there."""
+    data = recipe.data
+    if data.source and not (Path(data.path).exists() and splits(Path(data.path))):
+        make_shards(data.source, Path(data.path))
+    batches = read_shards(
+        data.path,
+        batch,
+        split=split,
+        image=recipe.model.image,
+        seed=recipe.seed,
+        train=training,
+        augment=data.augment,
+        reader=data.reader,
+        memory=data.memory,
+        threads=data.threads,
+    )
+    channels = 1 if batches.index.mode == "L" else 3
+    if channels != recipe.model.channels:
+        raise ShardError(f"{data.path}: images have {channels} channels, model.channels is {recipe.model.channels}")
+    return batches
+
+
+def build(recipe: Recipe, weights: Path | None = None) -> Objective:
+    """The recipe's objective around its encoder; initial weights depend on the recipe's seed alone."""
+    torch.manual_seed(seed_of(recipe.seed, INITIAL))
+    encoder = ViT(recipe.model)
+    if weights:
+        given = load_encoder(weights)
+        if given.config != recipe.model:
+            raise RunError(f"{weights}: its encoder is {given.config}, the recipe's {recipe.model}")
+        encoder = given
+    objective, _ = OBJECTIVES[recipe.objective.name]
+    return objective(encoder, recipe.objective)
+
+
+def same_as_before(recipe: Recipe, objective: Objective, batches: Batches, out: Path) -> Recipe:
+    """The recipe with all that is left to the machine chosen: at the first start by measuring, later as it was then.
+
+    Raises RunError if the folder belongs to another recipe.
+    """
+    path = out / "recipe.yaml"
+    if not path.exists():
+        recipe = replace(recipe, train=settled(objective, batches, recipe.train))
+        save_recipe(recipe, path)
+        return recipe
+    before = load_recipe(path)
+    chosen = {
+        key: getattr(before.train, key)
+        for key in ("precision", "compile", "micro_batch")
+        if getattr(recipe.train, key) in ("auto", None)
+    }
+    recipe = replace(recipe, train=replace(recipe.train, **chosen))
+    free = ("out", "log.", "data.threads", "data.reader", "data.memory", "train.save_every", "train.keep")
+    changed = [line for line in differences(before, recipe) if not line.startswith(free)]
+    if changed:
+        raise RunError(f"{out}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out=")
+    return recipe
+
+
+def evaluation(recipe: Recipe, objective: Objective) -> Callable[[], dict[str, float]]:
+    """A function that scores the objective on `data.val`: the means over its images, for the same draws every time."""
+    assert recipe.data.val is not None
+    batches = open_split(recipe, recipe.data.val, min(recipe.train.batch, recipe.eval.images), training=False)
+    device = device_of(recipe.train.device)
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        objective.eval()
+        totals, images = {}, 0
+        for step in range(min(len(batches), math.ceil(recipe.eval.images / batches.batch))):
+            torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
+            batch = batches.at(step).to(device)
+            loss, metrics = objective(batch)
+            for name, value in {"loss": loss, **metrics}.items():
+                totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + value.item() * len(batch)
+            images += len(batch)
+        objective.train()
+        return {name: total / images for name, total in totals.items()}
+
+    return evaluate
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Holds a run folder for this process; the system lets go of it however the process ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"{out}: can't be used as a run folder ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{out}: in use by a run that is still going; stop it or choose another folder with out=") from None
+        yield

@@ -1,0 +1,370 @@
+"""The training loop: pretraining, and every other way of training an encoder, is this one."""
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mpp import checkpoint
+from mpp.batch import Batch
+from mpp.hardware import DeviceName, device_of, multiplies_bfloat16, peak_memory
+from mpp.log import Log, LogConfig
+from mpp.objectives import Objective
+from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups
+from mpp.seeds import seed_of
+
+Loss = tuple[Tensor, dict[str, Tensor]]
+PICTURED = 8  # images of a picture grid
+PICTURE_SEED = 1  # the same for all pictures of a run, which then show the same patches corrupted
+# Tokens of a micro-batch on a CPU. Up to here throughput grows with the batch; beyond, its activations only leave the
+# caches (measured on Zen 4 from width 192 to 768: `benchmarks/step.py --sizes tiny32 --micro-batches`).
+CPU_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Exactly one of steps, epochs and images says how long; the warm-up is counted in the same unit."""
+
+    steps: int | None = None  # optimizer updates
+    epochs: float | None = None
+    images: int | None = None
+    warmup: float = 0
+    batch: int = 4096  # images an update, over all micro-batches
+    micro_batch: int | Literal["auto"] = "auto"  # images a forward pass; divides `batch`
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    lr: float = 2e-4  # peak, for `batch` images; never rescaled
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0  # of weights of linear and convolution layers only; adam adds it to the gradient
+    clip: float | None = 1.0  # norm of all gradients together
+    ema: float = 0.0  # decay of a running average of all parameters, which is then the result; 0 for none
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of forward and backward passes
+    device: DeviceName = "auto"
+    compile: bool | None = None  # where not given: on CUDA
+    deterministic: bool = False  # bit-equal runs on CUDA too, at some cost; on the CPU they always are
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch != "auto" and (self.micro_batch < 1 or self.batch % self.micro_batch):
+            raise ValueError(f"train.batch ({self.batch}) must be a multiple of train.micro_batch ({self.micro_batch})")
+        if self.lr <= 0 or self.weight_decay < 0 or self.warmup < 0:
+            raise ValueError("train.lr must be above 0, and train.weight_decay and train.warmup at least 0")
+        if not 0 <= self.ema < 1 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.ema and train.betas must be in [0, 1), got {self.ema} and {self.betas}")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"train.clip must be above 0, or null for none, got {self.clip}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Scoring the objective on `data.val` while training."""
+
+    every: int = 1000  # steps
+    images: int = 10_000  # of the split, at most
+
+
+class Images(Protocol):
+    """Where batches come from; `mpp.read_shards` gives one."""
+
+    def at(self, step: int) -> Batch: ...
+
+    def iterate(self, start: int) -> Iterator[Batch]: ...
+
+
+class TrainingError(ValueError):
+    """A run can't go on; the line says where it stopped and what to try."""
+
+
+class Interrupted(Exception):
+    """A signal stopped a run, which saved its state first."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(number).name} after step {step}")
+        self.number = number
+
+
+def train(
+    objective: Objective,
+    batches: Images,
+    config: TrainConfig,
+    *,
+    out: Path,
+    seed: int = 0,
+    log: LogConfig | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate_every: int = 1000,
+) -> None:
+    """Trains `objective` up to step `config.steps`, from the last whole checkpoint below `out` if there is one.
+
+    evaluate: gives figures to log every `evaluate_every` steps and at the end.
+
+    The losses of all steps, and so the weights at the end, are the same however often a run was interrupted: bit for bit
+    on the CPU. Raises TrainingError if a loss or gradient is not finite, and Interrupted after SIGINT or SIGTERM.
+    """
+    device, log, steps = device_of(config.device), log or LogConfig(), config.steps or 0
+    config = settled(objective, batches, config)
+    objective.to(device).train()
+    optimizer = build_optimizer(objective, config)
+    ema = [parameter.detach().clone() for parameter in objective.parameters()] if config.ema else []
+    start = resume(objective, optimizer, ema, out / "checkpoints")
+    forward = forward_pass(objective, config)
+    clock = Clock(config)
+    with Log(out, start, steps, log.tensorboard) as logger, stop_signals() as signals:
+        for step, batch in zip(range(start + 1, steps + 1), clock.waits(batches.iterate(start)), strict=False):
+            loss, norm, metrics = update(forward, objective, optimizer, batch.to(device), config, seed, step)
+            objective.after_step(step / steps)
+            average(ema, objective, ema_decay(step, config.ema))
+            clock.count(step, loss, norm, len(batch))
+            logger.advance()
+            ends = step == steps or bool(signals)
+            logs, saves = (ends or step % every == 0 for every in (log.every, config.save_every))
+            if logs or saves:
+                clock.check()  # one wait for the device a log
+            if logs:
+                values = {"loss": loss, **metrics, "norm": norm}
+                rate = {"lr": optimizer.param_groups[0]["lr"]}
+                logger.scalars(step, {k: v.item() for k, v in values.items()} | rate | clock.figures(device))
+            with clock.stopped(), swapped(objective, ema):
+                if evaluate and (step % evaluate_every == 0 or step == steps):
+                    logger.scalars(step, evaluate())
+                if log.pictures and (step % log.pictures == 0 or step == steps):
+                    logger.pictures(step, pictures(objective, batches, device))
+            if saves:
+                with clock.stopped():
+                    save(objective, optimizer, ema, out / "checkpoints", step, config.keep)
+            if signals and step < steps:
+                raise Interrupted(signals[0], step)
+    adopt(objective, ema)
+
+
+def update(
+    forward: Callable[[Batch], Loss],
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: TrainConfig,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One optimizer step: the loss, the norm of the gradient, and what the objective reports, all on the device."""
+    assert isinstance(config.micro_batch, int), "settled() comes first"
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step - 1, peak=config.lr, steps=config.steps or 0, warmup=int(config.warmup))
+    totals: dict[str, Tensor] = {}
+    for place, part in enumerate(batch.split(config.micro_batch)):
+        torch.manual_seed(seed_of(seed, step, place))
+        loss, metrics = forward(part)
+        share = len(part) / len(batch)
+        (loss * share).backward()
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            totals[name] = totals.get(name, 0) + value * share
+    norm = gradient_norm(objective.parameters(), config.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return totals.pop("loss"), norm, totals
+
+
+def forward_pass(objective: Objective, config: TrainConfig) -> Callable[[Batch], Loss]:
+    """The forward pass in the precision of `config`; parameters and their gradients are float32 in either.
+
+    In bfloat16 on a CPU the parameters are cast once a pass and all activations follow, which is faster than autocast's
+    casts of single operations. With `compile`, and on CUDA, it is autocast. Losses are float32 everywhere.
+    """
+    device = device_of(config.device)
+    if config.compile:
+        objective.compile()
+    if config.precision == "float32":
+        return objective
+    if device.type == "cpu" and not config.compile:
+
+        def cast(batch: Batch) -> Loss:
+            low = {name: parameter.bfloat16() for name, parameter in objective.named_parameters()}
+            return functional_call(objective, low, (batch,))
+
+        return cast
+
+    def autocast(batch: Batch) -> Loss:
+        with torch.autocast(device.type, torch.bfloat16):
+            return objective(batch)
+
+    return autocast
+
+
+def settled(objective: Objective, batches: Images, config: TrainConfig) -> TrainConfig:
+    """`config` with a plain value for whatever it leaves to this machine: precision, compile, micro_batch."""
+    device = device_of(config.device)
+    if config.precision == "auto":
+        config = replace(config, precision="bfloat16" if multiplies_bfloat16(device) else "float32")
+    if config.compile is None:
+        config = replace(config, compile=device.type == "cuda")
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    if config.micro_batch != "auto":
+        return config
+    sizes = [size for size in range(config.batch, 0, -1) if config.batch % size == 0]
+    if device.type == "cuda":
+        return replace(config, micro_batch=_largest_that_fits(objective.to(device), batches, config, sizes))
+    tokens = math.prod(objective.encoder.config.grid) + objective.encoder.prefix
+    return replace(config, micro_batch=next((size for size in sizes if size * tokens <= CPU_TOKENS), 1))
+
+
+def _largest_that_fits(objective: Objective, batches: Images, config: TrainConfig, sizes: list[int]) -> int:
+    """The first of falling sizes whose forward and backward pass fits in the GPU's memory."""
+    device, plain = device_of(config.device), replace(config, compile=False)  # eager needs the most memory
+    images = batches.at(0).to(device)
+    forward = forward_pass(objective, plain)
+    for size in sizes:
+        try:
+            forward(next(images.split(size)))[0].backward()
+            return size
+        except torch.OutOfMemoryError:
+            continue
+        finally:
+            objective.zero_grad()
+            torch.cuda.empty_cache()
+    raise TrainingError("train.micro_batch: not even one image fits in the GPU's memory; take a smaller model or image")
+
+
+def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over the parameter groups, in one kernel a step."""
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    return kind(parameter_groups(objective, config.weight_decay), lr=config.lr, betas=config.betas, fused=True)
+
+
+def resume(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor], folder: Path) -> int:
+    """Puts the newest whole checkpoint below `folder` back; its step, or 0 if there is none."""
+    found = checkpoint.load_latest(folder)
+    if found is None:
+        return 0
+    step, state = found
+    checkpoint.restore(objective, optimizer, state)
+    for (name, _), value in zip(objective.named_parameters(), ema, strict=False):
+        value.copy_(state["ema"][name])
+    return step
+
+
+def save(
+    objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor], folder: Path, step: int, keep: int
+) -> None:
+    """Writes a checkpoint; the encoder's config goes with the weights, so that they can be loaded alone."""
+    state = {"model": objective.state_dict(), "optimizer": checkpoint.optimizer_state(objective, optimizer)}
+    if ema:
+        state["ema"] = {name: value for (name, _), value in zip(objective.named_parameters(), ema, strict=True)}
+    metadata = {"encoder": json.dumps(asdict(objective.encoder.config))}
+    checkpoint.save(folder, step, state, metadata, keep)
+
+
+@torch.no_grad()
+def average(ema: list[Tensor], objective: Objective, decay: float) -> None:
+    """Moves the running average towards the parameters."""
+    if ema:
+        torch._foreach_lerp_(ema, [parameter.detach() for parameter in objective.parameters()], 1 - decay)
+
+
+@torch.no_grad()
+def adopt(objective: Objective, values: Iterable[Tensor]) -> None:
+    """Copies values into the parameters, if there are any."""
+    for parameter, value in zip(objective.parameters(), values, strict=False):
+        parameter.copy_(value)
+
+
+@contextlib.contextmanager
+def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
+    """Puts the running average in the parameters' place, if there is one."""
+    own = [parameter.detach().clone() for parameter in objective.parameters()] if ema else []
+    adopt(objective, ema)
+    try:
+        yield
+    finally:
+        adopt(objective, own)
+
+
+def pictures(objective: Objective, batches: Images, device: torch.device) -> dict[str, Tensor]:
+    """What the objective shows of the first images."""
+    torch.manual_seed(PICTURE_SEED)
+    return objective.pictures(next(batches.at(0).split(PICTURED)).to(device))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM append to, so that the loop can stop between steps; a second one stops at once."""
+    signals: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        signal.signal(number, before[number])
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {number: signal.signal(number, note) for number in kinds}
+    except ValueError:  # only the main thread may; in any other, whoever runs it must stop it
+        yield signals
+        return
+    try:
+        yield signals
+    finally:
+        for number in kinds:
+            signal.signal(number, before[number])
+
+
+class Clock:
+    """Counts what a run does between two logs, and finds the step at which it went wrong."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        self.since, self.waited, self.paused, self.images = time.perf_counter(), 0.0, 0.0, 0
+        self.steps: list[tuple[int, Tensor, Tensor]] = []
+
+    def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Passes batches on and counts the seconds they were waited for."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def count(self, step: int, loss: Tensor, norm: Tensor, images: int) -> None:
+        self.images += images
+        self.steps.append((step, loss, norm))
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Leaves out the time of what is no training: evaluation, pictures, checkpoints."""
+        asked = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - asked
+
+    def check(self) -> None:
+        """Raises TrainingError for the first step whose loss or gradient was not finite."""
+        numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.steps]).tolist()
+        for (step, _, _), (loss, norm) in zip(self.steps, numbers, strict=True):
+            if not math.isfinite(loss + norm):
+                raise TrainingError(
+                    f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; the checkpoints are from before. "
+                    f"Try a lower train.lr (it is {self.config.lr:g}), a longer train.warmup, train.clip=1 or "
+                    "train.precision=float32"
+                )
+        self.steps = []
+
+    def figures(self, device: torch.device) -> dict[str, float]:
+        """Speed and memory since the last call."""
+        seconds = max(time.perf_counter() - self.since - self.paused, 1e-9)
+        figures = {"images/s": self.images / seconds, "waiting": self.waited / seconds, "memory": peak_memory(device)}
+        self.reset()
+        return figures

@@ -1,0 +1,34 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="mpp",
+    version="0.1.0",
+    description="Masked patch pretraining of Vision Transformers, and honest evidence of whether it helped",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # mpp/eval and mpp/recipes are links to the top-level folders, so that one package installs everything.
+    packages=find_packages(include=["mpp", "mpp.*"]),
+    package_data={"mpp": ["py.typed"], "mpp.recipes": ["*.yaml", "*/*.yaml"]},
+    entry_points={"console_scripts": ["mpp = mpp.cli:main"]},
+    # Why each of these is here: docs/design.md, "Dependencies".
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "einops>=0.8",
+        "omegaconf>=2.4",
+        "safetensors>=0.5",
+        "numpy>=2.0",
+        "pillow>=11",
+        "simplejpeg>=1.8",
+        "opencv-python-headless>=4.10",
+        "scikit-learn>=1.5",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "webdataset>=1.0"],
+        "bench": ["timm>=1.0", "vit-pytorch>=1.11", "webdataset>=1.0"],
+    },
+)

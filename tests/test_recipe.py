@@ -1,0 +1,358 @@
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpp.models.presets import presets
+from mpp.objectives import OBJECTIVES
+from mpp.recipe import Recipe, RecipeError, differences, list_recipes, load_recipe, save_recipe
+
+WHOLE = "objective: {name: mpp}\ndata: {path: shards}\ntrain: {steps: 10}\nmodel: {image: 8, patch: 2, width: 8, heads: 2}\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name: str, text: str) -> Path:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(text: str = "", *overrides: str, whole: str = WHOLE) -> Recipe:
+    """A recipe from a text over a whole one."""
+    write("whole.yaml", whole)
+    write("r.yaml", f"base: whole.yaml\n{text}")
+    return load_recipe("r.yaml", overrides)
+
+
+def refusal(text: str = "", *overrides: str, whole: str = WHOLE) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(text, *overrides, whole=whole)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Layers
+
+
+def test_later_layers_win_and_keep_what_they_do_not_name():
+    recipe = load("train: {lr: 2e-4, clip: null}", "train.lr=0.5", "seed=3")
+    assert (recipe.train.lr, recipe.train.clip, recipe.train.steps, recipe.seed) == (0.5, None, 10, 3)
+
+
+def test_bases_chain_each_relative_to_its_own_file():
+    write("a/low.yaml", WHOLE)
+    write("a/b/middle.yaml", "base: ../low.yaml\nseed: 1\ntrain: {lr: 1}")
+    write("c/top.yaml", "base: ../a/b/middle.yaml\nseed: 2")
+    recipe = load_recipe("c/top.yaml")
+    assert (recipe.seed, recipe.train.lr, recipe.train.steps) == (2, 1.0, 10)
+
+
+def test_an_error_names_the_layer_it_stands_in():
+    write("low.yaml", WHOLE + "log: {evry: 3}")
+    write("top.yaml", "base: low.yaml")
+    with pytest.raises(RecipeError, match=r"^low\.yaml: log\.evry: unknown key\. Did you mean: every\?$"):
+        load_recipe("top.yaml")
+
+
+def test_a_circle_of_bases_is_refused_with_its_files():
+    write("a.yaml", "base: b.yaml")
+    write("b.yaml", "base: a.yaml")
+    with pytest.raises(RecipeError, match=re.escape("a.yaml -> b.yaml -> a.yaml: recipes include each other")):
+        load_recipe("a.yaml")
+
+
+@pytest.mark.parametrize("base", ["none.yaml", "3", "[whole.yaml]"])
+def test_a_base_that_is_no_file_is_refused(base):
+    write("r.yaml", f"base: {base}")
+    with pytest.raises(RecipeError, match=r"^r\.yaml: base: expected a file beside this one, found "):
+        load_recipe("r.yaml")
+
+
+def test_numbers_may_be_written_with_exponents_and_underscores():
+    recipe = load("train: {lr: 2e-4, steps: 1_000_000, warmup: 1e4}")
+    assert (recipe.train.lr, recipe.train.steps, recipe.train.warmup) == (2e-4, 1_000_000, 10_000)
+
+
+def test_values_are_plain_python():
+    recipe = load("model: {mean: [0.1, 0.2, 0.3]}\ntrain: {betas: [0, 1e-1]}", "objective.split=[0.5, 0.25, 0.25]")
+    assert recipe.model.mean == (0.1, 0.2, 0.3) and type(recipe.model.mean) is tuple
+    assert recipe.train.betas == (0.0, 0.1) and type(recipe.train.betas[0]) is float
+    assert type(recipe.objective.split) is tuple
+    assert type(recipe.objective) is OBJECTIVES["mpp"][1]
+
+
+def test_one_number_is_a_square_image():
+    assert load("model: {image: 32}").model.image == (32, 32)
+    assert load("", "model.image=16").model.image == (16, 16)
+    assert load("model: {image: [16, 32]}").model.image == (16, 32)
+
+
+def test_micro_batch_is_a_number_or_auto():
+    assert load("").train.micro_batch == "auto"
+    assert load("train: {batch: 8, micro_batch: 4}").train.micro_batch == 4
+
+
+# Presets
+
+
+def test_a_preset_gives_its_sizes():
+    whole = WHOLE.replace("{image: 8, patch: 2, width: 8, heads: 2}", "{image: 32, preset: S/4}")
+    assert load(whole=whole).model == replace(presets["S/4"], image=(32, 32))
+
+
+@pytest.mark.parametrize("order", ["below", "above", "command line"])
+def test_a_preset_lies_under_explicit_keys_of_any_layer(order):
+    whole = WHOLE.replace(", patch: 2, width: 8, heads: 2", "")
+    preset, width = "model: {image: 32, preset: S/4}", "model: {image: 32, width: 96}"
+    if order == "below":
+        recipe = load(width, whole=f"{whole.partition('model')[0]}{preset}")
+    elif order == "above":
+        recipe = load(preset, whole=f"{whole.partition('model')[0]}{width}")
+    else:
+        recipe = load(width, "model.preset=S/4", whole=whole)
+    assert (recipe.model.width, recipe.model.heads, recipe.model.patch) == (96, 6, 4)
+
+
+def test_an_unknown_preset_is_refused_with_near_names():
+    assert refusal("model: {preset: b/16}") == 'r.yaml: model.preset: unknown "b/16". Did you mean: B/16, L/16, H/16?'
+    assert "unknown [1]. Expected one of: Ti/2, Ti/4" in refusal("", "model.preset=[1]")
+
+
+# Refusals
+
+REFUSED = {
+    "model: {widht: 3}": "r.yaml: model.widht: unknown key. Did you mean: width?",
+    "lr: 3": "r.yaml: lr: unknown key. Did you mean: train.lr?",
+    "trian: {lr: 3}": "r.yaml: trian: unknown key. Did you mean: train?",
+    "name: x": "r.yaml: name: unknown key. Did you mean: objective.name?",
+    "log: {zzz: 1}": "r.yaml: log.zzz: unknown key. Expected one of: every, pictures, tensorboard",
+    "data: {augment: {flipp: 1}}": "r.yaml: data.augment.flipp: unknown key. Did you mean: flip?",
+    "objective: {name: mmp}": 'r.yaml: objective.name: unknown "mmp". Did you mean: mpp?',
+    "objective: {shares: 1}": "r.yaml: objective.shares: unknown key. Did you mean: share?",
+    "model: {width: abc}": 'r.yaml: model.width: expected a whole number, found "abc"',
+    "model: {width: 8.5}": "r.yaml: model.width: expected a whole number, found 8.5",
+    "model: {width: true}": "r.yaml: model.width: expected a whole number, found true",
+    "model: {width: '8'}": 'r.yaml: model.width: expected a whole number, found "8"',
+    "model: {width: null}": "r.yaml: model.width: expected a whole number, found null",
+    "model: {image: [8]}": "r.yaml: model.image: expected [a whole number, a whole number], found [8]",
+    "model: {mean: 0.5}": "r.yaml: model.mean: expected [a number, ...], found 0.5",
+    "model: {pool: max}": 'r.yaml: model.pool: expected one of cls, avg, found "max"',
+    "model: 3": "r.yaml: model: expected a section of keys, found 3",
+    "model:": "r.yaml: model: expected a section of keys, found null",
+    "data: {path: 3}": "r.yaml: data.path: expected text, found 3",
+    "data: {val: yes}": "r.yaml: data.val: expected text or null, found true",
+    "train: {lr: '2e-4'}": 'r.yaml: train.lr: expected a number, found "2e-4"',
+    "train: {lr: .nan}": "r.yaml: train.lr: expected a number, found NaN",
+    "train: {steps: 1e3}": "r.yaml: train.steps: expected a whole number or null, found 1000.0",
+    "train: {compile: 1}": "r.yaml: train.compile: expected true or false or null, found 1",
+    "train: {micro_batch: atuo}": 'r.yaml: train.micro_batch: expected a whole number or auto, found "atuo"',
+    "train: {lr: 1, lr: 2}": "found duplicate key lr",
+    "train: {lr: [1}": "r.yaml: expected keys with values in YAML, found an error: while parsing",
+    "train: {steps: !!python/object/apply:os.system [ls]}": "found an error: could not determine a constructor",
+    f"seed: {'9' * 5000}": "r.yaml: expected keys with values in YAML, found an error: ",
+    "seed: -1": "r.yaml: seed must be in [0, 2 ** 63), got -1",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_wrong_key_or_value_is_refused_in_one_line(text):
+    assert REFUSED[text] in refusal(text)
+
+
+TOGETHER = {
+    "model.patch=3": "command line: model.image (8, 8) must be a multiple of model.patch (3)",
+    "model.channels=1": "command line: objective.target mean_colour needs colour images (model.channels 3, got 1); "
+    "pixels takes any",
+    "objective={target: colour_grid, grid: 3}": "command line: objective.grid (3) must divide model.patch (2)",
+    "model.patch=8": "command line: masked patches need at least 2 patches, got an image (8, 8) of one patch",
+    "objective.share=1.5": "command line: objective.share must be in (0, 1], got 1.5",
+    "model.width=4_000_000_000_000": "command line: model has impossible sizes: ",
+    "train.warmup=11": "command line: train.warmup (11.0 steps) must not exceed train.steps (10)",
+    "train.steps=0": "command line: train.steps must be above 0, got 0",
+    "train={steps: 3, epochs: 2}": "command line: exactly one of train.steps, train.epochs and train.images must be "
+    "given, found train.steps (3) and train.epochs (2.0)",
+    "train.steps=null": "command line: exactly one of train.steps, train.epochs and train.images must be given, found none",
+}
+
+
+@pytest.mark.parametrize("override", TOGETHER)
+def test_what_does_not_go_together_is_refused_naming_whose_fault_it_is(override):
+    assert refusal("", override).startswith(TOGETHER[override])
+    section, _, rest = override.partition(".") if "={" not in override else override.partition("=")
+    text = f"{section}: {rest if rest.startswith('{') else '{' + rest.replace('=', ': ') + '}'}"
+    assert refusal(text).startswith(TOGETHER[override].replace("command line", "r.yaml"))
+
+
+def test_what_is_missing_is_named():
+    assert refusal(whole=WHOLE.replace("data: {path: shards}", "")) == "r.yaml: data.path: missing, and without a default"
+    missing = refusal(whole=WHOLE.replace("objective: {name: mpp}", ""))
+    assert missing == "r.yaml: objective.name: missing. Expected one of: mpp"
+
+
+@pytest.mark.parametrize("override", ["train.lr", "train.lr=", "=3", "", "train.lr= "])
+def test_an_override_needs_a_key_and_a_value(override):
+    assert refusal("", override) == f'command line: expected KEY=VALUE (null for none), found "{override}"'
+
+
+def test_overrides_are_refused_like_files():
+    assert refusal("", "model.widht=3") == "command line: model.widht: unknown key. Did you mean: width?"
+    assert refusal("", "train.lr=fast") == 'command line: train.lr: expected a number, found "fast"'
+    assert refusal("", "out=3") == "command line: out: expected text or null, found 3"
+    assert refusal("", "base=whole.yaml").startswith("command line: base: unknown key.")
+
+
+@pytest.mark.parametrize("text", ["- 1", "abc", "\x00", "[]", "3"])
+def test_a_file_that_is_no_recipe_is_refused(text):
+    write("r.yaml", text)
+    with pytest.raises(RecipeError, match=r"^r\.yaml: [^\n]+$"):
+        load_recipe("r.yaml")
+
+
+def test_a_file_that_is_no_text_is_refused():
+    Path("r.yaml").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(RecipeError, match=r"^r\.yaml: expected keys with values in YAML, found an error: [^\n]+$"):
+        load_recipe("r.yaml")
+
+
+def test_a_recipe_that_is_not_there_is_refused_with_near_names():
+    with pytest.raises(RecipeError, match=r"^quickstrat: neither a recipe file nor .*\. Did you mean: quickstart\?$"):
+        load_recipe("quickstrat")
+
+
+@pytest.mark.parametrize("hostile", ["${oc.env:SECRET}", "a${oc.env:SECRET}b", "${data.val}", "${", "\\x24{oc.env:SECRET}"])
+def test_nothing_in_a_recipe_is_resolved(hostile, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    for text in (f'data: {{path: "{hostile}"}}', f'base: "{hostile}"', f'model: {{mean: ["{hostile}"]}}', f'"{hostile}": 1'):
+        write("r.yaml", text)
+        with pytest.raises(RecipeError, match=r"^r\.yaml: [^\n]+$") as caught:
+            load_recipe("r.yaml")
+        assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in refusal("", f'data.path="{hostile}"')
+
+
+def test_the_refusal_of_an_interpolation_names_its_key():
+    expected = 'recipes are plain values and take no ${...}, found "${oc.env:HOME}"'
+    assert refusal("data: {path: '${oc.env:HOME}'}") == f"r.yaml: data.path: {expected}"
+    assert refusal("", "out=${oc.env:HOME}") == f"command line: out: {expected}"
+
+
+def test_loading_neither_draws_nor_allocates():
+    state = torch.get_rng_state()
+    recipe = load("model: {width: 65536, depth: 12, heads: 8}")  # 2.5 TB of weights
+    assert recipe.model.depth == 12
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Durations
+
+
+@pytest.mark.parametrize(
+    ("duration", "images", "steps", "warmup"),
+    [
+        ("steps: 100, warmup: 10", 7, 100, 10),
+        ("epochs: 3, warmup: 1", 100, 30, 10),
+        ("epochs: 3, warmup: 1", 101, 31, 11),
+        ("epochs: 0.1, warmup: 0.05", 5000, 50, 25),
+        ("images: 1001, warmup: 95", 3, 101, 10),
+        ("epochs: 0.001, warmup: 0", 5, 1, 0),
+    ],
+)
+def test_durations_become_whole_steps(duration, images, steps, warmup):
+    recipe = load(f"train: {{batch: 10, {duration}}}").in_steps(images)
+    assert (recipe.train.steps, recipe.train.warmup) == (steps, warmup)
+    assert (recipe.train.epochs, recipe.train.images) == (None, None)
+    assert recipe.in_steps(images) == recipe
+
+
+def test_a_layer_s_duration_takes_the_place_of_one_below():
+    recipe = load("train: {epochs: 2, warmup: 1}", "train.images=50", "train.warmup=5")
+    assert recipe.duration == ("images", 50)
+    assert recipe.train.warmup == 5
+
+
+def test_another_unit_needs_a_warm_up_in_that_unit():
+    assert refusal("train: {epochs: 2, warmup: 1}", "train.steps=50") == (
+        "command line: train.warmup: expected in steps too, found 1 epochs of a base"
+    )
+    assert load("train: {epochs: 2}", "train.steps=50").duration == ("steps", 50)  # no warm-up, no doubt
+
+
+def test_an_empty_split_has_no_steps():
+    with pytest.raises(ValueError, match=r"^data\.train \(train\) must hold at least 1 image, found 0$"):
+        load("train: {epochs: 1}").in_steps(0)
+
+
+# Saving and comparing
+
+
+def test_a_saved_recipe_comes_back_equal():
+    overrides = ["train.lr=1e-7", "train.clip=null", "model.mean=[0.1, 0.2, 0.3]", "data.path='1e3: #'", "out='null'"]
+    recipe = load("", *overrides).in_steps(100)
+    save_recipe(recipe, "saved.yaml")
+    assert load_recipe("saved.yaml") == recipe
+    assert differences(load_recipe("saved.yaml"), recipe) == []
+    assert sorted(os.listdir()) == ["r.yaml", "saved.yaml", "whole.yaml"]
+
+
+def test_the_run_folder_is_named_after_the_recipe_and_survives_saving():
+    recipe = load_recipe("cifar10/mpp")
+    assert (recipe.name, recipe.folder) == ("cifar10-mpp", Path("runs/cifar10-mpp"))
+    save_recipe(recipe, "recipe.yaml")
+    assert load_recipe("recipe.yaml").folder == recipe.folder
+    assert load("").folder == Path("runs/r")
+    assert load("out: here").folder == Path("here")
+    assert load("out: null").folder == Path("runs/r")
+
+
+def test_a_save_that_fails_leaves_the_old_file(monkeypatch):
+    recipe = load("")
+    save_recipe(recipe, "saved.yaml")
+    monkeypatch.setattr("mpp.recipe.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        save_recipe(load("seed: 5"), "saved.yaml")
+    assert load_recipe("saved.yaml") == recipe
+    assert not [name for name in os.listdir() if name.endswith(".part")]
+
+
+def test_differences_name_keys_and_both_values():
+    old, new = load("train: {lr: 1e-3}"), load("train: {lr: 2e-4}\ndata: {val: test}\nout: elsewhere")
+    assert differences(old, new) == ['data.val: null there, "test" here', "train.lr: 0.001 there, 0.0002 here"]
+
+
+def test_what_a_run_chose_agrees_with_auto():
+    chosen, auto = load("train: {batch: 8, micro_batch: 4}"), load("train: {batch: 8}")
+    assert differences(chosen, auto) == []
+    assert differences(auto, chosen) == ['train.micro_batch: "auto" there, 4 here']
+
+
+# Bundled recipes
+
+
+def test_every_bundled_recipe_loads_and_tells_its_source_and_result():
+    recipes = dict(list_recipes())
+    assert {"quickstart", "cifar10/mpp", "cifar10/mpp_colour_grid", "cifar10/mpp_pixels"} <= set(recipes)
+    assert {"imagenet/vit_b16_mpp", "paper/vit_b16_mpp"} <= set(recipes)
+    for name, comment in recipes.items():
+        assert load_recipe(name) == load_recipe(f"{name}.yaml")
+        assert load_recipe(name).name == name.replace("/", "-")
+        assert "Source: " in comment and "Result: " in comment, name
+
+
+def test_the_paper_s_recipe_has_the_paper_s_numbers():
+    recipe = load_recipe("paper/vit_b16_mpp")
+    train, objective = recipe.train, recipe.objective
+    assert (train.optimizer, train.lr, train.warmup, train.batch, train.steps) == ("adam", 2e-4, 10_000, 4096, 1_000_000)
+    assert (train.weight_decay, train.betas) == (0, (0.9, 0.999))
+    assert (objective.target, objective.share, objective.split, objective.bits) == ("mean_colour", 0.5, (0.8, 0.1, 0.1), 3)
+    assert recipe.model == replace(presets["B/16"], gelu="tanh")
+    assert (recipe.data.augment.crop, recipe.data.augment.flip, recipe.model.image) == ("inception", True, (224, 224))

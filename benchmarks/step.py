@@ -124,7 +124,7 @@ class SameBatch:
 def prepare_ours(size: Size, device: str, threads: int, steps: int = STEPS) -> Callable[[], Timing]:
     """Our step by default settings: what `mpp.train` does with each batch."""
     from mpp.batch import Batch
-    from mpp.train import TrainConfig, build_optimizer, forward_pass, settled, update
+    from mpp.loop import TrainConfig, build_optimizer, forward_pass, settled, update
 
     settle(threads)
     batch = Batch(images_of(size, device))

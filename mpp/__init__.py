@@ -13,7 +13,7 @@ _HOMES = {
     "Objective": "mpp.objectives",
     "OBJECTIVES": "mpp.objectives",
     "load_recipe": "mpp.recipe",
-    "train": "mpp.train",
+    "train": "mpp.loop",
     "load_encoder": "mpp.weights",
     "read_shards": "mpp.data.read",
     "targets": "mpp",

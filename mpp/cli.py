@@ -43,7 +43,7 @@ def shards_check(options: argparse.Namespace) -> None:
 def pretrain(options: argparse.Namespace) -> None:
     from mpp.recipe import load_recipe
     from mpp.run import pretrain
-    from mpp.train import Interrupted
+    from mpp.loop import Interrupted
 
     recipe = load_recipe(options.recipe, options.overrides)
     try:

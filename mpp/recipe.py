@@ -30,7 +30,7 @@ from mpp.log import LogConfig
 from mpp.models.presets import presets
 from mpp.models.vit import ViT, ViTConfig
 from mpp.objectives import OBJECTIVES, Objective, ObjectiveConfig
-from mpp.train import EvalConfig, TrainConfig
+from mpp.loop import EvalConfig, TrainConfig
 
 UNITS = ("steps", "epochs", "images")  # in which `train` may say how long
 BUNDLED = Path(str(resources.files("mpp.recipes"))).resolve()
@@ -93,8 +93,7 @@ class Recipe:
         """The same recipe with duration and warm-up in whole steps, for a train split of that many images."""
         if images < 1:
             raise ValueError(f"data.train ({self.data.train}) must hold at least 1 image, found {images}")
-        unit, duration = self.duration
-        batch = self.train.batch
+        (unit, duration), batch = self.duration, self.train.batch
         steps_of = {"steps": Fraction(1), "epochs": Fraction(images, batch), "images": Fraction(1, batch)}[unit]
         # By way of text, so that 0.1 is one tenth and 0.1 epochs of 50,000 images are not one step too many.
         steps, warmup = (math.ceil(Fraction(str(value)) * steps_of) for value in (duration, self.train.warmup))
@@ -166,8 +165,7 @@ def _bundled() -> dict[str, Path]:
 def _find(path: str | Path) -> Path:
     if Path(path).is_file():
         return Path(path).resolve()
-    bundled = _bundled()
-    name = str(path).removesuffix(".yaml")
+    bundled, name = _bundled(), str(path).removesuffix(".yaml")
     if name not in bundled:
         raise RecipeError(f"{path}: neither a recipe file nor a bundled recipe.{_near(name, bundled)}")
     return bundled[name]
@@ -200,10 +198,11 @@ def _read_chain(file: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
 
 
 def _command_line(overrides: Sequence[str]) -> Layer:
+    merged = OmegaConf.create()
     for override in overrides:
         if not all(part.strip() for part in override.partition("=")):
             raise RecipeError(f"{COMMAND_LINE}: expected KEY=VALUE (null for none), found {_shown(override)}")
-    merged = OmegaConf.merge({}, *(_values(partial(OmegaConf.from_dotlist, [override]), COMMAND_LINE) for override in overrides))
+        merged.merge_with(_values(partial(OmegaConf.from_dotlist, [override]), COMMAND_LINE))
     return Layer(COMMAND_LINE, OmegaConf.to_container(merged))  # type: ignore[arg-type]  # a merge of dicts is one
 
 
@@ -227,7 +226,7 @@ def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
 
 def _build(layers: Sequence[Layer], name: str) -> Recipe:
     """Merges one layer at a time, so that an error names its source."""
-    layers = copy.deepcopy(layers)
+    layers = copy.deepcopy(layers)  # as names are taken out of it
     objective, preset = _take(layers, "objective", "name", OBJECTIVES), _take(layers, "model", "preset", presets)
     if objective is None:
         raise RecipeError(f"{layers[-2].source}: objective.name: missing.{_near('', OBJECTIVES)}")
@@ -235,8 +234,7 @@ def _build(layers: Sequence[Layer], name: str) -> Recipe:
     defaults = {"name": name, "out": f"runs/{name}", **{key: OmegaConf.structured(sections[key]) for key in sections}}
     chosen = {"model": asdict(presets[preset]) if preset else {}, "objective": {"name": objective}}
     config = OmegaConf.merge(OmegaConf.structured(Recipe), defaults, chosen)
-    hints = {**get_type_hints(Recipe), **sections}
-    del hints["name"]
+    hints = {key: hint for key, hint in {**get_type_hints(Recipe), **sections}.items() if key != "name"}
     for layer in layers:
         _check(layer.values, hints, layer.source)
         _replace_duration(config.train, layer)
@@ -266,8 +264,7 @@ def _replace_duration(below: Any, layer: Layer) -> None:
         for unit in set(UNITS) - {given[0]} - set(train):
             train[unit] = None
             if below[unit] is not None and below.warmup and "warmup" not in train:
-                found = f"{below.warmup:g} {unit}"
-                raise RecipeError(f"{layer.source}: train.warmup: expected in {given[0]} too, found {found} of a base")
+                raise RecipeError(f"{layer.source}: train.warmup: expected in {given[0]}, found {below.warmup:g} {unit}")
 
 
 def _check(values: dict[str, Any], hints: dict[str, Any], source: str, above: str = "") -> None:
@@ -278,9 +275,7 @@ def _check(values: dict[str, Any], hints: dict[str, Any], source: str, above: st
         if key not in hints:
             below = [f"{section}.{key}" for section in sections if key in sections[section]]
             raise RecipeError(f"{source}: {dotted}: unknown key.{_near(below[0] if below else key, below or hints)}")
-        if key in sections:
-            if not isinstance(value, dict):
-                raise RecipeError(f"{source}: {dotted}: expected a section of keys, found {_shown(value)}")
+        if key in sections and isinstance(value, dict):
             _check(value, sections[key], source, f"{dotted}.")
         elif not _fits(value, hints[key]):
             raise RecipeError(f"{source}: {dotted}: expected {_expected(hints[key])}, found {_shown(value)}")
@@ -308,7 +303,7 @@ def _expected(hint: Any) -> str:
         return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
     if origin is tuple:
         return f"[{', '.join('...' if part is ... else _expected(part) for part in parts)}]"
-    return KINDS[hint]
+    return KINDS.get(hint, "a section of keys")
 
 
 def _shown(value: Any) -> str:

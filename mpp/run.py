@@ -18,7 +18,7 @@ from mpp.models.vit import ViT
 from mpp.objectives import OBJECTIVES, Objective
 from mpp.recipe import Recipe, differences, load_recipe, save_recipe
 from mpp.seeds import seed_of
-from mpp.train import settled, train
+from mpp.loop import settled, train
 from mpp.weights import load_encoder, save_encoder
 
 INITIAL = -1  # in the place of a step in seeds: what is drawn before training

@@ -277,10 +277,10 @@ def _number(field: bytes, path: Path, place: int) -> int:
     """A header's number: octal text, or GNU's base 256 where the first bit is set."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    try:
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        raise ShardError(f"{path}: no tar header at byte {place}; damaged or compressed?") from None
+    digits = field.split(b"\0", 1)[0].strip()
+    if digits.strip(b"01234567"):
+        raise ShardError(f"{path}: no tar header at byte {place}; damaged or compressed?")
+    return int(digits or b"0", 8)
 
 
 def _ustar_name(header: bytes) -> bytes:
@@ -296,6 +296,8 @@ def _pax(data: bytes, path: Path) -> dict[bytes, bytes]:
         if not length.isdigit() or not 0 < int(length) <= len(data) or b"=" not in rest:
             raise ShardError(f"{path}: a damaged pax header")
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        if key == b"size" and not value.isdigit():
+            raise ShardError(f"{path}: a damaged pax header")
         records[key] = value
         data = data[int(length) :]
     return records

@@ -1,6 +1,6 @@
 """One training step, ours against vit-pytorch's masked patch prediction and a minimal one on timm.
 
-    python -m benchmarks.step [--sizes tiny32 vit_s] [--rounds 5] [--threads 2] [--device cpu]
+    python -m benchmarks.step [--sizes tiny32 vit_s] [--rounds 5] [--threads 2] [--device cpu] [--micro-batches 32 128]
 
 Forward, backward and AdamW on one batch in memory, half of the patches corrupted, the same sizes for all. The peers
 get their images as float32 made beforehand, ours get uint8 as always: a small advantage for the peers.
@@ -9,9 +9,9 @@ get their images as float32 made beforehand, ours get uint8 as always: a small a
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import harness
 from benchmarks.harness import Bar, Contender, Ratio, Timing
@@ -121,7 +121,9 @@ class SameBatch:
         return itertools.repeat(self.batch)
 
 
-def prepare_ours(size: Size, device: str, threads: int, steps: int = STEPS) -> Callable[[], Timing]:
+def prepare_ours(
+    size: Size, device: str, threads: int, steps: int = STEPS, micro_batch: int | Literal["auto"] = "auto"
+) -> Callable[[], Timing]:
     """Our step by default settings: what `mpp.train` does with each batch."""
     from mpp.batch import Batch
     from mpp.loop import TrainConfig, build_optimizer, forward_pass, settled, update
@@ -129,7 +131,7 @@ def prepare_ours(size: Size, device: str, threads: int, steps: int = STEPS) -> C
     settle(threads)
     batch = Batch(images_of(size, device))
     objective = our_objective(size).to(device).train()
-    config = TrainConfig(steps=10_000, batch=size.batch, lr=LEARNING_RATE, device=device)
+    config = TrainConfig(steps=10_000, batch=size.batch, micro_batch=micro_batch, lr=LEARNING_RATE, device=device)
     config = settled(objective, SameBatch(batch), config)
     optimizer = build_optimizer(objective, config)
     forward = forward_pass(objective, config)
@@ -174,8 +176,17 @@ def contenders(size: Size, device: str, threads: int) -> list[Contender]:
     return [ours, *(Contender(name, prepare_peer, {**shared, "name": name}) for name in names)]
 
 
+def micro_batches(size: Size, device: str, threads: int, parts: Sequence[int]) -> list[Contender]:
+    """Ours at each of these micro-batches, beside the one that it chooses itself."""
+    shared: dict[str, Any] = {"size": size, "device": device, "threads": threads}
+    ours = [Contender(f"mpp, micro_batch {part}", prepare_ours, {**shared, "micro_batch": part}) for part in parts]
+    return [Contender(OURS, prepare_ours, shared), *ours]
+
+
 def compare(name: str, timings: dict[str, list[Timing]], device: str) -> list[Ratio]:
     bars = {peer: Bar(value) for peer, value in BARS[name].items()} if device == "cpu" else {}
+    if VIT_PYTORCH not in timings:  # micro-batches
+        return [harness.speed(timings, part, OURS) for part in timings if part != OURS]
     speeds = [harness.speed(timings, OURS, peer, bars.get(peer)) for peer in timings if peer != OURS]
     return [*speeds, harness.memory(timings, OURS, VIT_PYTORCH, MEMORY_BAR)]
 
@@ -186,17 +197,21 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="default: all of the device")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--micro-batches", nargs="+", type=int, metavar="IMAGES", help="compare these, and no peers")
     options = parser.parse_args()
     sizes = SIZES[options.device]
     if unknown := set(options.sizes or ()) - set(sizes):
         parser.error(f"--sizes {' '.join(sorted(unknown))}: {options.device} has {' '.join(sizes)}")
     tables = {}
     for name in options.sizes or sizes:
-        timings = harness.interleave(contenders(sizes[name], options.device, options.threads), options.rounds)
+        where = sizes[name], options.device, options.threads
+        entrants = micro_batches(*where, options.micro_batches) if options.micro_batches else contenders(*where)
+        timings = harness.interleave(entrants, options.rounds)
         ratios = compare(name, timings, options.device)
         harness.table(f"{name} {sizes[name]}", timings, ratios)
         tables[name] = harness.summary(asdict(sizes[name]) | {"steps": STEPS, "warm_up": WARM_UP}, timings, ratios)
-    harness.write(f"step-{options.device}", options.threads, options.device, tables)
+    kind = "micro-batches" if options.micro_batches else "step"
+    harness.write(f"{kind}-{options.device}", options.threads, options.device, tables)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,15 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from mpp.checkpoint import sync
 from mpp.data.read import DataConfig
 from mpp.log import LogConfig
+from mpp.loop import EvalConfig, TrainConfig
 from mpp.models.presets import presets
 from mpp.models.vit import ViT, ViTConfig
 from mpp.objectives import OBJECTIVES, Objective, ObjectiveConfig
-from mpp.loop import EvalConfig, TrainConfig
 
 UNITS = ("steps", "epochs", "images")  # in which `train` may say how long
 BUNDLED = Path(str(resources.files("mpp.recipes"))).resolve()
 COMMAND_LINE = "command line"  # the source that errors name for overrides
+ODD_YAML = (AttributeError, KeyError, RecursionError)  # what PyYAML raises beside its own errors: "!!bool a", "[[[..."
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -67,7 +68,7 @@ class Recipe:
         try:
             with torch.device("meta"):  # shapes without memory: what the constructors refuse is refused here
                 self.build()
-        except (RuntimeError, OverflowError) as error:
+        except (RuntimeError, ArithmeticError) as error:
             raise ValueError(f"model has impossible sizes: {str(error).splitlines()[0]}") from error
 
     @property
@@ -198,19 +199,17 @@ def _read_chain(file: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
 
 
 def _command_line(overrides: Sequence[str]) -> Layer:
-    merged = OmegaConf.create()
     for override in overrides:
         if not all(part.strip() for part in override.partition("=")):
             raise RecipeError(f"{COMMAND_LINE}: expected KEY=VALUE (null for none), found {_shown(override)}")
-        merged.merge_with(_values(partial(OmegaConf.from_dotlist, [override]), COMMAND_LINE))
-    return Layer(COMMAND_LINE, OmegaConf.to_container(merged))  # type: ignore[arg-type]  # a merge of dicts is one
+    return Layer(COMMAND_LINE, _values(partial(OmegaConf.from_dotlist, list(overrides)), COMMAND_LINE))
 
 
 def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
     """What is read, as plain values. Nothing is resolved and no tag is obeyed."""
     try:
         values = OmegaConf.to_container(read())
-    except (YAMLError, OmegaConfBaseException, RecursionError, OSError, ValueError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, *ODD_YAML) as error:
         problem = " ".join(re.sub(r'in "[^"]*",', "at", str(error)).split())
         raise RecipeError(f"{source}: expected keys with values in YAML, found an error: {problem}") from error
     if not isinstance(values, dict):
@@ -264,7 +263,7 @@ def _replace_duration(below: Any, layer: Layer) -> None:
         for unit in set(UNITS) - {given[0]} - set(train):
             train[unit] = None
             if below[unit] is not None and below.warmup and "warmup" not in train:
-                raise RecipeError(f"{layer.source}: train.warmup: expected in {given[0]}, found {below.warmup:g} {unit}")
+                raise RecipeError(f"{layer.source}: train.warmup: expected {given[0]}, found {below.warmup:g} {unit}")
 
 
 def _check(values: dict[str, Any], hints: dict[str, Any], source: str, above: str = "") -> None:
@@ -292,7 +291,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and len(value) == len(wanted) and all(map(_fits, value, wanted))
     if hint is float:
         return type(value) in (int, float) and -math.inf < value < math.inf
-    return type(value) is hint
+    return type(value) is hint and (hint is not int or abs(value) < 2**63)  # torch's whole numbers
 
 
 def _expected(hint: Any) -> str:

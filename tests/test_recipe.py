@@ -160,6 +160,8 @@ REFUSED = {
     "train: {steps: 1e3}": "r.yaml: train.steps: expected a whole number or null, found 1000.0",
     "train: {compile: 1}": "r.yaml: train.compile: expected true or false or null, found 1",
     "train: {micro_batch: atuo}": 'r.yaml: train.micro_batch: expected a whole number or auto, found "atuo"',
+    "train: {batch: 99999999999999999999}": "r.yaml: train.batch: expected a whole number, found 99999999999999999999",
+    "train: {clip: !!bool maybe}": "r.yaml: expected keys with values in YAML, found an error: 'maybe'",
     "train: {lr: 1, lr: 2}": "found duplicate key lr",
     "train: {lr: [1}": "r.yaml: expected keys with values in YAML, found an error: while parsing",
     "train: {steps: !!python/object/apply:os.system [ls]}": "found an error: could not determine a constructor",
@@ -209,6 +211,11 @@ def test_what_is_missing_is_named():
 @pytest.mark.parametrize("override", ["train.lr", "train.lr=", "=3", "", "train.lr= "])
 def test_an_override_needs_a_key_and_a_value(override):
     assert refusal("", override) == f'command line: expected KEY=VALUE (null for none), found "{override}"'
+
+
+def test_a_later_override_wins():
+    recipe = load("", "train={lr: 1, batch: 8}", "train.lr=2", "train={batch: 4}")
+    assert (recipe.train.lr, recipe.train.batch) == (2, 4)
 
 
 def test_overrides_are_refused_like_files():
@@ -302,7 +309,7 @@ def test_a_layer_s_duration_takes_the_place_of_one_below():
 
 def test_another_unit_needs_a_warm_up_in_that_unit():
     assert refusal("train: {epochs: 2, warmup: 1}", "train.steps=50") == (
-        "command line: train.warmup: expected in steps, found 1 epochs"
+        "command line: train.warmup: expected steps, found 1 epochs"
     )
     assert load("train: {epochs: 2}", "train.steps=50").duration == ("steps", 50)  # no warm-up, no doubt
 

@@ -123,7 +123,7 @@ def _decode_with_pillow(data: bytes, mode: str) -> np.ndarray:
     with _open(data) as image:
         orientation = _orientation(image)
         try:
-            pixels = np.asarray(_eight_bits(image, mode))
+            pixels = np.array(_eight_bits(image, mode))  # a copy: torch takes no read-only array
         except PILLOW_ERRORS as error:
             raise DamagedImage(_cause(error, data)) from None
     return _upright(pixels.reshape(*pixels.shape[:2], -1), orientation)

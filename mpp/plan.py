@@ -1,0 +1,139 @@
+"""What a recipe takes, before anything is paid for: parameters, FLOPs, memory, steps and, measured, time."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from mpp.batch import Batch
+from mpp.data.index import read_index, splits
+from mpp.hardware import device_of
+from mpp.loop import build_optimizer, forward_pass, settled, update
+from mpp.recipe import Recipe
+from mpp.run import build
+
+MEASURED_STEPS = 5  # after one that is not counted
+MIB = 2**20
+
+
+class RandomImages:
+    """Batches of noise in the shape that a recipe reads: what a step costs does not depend on the pictures."""
+
+    def __init__(self, recipe: Recipe, images: int) -> None:
+        model = recipe.model
+        pixels = torch.randint(0, 256, (images, model.channels, *model.image), dtype=torch.uint8)
+        self.batch = Batch(pixels)
+
+    def at(self, step: int) -> Batch:
+        return self.batch
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        while True:
+            yield self.batch
+
+
+def plan(recipe: Recipe, *, measure: bool = False) -> str:
+    """A table of what the recipe takes; `measure` times a few of its steps on this machine."""
+    recipe = replace(recipe, train=settled(build(recipe), RandomImages(recipe, recipe.train.batch), recipe.train))
+    rows = [("parameters", f"{sum(parameters(recipe).values()):,}")]
+    rows += [(f"  {name}", f"{count:,}") for name, count in parameters(recipe).items()]
+    flops, activations = cost(recipe)
+    rows.append(("FLOPs an image", f"{flops / 1e9:.3g} GFLOP (matrix products, forward and backward)"))
+    rows.append(("micro-batch", f"{recipe.train.micro_batch} of {recipe.train.batch} images, {recipe.train.precision}"))
+    rows.append(("memory", memory(recipe, activations)))
+    images, rest = length(recipe)
+    rows += rest
+    if images:
+        rows.append(("FLOPs in all", f"{flops * images:.3g}"))
+    if measure:
+        speed = measured(recipe)
+        rows.append(("speed here", f"{speed:,.1f} images/s on {device_of(recipe.train.device)}"))
+        if images:
+            rows.append(("time here", f"{duration(images / speed)} without evaluation"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def parameters(recipe: Recipe) -> dict[str, int]:
+    """Trained parameters of each part of the encoder and of the objective."""
+    with torch.device("meta"):
+        objective = build(recipe)
+    counts: dict[str, int] = {}
+    for name, parameter in objective.named_parameters():
+        part = ".".join(name.split(".")[: 2 if name.startswith("encoder.") else 1])
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def cost(recipe: Recipe) -> tuple[int, int]:
+    """FLOPs of one image, and bytes that its forward pass keeps for the backward pass in float32: counted, not computed.
+
+    The objective runs on torch's "meta" device, which has shapes and no numbers.
+    """
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[id(tensor.untyped_storage())] = tensor
+        return tensor
+
+    with torch.device("meta"):
+        objective = build(recipe)
+        images = torch.empty(2, recipe.model.channels, *recipe.model.image, dtype=torch.uint8)
+        with FlopCounterMode(display=False) as counter:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss, _ = objective(Batch(images))
+            loss.backward()
+    own = {id(parameter.untyped_storage()) for parameter in objective.parameters()}
+    activations = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+    return counter.get_total_flops() // 2, activations // 2
+
+
+def memory(recipe: Recipe, activations: int) -> str:
+    """An estimate: parameters, gradients, Adam's two averages and a running one, and a micro-batch's activations."""
+    train = recipe.train
+    assert isinstance(train.micro_batch, int)
+    state = sum(parameters(recipe).values()) * 4 * (4 + (train.ema > 0)) / MIB
+    kept = activations * train.micro_batch * (0.5 if train.precision == "bfloat16" else 1) / MIB
+    return f"about {state + kept:,.0f} MiB: {state:,.0f} of parameters and optimizer, {kept:,.0f} of activations"
+
+
+def length(recipe: Recipe) -> tuple[int, list[tuple[str, str]]]:
+    """Images seen in all, 0 if the shards that would tell are not there, and how to say it."""
+    path, split = Path(recipe.data.path), recipe.data.train
+    unit, amount = recipe.duration
+    if path.is_dir() and split in splits(path):
+        images = len(read_index(path, split))
+        steps = recipe.in_steps(images).train.steps or 0
+        seen = steps * recipe.train.batch
+        return seen, [("steps", f"{steps:,} = {seen / images:,.1f} epochs of {images:,} images")]
+    if unit == "epochs":
+        return 0, [("steps", f"{amount:g} epochs; {path} has no shards yet that would tell how many steps that is")]
+    steps = recipe.in_steps(1).train.steps or 0
+    return steps * recipe.train.batch, [("steps", f"{steps:,}")]
+
+
+def measured(recipe: Recipe) -> float:
+    """Images a second of the training step on this machine, data and logging left out."""
+    device, config = device_of(recipe.train.device), replace(recipe.train, steps=1000, warmup=0)
+    objective = build(recipe).to(device)
+    batch = RandomImages(recipe, recipe.train.batch).batch.to(device)
+    optimizer, forward = build_optimizer(objective, config), forward_pass(objective, config)
+    times = []
+    for step in range(1, MEASURED_STEPS + 2):
+        start = time.perf_counter()
+        loss, _, _ = update(forward, objective, optimizer, batch, config, recipe.seed, step)
+        loss.item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return len(batch) / sorted(times[1:])[MEASURED_STEPS // 2]
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

@@ -17,12 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mpp.errors import UserError
+
 logger = logging.getLogger("mpp.checkpoint")
 
 State = dict[str, dict[str, Tensor]]  # file name without ending -> its tensors
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint can't be written, or does not fit."""
 
 

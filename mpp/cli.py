@@ -1,10 +1,13 @@
 """`mpp ...`: parses the command line and calls one function a verb."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from mpp.errors import UserError
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -34,16 +37,16 @@ def shards_index(options: argparse.Namespace) -> None:
 
 
 def shards_check(options: argparse.Namespace) -> None:
-    from mpp.data.index import check_folder
+    from mpp.data.check import check_folder
 
     if check_folder(options.folder, mark=options.mark):
         raise SystemExit(1)
 
 
 def pretrain(options: argparse.Namespace) -> None:
+    from mpp.loop import Interrupted
     from mpp.recipe import load_recipe
     from mpp.run import pretrain
-    from mpp.loop import Interrupted
 
     recipe = load_recipe(options.recipe, options.overrides)
     try:
@@ -81,7 +84,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("mpp", description="Masked patch pretraining of Vision Transformers.")
     verbs = top.add_subparsers(metavar="VERB", required=True)
 
-    def verb(group: "argparse._SubParsersAction", name: str, run: Command, help: str, example: str) -> argparse.ArgumentParser:
+    def verb(
+        group: "argparse._SubParsersAction", name: str, run: Command, help: str, example: str
+    ) -> argparse.ArgumentParser:
         added = group.add_parser(name, help=help, description=help, epilog=f"example: {example}")
         added.set_defaults(run=run)
         return added
@@ -93,12 +98,16 @@ def parser() -> argparse.ArgumentParser:
     shards = verbs.add_parser("shards", help="make, index or check WebDataset shards").add_subparsers(
         metavar="VERB", required=True
     )
-    make = verb(shards, "make", shards_make, "Turn images into shards.", "mpp shards make photos/ data/photos --size 256")
+    make = verb(
+        shards, "make", shards_make, "Turn images into shards.", "mpp shards make photos/ data/photos --size 256"
+    )
     make.add_argument("source", metavar="SOURCE", help="folder or archive of images, torchvision dataset, or `digits`")
     make.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
     make.add_argument("--labels", choices=("auto", "none"), default="auto", help="auto: folders are classes")
     make.add_argument("--size", type=int, metavar="PIXELS", help="shrink the shorter side to this")
-    make.add_argument("--format", choices=("jpg", "png", "webp"), help="encode all images so; else files stay as they are")
+    make.add_argument(
+        "--format", choices=("jpg", "png", "webp"), help="encode all images so; else files stay as they are"
+    )
     make.add_argument("--quality", type=int, default=95, help="of jpg and webp that are encoded (default: 95)")
     make.add_argument("--mode", choices=("RGB", "L"), default="RGB", help="L: grey, one channel")
     make.add_argument("--per-shard", type=int, default=5000, metavar="IMAGES", help="at most (default: 5000)")
@@ -106,14 +115,22 @@ def parser() -> argparse.ArgumentParser:
     index = verb(shards, "index", shards_index, "Index WebDataset tars that others wrote.", "mpp shards index laion/")
     index.add_argument("folder", metavar="FOLDER", type=Path)
     index.add_argument("--split", help="name of the split; else what the files' names say, or train")
-    check = verb(shards, "check", shards_check, "Decode every image and list the bad ones.", "mpp shards check data/photos")
+    check = verb(
+        shards, "check", shards_check, "Decode every image and list the bad ones.", "mpp shards check data/photos"
+    )
     check.add_argument("folder", metavar="FOLDER", type=Path)
-    check.add_argument("--mark", action="store_true", help="record the bad ones in the index, so that reading skips them")
+    check.add_argument(
+        "--mark", action="store_true", help="record the bad ones in the index, so that reading skips them"
+    )
 
-    pre = verb(verbs, "pretrain", pretrain, "Pretrain an encoder; again, go on.", "mpp pretrain cifar10/mpp train.lr=1e-3")
+    pre = verb(
+        verbs, "pretrain", pretrain, "Pretrain an encoder; again, go on.", "mpp pretrain cifar10/mpp train.lr=1e-3"
+    )
     recipe(pre)
     pre.add_argument("--from", dest="weights", type=Path, metavar="WEIGHTS", help="start from this encoder")
-    planned = verb(verbs, "plan", plan, "What a recipe takes: parameters, FLOPs, memory, time.", "mpp plan paper/vit_b16_mpp")
+    planned = verb(
+        verbs, "plan", plan, "What a recipe takes: parameters, FLOPs, memory, time.", "mpp plan paper/vit_b16_mpp"
+    )
     recipe(planned)
     planned.add_argument("--measure", action="store_true", help="time a few steps on this machine")
     probed = verb(
@@ -135,12 +152,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Errors that a user can mend are one line on stderr, with exit status 2."""
     logging.basicConfig(level=logging.INFO, format="mpp: %(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal can't show
     options = parser().parse_args(arguments)
     try:
         options.run(options)
-    except ValueError as error:
-        if type(error).__module__.partition(".")[0] != "mpp":
-            raise  # not ours: a bug, which a traceback serves better
+    except UserError as error:
         print(f"mpp: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

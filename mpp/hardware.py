@@ -5,10 +5,12 @@ from typing import Literal
 
 import torch
 
+from mpp.errors import UserError
+
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 
 
-class HardwareError(ValueError):
+class HardwareError(UserError):
     """A recipe asks for what this machine does not have."""
 
 

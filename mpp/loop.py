@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from mpp import checkpoint
 from mpp.batch import Batch
+from mpp.errors import UserError
 from mpp.hardware import DeviceName, device_of, multiplies_bfloat16, peak_memory
 from mpp.log import Log, LogConfig
 from mpp.objectives import Objective
@@ -28,7 +29,7 @@ PICTURED = 8  # images of a picture grid
 PICTURE_SEED = 1  # the same for all pictures of a run, which then show the same patches corrupted
 # Tokens of a micro-batch on a CPU. Up to here throughput grows with the batch; beyond, its activations only leave the
 # caches (measured on Zen 4 from width 192 to 768: `benchmarks/step.py --sizes tiny32 --micro-batches`).
-CPU_TOKENS = 4096
+CPU_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Images(Protocol):
     def iterate(self, start: int) -> Iterator[Batch]: ...
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """A run can't go on; the line says where it stopped and what to try."""
 
 

@@ -26,6 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from mpp.checkpoint import sync
 from mpp.data.read import DataConfig
+from mpp.errors import UserError
 from mpp.log import LogConfig
 from mpp.loop import EvalConfig, TrainConfig
 from mpp.models.presets import presets
@@ -39,7 +40,7 @@ ODD_YAML = (AttributeError, KeyError, RecursionError)  # what PyYAML raises besi
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that can't be used: one line with the file, the key, what was found and what was expected."""
 
 

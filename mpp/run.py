@@ -13,6 +13,7 @@ import torch
 from mpp.data.index import ShardError, splits
 from mpp.data.read import Batches, read_shards
 from mpp.data.write import make_shards
+from mpp.errors import UserError
 from mpp.hardware import device_of
 from mpp.models.vit import ViT
 from mpp.objectives import OBJECTIVES, Objective
@@ -27,7 +28,7 @@ EVALUATION = -2
 logger = logging.getLogger("mpp")
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run can't start where it was asked to."""
 
 

@@ -230,3 +230,24 @@ def test_threads_decode_without_warnings():
 def test_decoding_imports_no_torch():
     code = "import sys, mpp.data.write, mpp.data.index; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_pixels_that_do_not_fit_into_memory_are_damage_not_the_end():
+    code = """
+import io, resource
+import simplejpeg
+from PIL import Image
+from mpp.data.decode import DamagedImage, decode
+Image.new("RGB", (8, 8)).save(data := io.BytesIO(), "JPEG")
+size = bytes([0x40, 0]) * 2  # 16384x16384, which its header claims
+place = data.getvalue().index(bytes([0xFF, 0xC0])) + 5
+huge = data.getvalue()[:place] + size + data.getvalue()[place + 4:]
+limit = 2**20 * 700
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    decode(huge)
+except DamagedImage as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "its pixels do not fit into memory\n", run.stderr

@@ -1,6 +1,5 @@
 """mpp/data/index.py against Python's tarfile and against tars written by webdataset's own writer."""
 
-import io
 import json
 import tarfile
 import zlib
@@ -10,34 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 from safetensors.numpy import save
+from shard_files import labelled, png, quiet, write_tar
 
-from mpp.data.index import ARRAYS, ShardError, check_folder, index_folder, read_index, scan_shard, splits, write_index
-
-
-def image(seed: int = 0, h: int = 6, w: int = 9, kind: str = "PNG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
-    Image.fromarray(pixels).save(data := io.BytesIO(), kind)
-    return data.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def labelled(n: int, labels: list[str], start: int = 0) -> list[tuple[str, bytes]]:
-    keys = range(start, start + n)
-    return [m for i in keys for m in ((f"{i:04d}.png", image(i)), (f"{i:04d}.cls", labels[i % len(labels)].encode()))]
-
-
-def quiet(_: str) -> None:
-    pass
+from mpp.data.check import check_folder
+from mpp.data.index import ARRAYS, index_folder, read_index, splits, write_index
+from mpp.data.tar import ShardError, scan_shard
 
 
 @pytest.fixture
@@ -62,8 +39,8 @@ def test_offsets_sizes_and_checksums_agree_with_tarfile(folder):
     index = read_index(folder, "train")
     assert len(index) == 9
     for i in range(9):
-        assert in_tarfile(folder, index, i) == image(i)
-        assert index.crc32[i] == zlib.crc32(image(i))
+        assert in_tarfile(folder, index, i) == png(i)
+        assert index.crc32[i] == zlib.crc32(png(i))
         assert index.key(i) == f"{i:04d}"
     assert (index.height == 6).all()
     assert (index.width == 9).all()
@@ -96,14 +73,12 @@ def test_integer_labels_stay_and_names_are_numbered_alike_in_every_split(tmp_pat
 def test_tars_of_webdatasets_writer_are_indexed(tmp_path):
     with webdataset.ShardWriter(str(tmp_path / "photos-%06d.tar"), maxcount=4, verbose=0) as writer:
         for i in range(10):
-            writer.write(
-                {"__key__": f"deep/er.dir/{i}", "jpg": image(i, kind="JPEG"), "cls": i % 3, "json": {"a": [i]}}
-            )
+            writer.write({"__key__": f"deep/er.dir/{i}", "jpg": png(i, kind="JPEG"), "cls": i % 3, "json": {"a": [i]}})
     (index,) = index_folder(tmp_path, report=quiet)
     assert (index.split, len(index), len(index.shards)) == ("photos", 10, 3)
     assert index.label.tolist() == [i % 3 for i in range(10)]
     assert index.key(7) == "deep/er.dir/7"
-    assert all(in_tarfile(tmp_path, index, i) == image(i, kind="JPEG") for i in range(10))
+    assert all(in_tarfile(tmp_path, index, i) == png(i, kind="JPEG") for i in range(10))
 
 
 def test_tars_of_img2dataset_get_the_split_that_is_asked_for(tmp_path):
@@ -112,7 +87,7 @@ def test_tars_of_img2dataset_get_the_split_that_is_asked_for(tmp_path):
         for i in range(3):
             key = f"{shard:05d}{i:04d}"
             members += [
-                (f"{key}.jpg", image(i, kind="JPEG")),
+                (f"{key}.jpg", png(i, kind="JPEG")),
                 (f"{key}.txt", b"a cat"),
                 (f"{key}.json", b'{"caption": 1}'),
             ]
@@ -122,52 +97,10 @@ def test_tars_of_img2dataset_get_the_split_that_is_asked_for(tmp_path):
     assert (index.split, len(index), index.classes, set(index.label)) == ("web", 6, (), {-1})
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_foreign_names_are_read_as_tarfile_reads_them(tmp_path, form):
-    names = ["d" * 90 + "/" + "k" * 60 + ".png", "short.png"]
-    if form != tarfile.USTAR_FORMAT:
-        names += ["x" * 300 + "/" + "y" * 200 + ".png", "grüße/日本.png"]
-    path = write_tar(tmp_path / "t-0.tar", [(name, image(i)) for i, name in enumerate(names)], form)
-    assert [sample.key for sample in scan_shard(path).samples] == [name.removesuffix(".png") for name in names]
-    with tarfile.open(path) as tar:
-        assert [m.offset_data for m in tar] == [sample.offset for sample in scan_shard(path).samples]
-
-
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
-)  # webdataset's
-def test_samples_are_grouped_as_webdataset_groups_them(tmp_path):
-    members = [
-        ("a.b/one.JPG", image(1, kind="JPEG")), ("a.b/one.cls", b"3\n"), ("a.b/one.seg.png", image(2)),
-        ("two.txt", b"no image"), ("three.webp", image(3, kind="WEBP")), ("__meta__", b"?"), ("noending", b"?"),
-    ]  # fmt: skip
-    path = write_tar(tmp_path / "t-0.tar", members)
-    scan = scan_shard(path)
-    assert [(s.key, s.label, s.size) for s in scan.samples] == [
-        ("a.b/one", "3", len(members[0][1])),
-        ("three", "", len(members[4][1])),
-    ]
-    assert scan.without_image == 1
-    keys = [s["__key__"] for s in webdataset.WebDataset(str(path), shardshuffle=False)]
-    assert keys == ["a.b/one", "two", "three"]
-
-
-def test_folders_and_links_in_a_tar_are_passed_over(tmp_path):
-    with tarfile.open(tmp_path / "t-0.tar", "w") as tar:
-        for name, kind in (("dir", tarfile.DIRTYPE), ("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "a.png"
-            tar.addfile(info)
-        info = tarfile.TarInfo("a.png")
-        info.size = len(image())
-        tar.addfile(info, io.BytesIO(image()))
-    assert [sample.key for sample in scan_shard(tmp_path / "t-0.tar").samples] == ["a"]
-
-
 def test_hostile_keys_are_only_names(tmp_path):
     inside = tmp_path / "in"
     inside.mkdir()
-    write_tar(inside / "t-0.tar", [("../../evil.png", image()), ("/etc/passwd.png", image()), ("a\nb.png", image())])
+    write_tar(inside / "t-0.tar", [("../../evil.png", png()), ("/etc/passwd.png", png()), ("a\nb.png", png())])
     (index,) = index_folder(inside, report=quiet)
     assert [index.key(i) for i in range(3)] == ["../../evil", "/etc/passwd", "a\nb"]
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["in", "t-0.tar", "t-index.safetensors"]
@@ -175,7 +108,7 @@ def test_hostile_keys_are_only_names(tmp_path):
 
 @pytest.mark.parametrize("cut", [100, 700, 5000, -1024, -10_000])
 def test_a_cut_tar_is_refused_with_the_byte_where_it_ends(tmp_path, cut):
-    path = write_tar(tmp_path / "t-000007.tar", [(f"{i}.png", image(i, 40, 40)) for i in range(4)])
+    path = write_tar(tmp_path / "t-000007.tar", [(f"{i}.png", png(i, 40, 40)) for i in range(4)])
     with tarfile.open(path) as tar:
         end = max(m.offset_data + -(-m.size // 512) * 512 for m in tar)
     data = path.read_bytes()[: end if cut == -1024 else cut]  # -1024: only the end mark is gone
@@ -187,24 +120,12 @@ def test_a_cut_tar_is_refused_with_the_byte_where_it_ends(tmp_path, cut):
     assert not splits(tmp_path)
 
 
-def test_a_tar_with_a_changed_header_or_a_foreign_file_is_refused(tmp_path):
-    path = write_tar(tmp_path / "t-0.tar", labelled(3, ["0"]))
-    data = bytearray(path.read_bytes())
-    data[3] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ShardError, match="no tar header at byte 0"):
-        scan_shard(path)
-    path.write_bytes(b"\x1f\x8b" + bytes(range(256)) * 8)
-    with pytest.raises(ShardError, match="no tar header at byte 0"):
-        scan_shard(path)
-
-
 def test_a_key_that_occurs_twice_is_refused_with_its_shards(tmp_path):
     for shard in range(2):
-        write_tar(tmp_path / f"t-{shard}.tar", [("same.png", image(shard))])
+        write_tar(tmp_path / f"t-{shard}.tar", [("same.png", png(shard))])
     with pytest.raises(ShardError, match=r"key same occurs 2 times in t: in t-0\.tar, t-1\.tar"):
         index_folder(tmp_path, report=quiet)
-    write_tar(tmp_path / "t-0.tar", [("a.png", image()), ("a.png", image())])
+    write_tar(tmp_path / "t-0.tar", [("a.png", png()), ("a.png", png())])
     with pytest.raises(ShardError, match=r"a\.png occurs twice"):
         scan_shard(tmp_path / "t-0.tar")
 
@@ -254,40 +175,37 @@ def test_an_index_that_points_outside_its_shards_is_refused(folder):
     assert "outside its shards" in message(folder)
 
 
-def test_check_lists_each_bad_image_with_shard_key_and_cause_and_marks_it(tmp_path):
-    cut = image(1)[:-60]
-    write_tar(tmp_path / "t-0.tar", [("good.png", image(0)), ("cut.png", cut), ("page.jpg", b"<html>")])
-    lines: list[str] = []
-    (index,) = index_folder(tmp_path, report=lines.append)
-    assert index.damaged.tolist() == [False, False, True]  # only the header was looked at
-    assert "t-0.tar page: not an image (starts with b'<html>')" in lines
-    lines.clear()
-    assert check_folder(tmp_path, report=lines.append) == 2
-    assert any(line.startswith("t-0.tar cut: truncated PNG") for line in lines)
-    assert read_index(tmp_path, "t").damaged.tolist() == [False, False, True]
-    check_folder(tmp_path, mark=True, report=quiet)
-    assert read_index(tmp_path, "t").damaged.tolist() == [False, True, True]
-
-
-def test_check_finds_bytes_that_changed_behind_the_index(folder):
-    path = folder / "test-000000.tar"
-    write_tar(path, [(f"{i:04d}.{e}", d) for i in range(3) for e, d in (("png", image(i + 50)), ("cls", b"2"))])
-    lines: list[str] = []
-    assert check_folder(folder, report=lines.append) == 3
-    assert "checksum" in lines[0]
-
-
 def test_class_names_in_json_are_kept_and_other_json_does_no_harm(tmp_path):
     facts = [json.dumps({"class": "cat"}).encode(), b"[1]", b"not json", b'{"class": 5}']
     members = [
-        m for i, f in enumerate(facts) for m in ((f"{i}.png", image(i)), (f"{i}.cls", b"%d" % i), (f"{i}.json", f))
+        m for i, f in enumerate(facts) for m in ((f"{i}.png", png(i)), (f"{i}.cls", b"%d" % i), (f"{i}.json", f))
     ]
     write_tar(tmp_path / "t-0.tar", members)
     (index,) = index_folder(tmp_path, report=quiet)
     assert index.classes == ("cat", "1", "2", "3")
 
 
-def test_integers_too_large_for_classes_are_refused(tmp_path):
-    write_tar(tmp_path / "t-0.tar", labelled(2, ["123456789012"]))
+@pytest.mark.parametrize("digits", ["1234567", "9" * 6000])
+def test_integers_too_large_for_classes_are_refused(tmp_path, digits):
+    write_tar(tmp_path / "t-0.tar", labelled(2, [digits]))
     with pytest.raises(ShardError, match="no classes"):
         index_folder(tmp_path, report=quiet)
+
+
+def test_a_split_is_a_part_of_a_file_name(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.png", png())])
+    for split in ("../x", ""):
+        with pytest.raises(ShardError, match="a split is part of a file name"):
+            index_folder(tmp_path, split, report=quiet)
+
+
+def test_an_index_whose_parts_do_not_fit_is_refused(folder):
+    index = read_index(folder, "train")
+    for change in ({"mode": "CMYK"}, {"shard_bytes": ()}, {"label": index.label[1:]}, {"shard": index.shard + 7}):
+        write_index(replace(index, **change))
+        assert "train-index.safetensors: cut, or no index of mpp" in message(folder)
+
+
+def test_a_file_is_no_folder_of_shards(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    assert "a file, not a folder of shards" in message(tmp_path / "file")

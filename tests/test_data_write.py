@@ -10,76 +10,37 @@ import subprocess
 import sys
 import tarfile
 import time
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from shard_files import (
+    CLASSES,
+    contents,
+    image,
+    make,
+    refused,
+    stored,
+    write_files,
+)
 
 from mpp.data import write
+from mpp.data.check import check_folder
 from mpp.data.decode import decode
-from mpp.data.index import ShardError, check_folder, index_folder, read_index
-from mpp.data.write import make_shards
+from mpp.data.index import index_folder, read_index
+from mpp.data.tar import ShardError
 
 MAKE = (
     "import sys, json; from mpp.data.write import make_shards; make_shards(*sys.argv[1:3], **json.loads(sys.argv[3]))"
 )
 
 
-def image(seed: int = 0, kind: str = "JPEG", h: int = 12, w: int = 16) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), np.uint8)
-    Image.fromarray(pixels).save(data := io.BytesIO(), kind)
-    return data.getvalue()
-
-
-def write_files(root: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
-
-
-def make(source: Path | str, out: Path, **options) -> tuple[list, list[str]]:
-    lines: list[str] = []
-    return make_shards(source, out, progress=False, report=lines.append, **options), lines
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.suffix in (".tar", ".safetensors")
-    }
-
-
-def stored(folder: Path) -> dict[str, tuple[str, bytes, str | None]]:
-    """{source: (ending, bytes, class)} of all shards by Python's tarfile."""
-    found = {}
-    for path in folder.glob("*.tar"):
-        with tarfile.open(path) as tar:
-            members = {member.name: tar.extractfile(member).read() for member in tar}
-        for name in (name for name in members if name.endswith(".json")):
-            key, facts = name.removesuffix(".json"), json.loads(members[name])
-            ending = next(e for e in ("jpg", "png", "webp") if f"{key}.{e}" in members)
-            found[facts["source"]] = (ending, members[f"{key}.{ending}"], facts["class"])
-    return found
-
-
-CLASSES = {
-    f"{split}/{name}/{i}.jpg": image(i) for split in ("train", "test") for name in ("cat", "dog") for i in range(6)
-}
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write_files(tmp_path / "source", CLASSES)
-
-
-def refused(source: Path | str, out: Path, **options) -> str:
-    with pytest.raises(ShardError) as caught:
-        make(source, out, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_folders_become_splits_and_classes_and_bytes_are_kept(source, tmp_path):
@@ -125,72 +86,6 @@ def test_single_shards_are_mixed_in_an_order_that_never_changes(source, tmp_path
     assert [index.key(i) for i in range(3)] == ["00000000", "00000001", "00000002"]
     with tarfile.open(tmp_path / "a" / "train-000000.tar") as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in tar} == {(0, 0, 0, "", 0o644)}
-
-
-def archive(source: Path, ending: str, tmp_path: Path) -> Path:
-    path = tmp_path / ("archive" + ending)
-    if ending == ".zip":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-            for file in sorted(source.rglob("*.*")):
-                packed.write(file, file.relative_to(source).as_posix())
-    else:
-        with tarfile.open(path, "w:" + ending.removeprefix(".tar").removeprefix(".").replace("tgz", "gz")) as packed:
-            packed.add(source, ".")
-    return path
-
-
-@pytest.mark.parametrize("ending", [".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"])
-def test_an_archive_gives_the_images_of_its_folder(source, tmp_path, ending):
-    make(archive(source, ending, tmp_path), tmp_path / "out", per_shard=5)
-    make(source, tmp_path / "folder", per_shard=5)
-    by_path = {name.removeprefix("./"): value for name, value in stored(tmp_path / "out").items()}
-    assert by_path == stored(tmp_path / "folder")
-    assert not (tmp_path / "out" / "source.tar.part").exists()
-
-
-@pytest.mark.parametrize(
-    ("names", "splits", "classes"),
-    [
-        (["a.jpg", "b.JPG", "c.JpEg"], {"train": 3}, ()),
-        (["cats/a.jpg", "dogs/sub/b.jpg"], {"train": 2}, ("cats", "dogs")),
-        (["wrap/cats/a.jpg", "wrap/dogs/b.jpg"], {"train": 2}, ("cats", "dogs")),
-        (
-            ["wrap/Train/x/a.jpg", "wrap/VALID/x/b.jpg", "wrap/test/y/c.jpg"],
-            {"train": 1, "val": 1, "test": 1},
-            ("x", "y"),
-        ),
-        (["validation/a.jpg", "train/b.jpg"], {"train": 1, "val": 1}, ()),
-        (["train/10/a.jpg", "train/9/b.jpg"], {"train": 2}, ("9", "10")),
-        (["train/a.jpg", "trainannot/a.png", "notes.txt"], {"train": 1}, ()),
-        (["wrap/deep/a.jpg", "wrap/deep/b.jpg"], {"train": 2}, ()),
-    ],
-)
-def test_the_layout_says_splits_and_classes(tmp_path, names, splits, classes):
-    source = write_files(tmp_path / "source", {name: image(i) for i, name in enumerate(names)})
-    indexes, _ = make(source, tmp_path / "out")
-    assert {index.split: len(index) for index in indexes} == splits
-    assert all(index.classes == classes for index in indexes)
-
-
-def test_labels_none_leaves_labels_out(source, tmp_path):
-    indexes, lines = make(source, tmp_path / "out", labels="none")
-    assert all(index.classes == () and set(index.label) == {-1} for index in indexes)
-    assert lines[1] == "labels: none"
-    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
-        assert not [name for name in tar.getnames() if name.endswith("cls")]
-
-
-def test_what_is_no_image_is_counted_and_macos_junk_is_passed_over(tmp_path):
-    files = {
-        "x/a.jpg": image(),
-        "y/b.jpg": image(1),
-        "readme.txt": b"hi",
-        "x/.DS_Store": b"",
-        "__MACOSX/x/._a.jpg": b"",
-    }
-    _, lines = make(write_files(tmp_path / "source", files | {"x/._a.jpg": b"?"}), tmp_path / "out")
-    assert "left out: 1 files that are no images, such as readme.txt" in lines
-    assert sorted(stored(tmp_path / "out")) == ["x/a.jpg", "y/b.jpg"]
 
 
 def test_damaged_images_are_left_out_and_named_with_their_cause(source, tmp_path):
@@ -263,90 +158,6 @@ def test_format_mode_and_size_are_obeyed(tmp_path, form, mode):
     assert check_folder(tmp_path / "out", report=lambda _: None) == 0
 
 
-def test_digits_are_scikit_learns_images(tmp_path):
-    from sklearn.datasets import load_digits
-
-    (test, train), _ = make("digits", tmp_path / "out")
-    data = load_digits()
-    assert (len(train), len(test), train.classes) == (1442, 355, tuple("0123456789"))
-    assert np.bincount(test.label).tolist() == [count // 5 for count in np.bincount(data.target)]
-    for name, (_, encoded, label) in list(stored(tmp_path / "out").items())[::50]:
-        number = int(Path(name).stem)
-        assert np.array_equal(decode(encoded, "L")[:, :, 0], np.round(data.images[number] * 255 / 16))
-        assert int(label) == data.target[number]
-
-
-def test_a_torchvision_dataset_is_taken_by_name(tmp_path, monkeypatch):
-    from torchvision import datasets
-
-    class Tiny(list):
-        classes = ("a/b", "c")
-
-        def __init__(self, root: str, train: bool, download: bool) -> None:
-            assert root == str(tmp_path / "torchvision")
-            super().__init__((Image.open(io.BytesIO(image(i))), i % 2) for i in range(4 + train))
-
-    monkeypatch.setattr(datasets, "Tiny", Tiny, raising=False)
-    (test, train), _ = make("torchvision:Tiny", tmp_path / "out")
-    assert (len(test), len(train), train.classes) == (4, 5, ("a b", "c"))
-
-
-def test_without_a_network_torchvision_says_which_file_to_put_where(tmp_path, monkeypatch):
-    import urllib.request
-
-    def offline(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    said = refused("CIFAR10", tmp_path / "out")
-    assert "cifar-10-python.tar.gz" in said
-    assert str(tmp_path / "torchvision") in said
-
-
-def test_names_in_archives_are_never_written(tmp_path):
-    path = tmp_path / "evil.tar"
-    with tarfile.open(path, "w") as tar:
-        for name in ("../../evil.jpg", "/abs/evil.jpg", "ok/../../x.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = len(image())
-            tar.addfile(info, io.BytesIO(image()))
-    make(path, tmp_path / "in" / "out")
-    assert sorted(stored(tmp_path / "in" / "out")) == ["../../evil.jpg", "/abs/evil.jpg", "ok/../../x.jpg"]
-    assert sorted(p.name for p in tmp_path.rglob("*.jpg")) == []
-
-
-@pytest.mark.parametrize("ending", [".tar.xz", ".tar", ".zip", ".tar.gz"])
-def test_a_cut_archive_is_refused_in_one_line(source, tmp_path, ending):
-    path = archive(source, ending, tmp_path)
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-    said = refused(path, tmp_path / "out")
-    assert said.startswith(str(path))
-    assert any(word in said for word in ("cut", "unpacked"))
-    assert not list((tmp_path / "out").glob("*.tar"))
-
-
-def test_links_are_followed_but_not_round_and_round_and_dead_ones_are_named(source, tmp_path):
-    (source / "train" / "fox").symlink_to(source / "train" / "cat", target_is_directory=True)
-    (source / "train" / "cat" / "round").symlink_to(source, target_is_directory=True)
-    (source / "train" / "dog" / "dead.jpg").symlink_to(tmp_path / "absent.jpg")
-    write_files(tmp_path, {"elsewhere/owl.jpg": image(50)})
-    (source / "train" / "owl").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    (_, train), lines = make(source, tmp_path / "out")
-    assert len(train) == 12 + 6 + 1  # fox is cat once more
-    assert any(line.startswith("left out: train/dog/dead.jpg: cannot be read") for line in lines)
-
-
-def test_an_empty_or_missing_source_is_refused_in_one_line(tmp_path):
-    empty = write_files(tmp_path / "source", {"notes.txt": b""})
-    assert "no images found among 1 files; expected" in refused(empty, tmp_path / "out")
-    assert "not found; expected" in refused(tmp_path / "absent", tmp_path / "out")
-    assert "no archive" in refused(empty / "notes.txt", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    for wrong in ({"quality": 0}, {"size": 0}, {"format": "gif"}, {"per_shard": 0}):
-        assert next(iter(wrong)) in refused(empty, tmp_path / "out", **wrong)
-
-
 def test_a_finished_folder_is_left_alone_and_another_command_refused(source, tmp_path):
     first, _ = make(source, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -413,3 +224,79 @@ def test_shards_close_at_their_size_in_mib(tmp_path):
     files = {f"{i}.png": image(i, "PNG", 400, 400) for i in range(5)}  # 480 kB each
     (index,), _ = make(write_files(tmp_path / "source", files), tmp_path / "out", shard_mib=1)
     assert np.bincount(index.shard).tolist() == [3, 2]
+
+
+def test_two_that_make_shards_in_one_folder_do_not_mix(source, tmp_path, monkeypatch):
+    second = []
+
+    def meanwhile(*arguments) -> list:
+        second.append(refused(source, tmp_path / "out"))
+        return understand(*arguments)
+
+    understand = write.understand
+    monkeypatch.setattr(write, "understand", meanwhile)
+    make(source, tmp_path / "out")
+    assert "another `mpp shards make` is writing there" in second[0]
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_no_split_of_an_unfinished_folder_passes_for_complete(source, tmp_path):
+    make(source, tmp_path / "out")
+    (tmp_path / "out" / "make.json").rename(tmp_path / "out" / "make.unfinished.json")  # as just before the end
+    with pytest.raises(ShardError, match="unfinished"):
+        read_index(tmp_path / "out", "test")
+    make(source, tmp_path / "out")
+    assert len(read_index(tmp_path / "out", "test")) == 12
+
+
+def test_the_source_itself_or_a_file_is_no_place_for_shards(source, tmp_path):
+    assert "is the source itself" in refused(source, source)
+    write_files(tmp_path, {"file": b""})
+    assert "file: cannot be written to: File exists" in refused(source, tmp_path / "file")
+    assert "file/out: cannot be written to: Not a directory" in refused(source, tmp_path / "file" / "out")
+
+
+def test_images_of_extreme_shapes_are_kept_or_named(tmp_path):
+    shapes = {"dot.jpg": (1, 1), "long.jpg": (20, 20_000), "tall.jpg": (20_000, 20)}
+    files = {name: image(0, h=h, w=w) for name, (h, w) in shapes.items()}
+    source = write_files(tmp_path / "source", files)
+    (index,), _ = make(source, tmp_path / "a", size=32)
+    assert sorted(zip(index.height.tolist(), index.width.tolist(), strict=True)) == sorted(shapes.values())
+    (index,), _ = make(source, tmp_path / "b", size=10, mode="L")
+    assert sorted(index.height.tolist()) == [1, 10, 10_000]
+    (index,), lines = make(source, tmp_path / "c", format="webp")
+    assert len(index) == 1
+    assert any(line.startswith("left out: long.jpg: cannot be stored as webp") for line in lines)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 pages of 4 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("pages", [0, 1, 3, 12, 17])
+def test_a_disk_that_is_full_is_one_line_and_with_space_the_same_shards_come_out(tmp_path, small_disk, pages):
+    source = write_files(tmp_path / "source", {f"{c}/{i}.jpg": image(i) for c in "ab" for i in range(8)})
+    make(source, tmp_path / "whole", per_shard=4)
+    space = os.statvfs(small_disk)
+    (small_disk / "ballast").write_bytes(bytes((space.f_bavail - pages) * space.f_frsize))
+    command = [sys.executable, "-m", "mpp", "shards", "make", str(source), str(small_disk / "out"), "--per-shard", "4"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    said = [line for line in run.stderr.splitlines() if line.startswith("mpp: ")]
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+    assert "Traceback" not in run.stderr
+    assert not list(small_disk.rglob("*.part"))
+    with pytest.raises(ShardError):
+        read_index(small_disk / "out", "train")
+    (small_disk / "ballast").unlink()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert contents(small_disk / "out") == contents(tmp_path / "whole")

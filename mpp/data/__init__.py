@@ -1,1 +1,1 @@
-"""Images: from folders to shards (write, index), and from shards to batches (read, decode, augment)."""
+"""Images: to shards (sources, prepare, write), their index (tar, index, check), to batches (read, decode, augment)."""

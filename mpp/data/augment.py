@@ -1,5 +1,6 @@
 """Crops and flips of uint8 images: drawn for a whole batch at once, each image's from (seed, position) alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +49,7 @@ class Plan:
     shifts: np.ndarray  # (b, 2) pixels, down and right
 
 
-def plan(config: AugmentConfig, sizes: np.ndarray, image: tuple[int, int], seed: int, positions: np.ndarray) -> Plan:
+def training_plan(config: AugmentConfig, sizes: np.ndarray, image: tuple[int, int], seed: int, positions: np.ndarray) -> Plan:
     """Draws the training crops of images of `sizes` (b, 2) at `positions` (b,) of the endless chain of epochs."""
     draws = uniform(3 + 2 + 2 * TRIES, seed, positions)  # (b, ...): flip, shift; place; tries
     still = np.zeros((len(sizes), 2), np.int64)
@@ -91,26 +92,31 @@ def _inception(config: AugmentConfig, sizes: np.ndarray, place: np.ndarray, draw
     return np.concatenate([corner, box], axis=1).astype(np.int64)
 
 
-def apply(pixels: np.ndarray, box: np.ndarray, flip: bool, shift: np.ndarray, out: np.ndarray) -> None:
+def apply(pixels: np.ndarray, box: Sequence[int], flip: bool, shift: Sequence[int], out: np.ndarray) -> None:
     """Writes the box of `pixels` (h, w, c) into `out` (h', w', c), resized, shifted and flipped."""
-    top, left, height, width = box.tolist()
-    cut = resize(pixels[top : top + height, left : left + width], out.shape)
-    down, right = shift.tolist()
+    top, left, height, width = box
+    cut = pixels[top : top + height, left : left + width]
+    down, right = shift
     if down or right:
         pad = max(abs(down), abs(right))
-        framed = cv2.copyMakeBorder(cut, pad, pad, pad, pad, cv2.BORDER_REFLECT_101)
-        cut = framed[pad - down :, pad - right :][: len(out), : out.shape[1]].reshape(out.shape)
-    out[:] = cut[:, ::-1] if flip else cut
+        framed = cv2.copyMakeBorder(resize(cut, np.empty_like(out)), pad, pad, pad, pad, cv2.BORDER_REFLECT_101)
+        cut = framed.reshape(len(framed), -1, out.shape[2])[pad - down :, pad - right :][: len(out), : out.shape[1]]
+    if flip:
+        cv2.flip(resize(cut, np.empty_like(out)), 1, out)  # NumPy needs five times as long to mirror a small image
+    else:
+        resize(cut, out)
 
 
-def resize(pixels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Resizes (h, w, c) to `shape` by the triangle filter, which antialiases where it shrinks (PIL's BILINEAR)."""
-    if pixels.shape == shape:
-        return pixels
-    height, width = shape[:2]
-    if pixels.shape[0] <= height and pixels.shape[1] <= width:
+def resize(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Resizes (h, w, c) into `out` by the triangle filter, which antialiases where it shrinks (PIL's BILINEAR)."""
+    height, width = out.shape[:2]
+    if pixels.shape == out.shape:
+        out[:] = pixels
+    elif pixels.shape[0] <= height and pixels.shape[1] <= width:
         # Enlarging is plain bilinear interpolation; OpenCV does a small image in a third of the time of the call below.
-        return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR).reshape(shape)
-    picture = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-    picture = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)
-    return picture[0].permute(1, 2, 0).numpy()
+        cv2.resize(pixels, (width, height), out, interpolation=cv2.INTER_LINEAR)
+    else:
+        picture = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+        picture = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)
+        out[:] = picture[0].permute(1, 2, 0).numpy()
+    return out

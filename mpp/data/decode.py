@@ -14,12 +14,15 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from mpp.errors import cause
+
 MAX_PIXELS = 2**28  # 16384 x 16384; more is refused before memory is taken (Pillow itself stops at 179 million)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that calls other programs (EPS)
 KINDS = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WebP", b"GI": "GIF", b"BM": "BMP"}  # by the first bytes
 EXIF_ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
 PLAIN = {"YCbCr", "Gray", "RGB"}  # JPEG colour spaces that libjpeg-turbo converts as Pillow does; CMYK is not one
 DAMAGE = ("premature end", "bad huffman code", "resync")  # libjpeg warnings that mean wrong pixels; others are harmless
+TOO_LARGE = "its pixels do not fit into memory"
 
 # What Pillow raises on hostile bytes, as found in its plugins; a damaged file must never end a run.
 PILLOW_ERRORS = (
@@ -40,6 +43,13 @@ def decode(data: bytes, mode: str = "RGB") -> np.ndarray:
 
     For a plain JPEG with mode "L" the result is its luma as stored, without the detour over RGB.
     """
+    try:
+        return _decoded(data, mode)
+    except MemoryError:
+        raise DamagedImage(TOO_LARGE) from None
+
+
+def _decoded(data: bytes, mode: str) -> np.ndarray:
     if data[:2] == b"\xff\xd8" and _is_plain_jpeg(data):  # header 1.7 us, this and Exif 0.7 us, decoding 32x32 13.7 us
         try:
             image = simplejpeg.decode_jpeg(data, "RGB" if mode == "RGB" else "GRAY", strict=True)
@@ -162,8 +172,6 @@ def _jpeg_orientation(data: bytes) -> int:
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     """Turns and mirrors (h, w, c) as EXIF says: 5 to 8 swap the axes, the rest are flips."""
-    if orientation == 1:
-        return np.ascontiguousarray(image)
     if orientation >= 5:
         image = image.transpose(1, 0, 2)  # (w, h, c)
     if orientation in (2, 3, 6, 7):
@@ -175,7 +183,9 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def _cause(error: BaseException, data: bytes) -> str:
     """One line from Pillow's error, with the format where the first bytes tell it."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return TOO_LARGE
+    message = cause(error)
     kind = KINDS.get(bytes(data[:2]), "image")
     truncated = "truncated" in message.lower() or isinstance(error, EOFError)
     return f"{'truncated' if truncated else 'damaged'} {kind}: {message}"

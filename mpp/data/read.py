@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mpp.batch import Batch
-from mpp.data.augment import AugmentConfig, Plan, apply, evaluation_plan, plan
+from mpp.data.augment import AugmentConfig, Plan, apply, evaluation_plan, training_plan
 from mpp.data.decode import DamagedImage, decode
 from mpp.data.index import Index, ShardError, read_index
 from mpp.seeds import permutation
@@ -141,22 +141,17 @@ class _File:
 
 
 class Resident(Indexed):
-    """As `Indexed`, but each image is decoded once, at its first use, into one block of memory."""
+    """As `Indexed`, but each image is decoded once, at its first use, and kept."""
 
     def __init__(self, index: Index) -> None:
         super().__init__(index)
-        ends = _decoded_bytes(index).cumsum()
-        self._pixels = np.empty(ends[-1], np.uint8)  # the system gives pages only as they are written
-        self._starts = np.concatenate([[0], ends])
-        self._here = np.zeros(len(index), bool)
+        self._kept: list[np.ndarray | None] = [None] * len(index)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        height, width = self.index.height[number], self.index.width[number]
-        kept = self._pixels[self._starts[number] : self._starts[number + 1]].reshape(height, width, -1)
-        if not self._here[number]:
-            kept[:] = super().__getitem__(number)
-            self._here[number] = True  # after the pixels: another thread may be looking
-        return kept
+        pixels = self._kept[number]
+        if pixels is None:  # two threads may both decode it, to the same pixels
+            pixels = self._kept[number] = super().__getitem__(number)
+        return pixels
 
 
 class Batches:
@@ -246,24 +241,27 @@ class Batches:
         sizes = self._sizes[numbers]
         if not self.train:
             return evaluation_plan(self._augment, sizes, self.image)
-        return plan(self._augment, sizes, self.image, self.seed, positions)
+        return training_plan(self._augment, sizes, self.image, self.seed, positions)
 
     def _fill(self, out: np.ndarray, positions: np.ndarray, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Writes the images of some rows of a batch; gives the rows whose image is damaged."""
-        todo = self._plan(positions[rows], numbers[rows])
+        plan = self._plan(positions[rows], numbers[rows])
+        # Plain lists: taking single elements out of arrays would cost as much as a small image's crop.
+        boxes, flips, shifts = plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist()
+        todo = list(zip(rows.tolist(), numbers[rows].tolist(), boxes, flips, shifts, strict=True))
 
-        def work(part: np.ndarray) -> list[int]:
+        def work(part: list[tuple[int, int, list[int], bool, list[int]]]) -> list[int]:
             damaged = []
-            for at in part.tolist():
-                number = int(numbers[rows[at]])
+            for row, number, box, flip, shift in part:
                 try:
-                    apply(self._images[number], todo.boxes[at], todo.flips[at], todo.shifts[at], out[rows[at]])
+                    apply(self._images[number], box, flip, shift, out[row])
                 except DamagedImage as error:
-                    damaged.append(int(rows[at]))
+                    damaged.append(row)
                     self._report(number, str(error))
             return damaged
 
-        parts = np.array_split(np.arange(len(rows)), self._threads if self._pool else 1)
+        size = -(-len(todo) // self._threads)
+        parts = [todo[start : start + size] for start in range(0, len(todo), size)]
         results = self._pool.map(work, parts) if self._pool else map(work, parts)
         return np.array([row for result in results for row in result], np.int64)
 

@@ -8,10 +8,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mpp import checkpoint
+from mpp.errors import UserError
 from mpp.models.vit import ViT, ViTConfig
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A file of weights is not there, not whole or not of a kind this library knows."""
 
 

@@ -40,8 +40,11 @@ def ridge(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
     order = torch.from_numpy(permutation(len(train), HOLD_OUT_SEED))
     held, rest = order[: len(order) // HOLD_OUT], order[len(order) // HOLD_OUT :]
     best = max(
-        ((score, block, l2) for block in range(train.shape[1]) for score, l2 in _scores(
-            train[rest, block], train_labels[rest], train[held, block], train_labels[held], L2)),
+        (
+            (score, block, l2)
+            for block in range(train.shape[1])
+            for score, l2 in _scores(train[rest, block], train_labels[rest], train[held, block], train_labels[held], L2)
+        ),
         key=lambda found: found[0],
     )
     score, block, l2 = best
@@ -68,7 +71,7 @@ def _scores(x: Tensor, y: Tensor, test: Tensor, truth: Tensor, grid: tuple[float
 
 
 def probe(weights: Path, shards: Path, *, train: str = "train", test: str = "test", untrained: bool = False) -> Ridge:
-    """The ridge classifier's accuracy on the features of an encoder; `untrained`, of the same one before its training."""
+    """The ridge classifier on the features of an encoder, or with `untrained` of the same one before its training."""
     encoder = _initial(weights) if untrained else _load(weights)
     x, y = extract(encoder, shards, train)
     test_x, test_y = extract(encoder, shards, test)

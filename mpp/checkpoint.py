@@ -8,7 +8,6 @@ of it is on the disk, so that a folder of that name is complete.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpp.errors import UserError
+from mpp.files import sync
 
 logger = logging.getLogger("mpp.checkpoint")
 
@@ -29,7 +29,7 @@ class CheckpointError(UserError):
 
 
 def save(folder: Path, step: int, state: State, metadata: dict[str, str], keep: int) -> Path:
-    """Writes a checkpoint below `folder`, then deletes all but the last `keep`. Raises CheckpointError on a full disk."""
+    """Writes a checkpoint below `folder`, then deletes all but the last `keep`; CheckpointError on a full disk."""
     final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -61,7 +61,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def load(path: Path) -> tuple[int, State]:
-    """Reads and checks one checkpoint; raises CheckpointError, naming the file, if any of it is not as it was written."""
+    """Reads and checks one checkpoint; CheckpointError names the file that is not as it was written."""
     try:
         described = json.loads((path / "state.json").read_text(encoding="utf-8"))
         state = {}
@@ -101,24 +101,17 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
     if wrong:
-        raise CheckpointError(f"the checkpoint is of another model: {', '.join(wrong[:5])} missing, unknown or of another shape")
+        raise CheckpointError(
+            f"the checkpoint is of another model: {', '.join(wrong[:5])} missing, unknown or of another shape"
+        )
     module.load_state_dict(found)
     parameters = dict(module.named_parameters())
     for key, value in state["optimizer"].items():
         name, entry = key.rsplit("/", 1)
         parameter = parameters[name]
-        # Adam's count of steps stays on the CPU unless the optimizer is fused, in which case it is beside the parameter.
+        # Adam's count of steps stays on the CPU, unless the optimizer is fused: then it is beside the parameter.
         fused = optimizer.defaults.get("fused")
         optimizer.state[parameter][entry] = value.to(parameter.device) if value.ndim or fused else value
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or a folder's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:

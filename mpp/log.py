@@ -29,7 +29,9 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.pictures < 0:
-            raise ValueError(f"log.every must be at least 1 and log.pictures at least 0, got {self.every}, {self.pictures}")
+            raise ValueError(
+                f"log.every must be at least 1 and log.pictures at least 0, got {self.every}, {self.pictures}"
+            )
 
 
 class Log:
@@ -49,7 +51,9 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
         self._metrics.close()
         if self._board:

@@ -76,6 +76,10 @@ class EvalConfig:
     every: int = 1000  # steps
     images: int = 10_000  # of the split, at most
 
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.images < 1:
+            raise ValueError(f"eval.every and eval.images must be at least 1, got {self.every} and {self.images}")
+
 
 class Images(Protocol):
     """Where batches come from; `mpp.read_shards` gives one."""
@@ -112,8 +116,8 @@ def train(
 
     evaluate: gives figures to log every `evaluate_every` steps and at the end.
 
-    The losses of all steps, and so the weights at the end, are the same however often a run was interrupted: bit for bit
-    on the CPU. Raises TrainingError if a loss or gradient is not finite, and Interrupted after SIGINT or SIGTERM.
+    The losses of all steps, and so the weights at the end, are the same however often a run was interrupted, bit for
+    bit on the CPU. Raises TrainingError if a loss or gradient is not finite, and Interrupted after SIGINT or SIGTERM.
     """
     device, log, steps = device_of(config.device), log or LogConfig(), config.steps or 0
     config = settled(objective, batches, config)
@@ -306,7 +310,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         signals.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     kinds = (signal.SIGINT, signal.SIGTERM)
     try:
@@ -357,7 +361,7 @@ class Clock:
         for (step, _, _), (loss, norm) in zip(self.steps, numbers, strict=True):
             if not math.isfinite(loss + norm):
                 raise TrainingError(
-                    f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; the checkpoints are from before. "
+                    f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; checkpoints are from before. "
                     f"Try a lower train.lr (it is {self.config.lr:g}), a longer train.warmup, train.clip=1 or "
                     "train.precision=float32"
                 )

@@ -71,9 +71,9 @@ def parameters(recipe: Recipe) -> dict[str, int]:
 
 
 def cost(recipe: Recipe) -> tuple[int, int]:
-    """FLOPs of one image, and bytes that its forward pass keeps for the backward pass in float32: counted, not computed.
+    """FLOPs of one image, and bytes that its forward pass keeps for the backward pass in float32.
 
-    The objective runs on torch's "meta" device, which has shapes and no numbers.
+    Counted, not computed: the objective runs on torch's "meta" device, which has shapes and no numbers.
     """
     kept: dict[int, Tensor] = {}
 

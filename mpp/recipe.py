@@ -24,9 +24,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from mpp.checkpoint import sync
 from mpp.data.read import DataConfig
 from mpp.errors import UserError
+from mpp.files import write_atomically
 from mpp.log import LogConfig
 from mpp.loop import EvalConfig, TrainConfig
 from mpp.models.presets import presets
@@ -88,7 +88,7 @@ class Recipe:
 
     def build(self) -> Objective:
         """The objective with its encoder, freshly initialised."""
-        objective: Any = OBJECTIVES[self.objective.name][0]
+        objective, _ = OBJECTIVES[self.objective.name]
         return objective(ViT(self.model), self.objective)
 
     def in_steps(self, images: int) -> "Recipe":
@@ -132,14 +132,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Writes the whole recipe as plain YAML, atomically; `load_recipe` gives it back equal."""
     path = Path(path)
     text = f"# {recipe.name}, with every setting.\n" + OmegaConf.to_yaml(OmegaConf.create(_plain(recipe)))
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        sync(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    sync(path.parent)
+    write_atomically(path, text.encode())
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -1,11 +1,8 @@
 """A run: from a recipe to a folder with metrics, checkpoints and an encoder; started again there, it goes on."""
 
-import contextlib
-import fcntl
-import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,18 +11,16 @@ from mpp.data.index import ShardError, splits
 from mpp.data.read import Batches, read_shards
 from mpp.data.write import make_shards
 from mpp.errors import UserError
+from mpp.files import claimed
 from mpp.hardware import device_of
-from mpp.models.vit import ViT
-from mpp.objectives import OBJECTIVES, Objective
+from mpp.loop import settled, train
+from mpp.objectives import Objective
 from mpp.recipe import Recipe, differences, load_recipe, save_recipe
 from mpp.seeds import seed_of
-from mpp.loop import settled, train
 from mpp.weights import load_encoder, save_encoder
 
 INITIAL = -1  # in the place of a step in seeds: what is drawn before training
 EVALUATION = -2
-
-logger = logging.getLogger("mpp")
 
 
 class RunError(UserError):
@@ -37,8 +32,8 @@ def pretrain(recipe: Recipe, weights: Path | None = None) -> Path:
 
     weights: an encoder to start from instead of random weights.
     """
-    out = Path(recipe.out or f"runs/{recipe.name}")
-    with claimed(out):
+    out = recipe.folder
+    with claimed(out, "in use by a run that is still going; stop it, or choose another folder with out="):
         batches = open_split(recipe, recipe.data.train, recipe.train.batch)
         recipe = recipe.in_steps(len(batches.index))
         objective = build(recipe, weights)
@@ -58,7 +53,7 @@ def pretrain(recipe: Recipe, weights: Path | None = None) -> Path:
 
 
 def open_split(recipe: Recipe, split: str, batch: int, *, training: bool = True) -> Batches:
-    """Opens a split of the recipe's shards, which are made first if the recipe says from what and they are not there."""
+    """Opens a split of the recipe's shards; makes them first if the recipe says from what and they are not there."""
     data = recipe.data
     if data.source and not (Path(data.path).exists() and splits(Path(data.path))):
         make_shards(data.source, Path(data.path))
@@ -83,14 +78,15 @@ def open_split(recipe: Recipe, split: str, batch: int, *, training: bool = True)
 def build(recipe: Recipe, weights: Path | None = None) -> Objective:
     """The recipe's objective around its encoder; initial weights depend on the recipe's seed alone."""
     torch.manual_seed(seed_of(recipe.seed, INITIAL))
-    encoder = ViT(recipe.model)
+    objective = recipe.build()
     if weights:
         given = load_encoder(weights)
-        if given.config != recipe.model:
-            raise RunError(f"{weights}: its encoder is {given.config}, the recipe's {recipe.model}")
-        encoder = given
-    objective, _ = OBJECTIVES[recipe.objective.name]
-    return objective(encoder, recipe.objective)
+        there, here = asdict(given.config), asdict(recipe.model)
+        changed = [f"{key} {there[key]} there, {here[key]} in the recipe" for key in here if there[key] != here[key]]
+        if changed:
+            raise RunError(f"{weights}: another encoder than the recipe's (model: {'; '.join(changed)})")
+        objective.encoder.load_state_dict(given.state_dict())
+    return objective
 
 
 def same_as_before(recipe: Recipe, objective: Objective, batches: Batches, out: Path) -> Recipe:
@@ -126,7 +122,8 @@ def evaluation(recipe: Recipe, objective: Objective) -> Callable[[], dict[str, f
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         objective.eval()
-        totals, images = {}, 0
+        totals: dict[str, float] = {}
+        images = 0
         for step in range(min(len(batches), math.ceil(recipe.eval.images / batches.batch))):
             torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
             batch = batches.at(step).to(device)
@@ -138,19 +135,3 @@ def evaluation(recipe: Recipe, objective: Objective) -> Callable[[], dict[str, f
         return {name: total / images for name, total in totals.items()}
 
     return evaluate
-
-
-@contextlib.contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Holds a run folder for this process; the system lets go of it however the process ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
-    except OSError as error:
-        raise RunError(f"{out}: can't be used as a run folder ({error.strerror})") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{out}: in use by a run that is still going; stop it or choose another folder with out=") from None
-        yield

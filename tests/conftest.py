@@ -11,7 +11,6 @@ from mpp.batch import Batch
 from mpp.data.write import make_shards
 from mpp.models.vit import ViT, ViTConfig
 
-
 torch.set_num_threads(1)  # the models here are so small that threads would only wait for each other
 
 

@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from mpp.data.decode import DamagedImage, decode, decode_into, image_size
+from mpp.data.decode import DamagedImage, decode, image_size
 
 ODD_MODES = (
     "1 PNG, L PNG, P PNG, P GIF, RGB BMP, RGB PPM, L PPM, 1 PPM, CMYK TIFF, CMYK JPEG, YCbCr JPEG, RGB TIFF, RGB WEBP"
@@ -136,29 +136,6 @@ def test_grey_mode_gives_the_luma_as_stored():
     assert np.array_equal(decode(saved(picture(), "PNG"), "L"), pillow(saved(picture(), "PNG"), "L"))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_decoding_into_a_buffer_gives_the_same_pixels(kind):
-    data = saved(picture(), kind)
-    batch = np.zeros((2, 29, 43, 3), np.uint8)
-    decode_into(data, batch[1])
-    assert np.array_equal(batch[1], decode(data))
-    assert not batch[0].any()
-
-
-def test_decoding_into_a_buffer_turns_the_image_first():
-    buffer = np.zeros((43, 29, 3), np.uint8)
-    decode_into(jpeg_with_orientation(6), buffer)
-    assert np.array_equal(buffer, pillow(jpeg_with_orientation(6)))
-
-
-@pytest.mark.parametrize("shape", [(28, 43, 3), (30, 43, 3), (43, 29, 3), (29, 44, 3)])
-def test_a_buffer_of_another_size_is_refused_and_left_alone(shape):
-    buffer = np.zeros(shape, np.uint8)
-    with pytest.raises(DamagedImage, match="43x29 pixels, expected"):
-        decode_into(saved(picture(), "JPEG"), buffer)
-    assert not buffer.any()
-
-
 @pytest.mark.parametrize(
     ("data", "cause"),
     [
@@ -176,8 +153,6 @@ def test_damaged_bytes_give_their_cause_in_one_line(data, cause):
         decode(data)
     assert cause in str(caught.value)
     assert "\n" not in str(caught.value)
-    with pytest.raises(DamagedImage):
-        decode_into(data, np.zeros((29, 43, 3), np.uint8))
 
 
 def test_a_jpeg_with_broken_codes_is_damaged_even_where_pillow_only_warns():

@@ -7,14 +7,16 @@ import mpp
 
 ROOT = Path(mpp.__file__).parent
 LAYERS = [
-    {"cli", "__main__"},
-    {"eval"},
-    {"run", "plan"},
+    {"__main__"},
+    {"cli"},
+    {"eval", "plan"},
+    {"run"},
     {"recipe"},
     {"weights"},
     {"loop"},
     {"objectives"},
     {"optim", "checkpoint", "log", "hardware", "models", "masks", "targets", "data"},
+    {"files"},
     {"batch", "seeds", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
@@ -63,7 +65,9 @@ def test_help_imports_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, mpp.cli\ntry: mpp.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys, mpp.cli\ntry: mpp.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

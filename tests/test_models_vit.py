@@ -50,7 +50,9 @@ def slow_forward(encoder: ViT, images: np.ndarray) -> np.ndarray:
             scores = np.exp(q @ k.T / math.sqrt(size))
             mixed.append(scores / scores.sum(-1, keepdims=True) @ v)
         tokens = tokens + linear(np.concatenate(mixed, 1), f"{name}.mixer.project")
-        tokens = tokens + linear(gelu(linear(norm(tokens, f"{name}.norm2"), f"{name}.mlp.expand")), f"{name}.mlp.contract")
+        tokens = tokens + linear(
+            gelu(linear(norm(tokens, f"{name}.norm2"), f"{name}.mlp.expand")), f"{name}.mlp.contract"
+        )
     return norm(tokens, "norm")
 
 
@@ -184,7 +186,9 @@ def test_every_attention_kernel_computes_softmax_attention(tokens, dtype):
 
 def test_no_module_is_without_a_use(tiny_vit, batch):
     tiny_vit(batch.images).square().sum().backward()
-    idle = [name for name, parameter in tiny_vit.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    idle = [
+        name for name, parameter in tiny_vit.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
     assert not idle
 
 

@@ -37,7 +37,9 @@ def test_it_trains_with_every_pool_position_and_target(pool, positions, target, 
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize(("target", "bits", "classes"), [("mean_colour", 3, 512), ("colour_grid", 3, 512), ("mean_colour", 2, 64)])
+@pytest.mark.parametrize(
+    ("target", "bits", "classes"), [("mean_colour", 3, 512), ("colour_grid", 3, 512), ("mean_colour", 2, 64)]
+)
 def test_an_untrained_model_guesses_evenly(target, bits, classes, tiny_vit, batch):
     objective = MaskedPatchPrediction(tiny_vit, MaskedPatchConfig(target=target, bits=bits))
     assert objective(batch)[0].item() == pytest.approx(math.log(classes), rel=1e-5)
@@ -45,15 +47,15 @@ def test_an_untrained_model_guesses_evenly(target, bits, classes, tiny_vit, batc
 
 def test_ten_thousand_draws_keep_the_papers_shares(tiny_vit):
     draw = build(tiny_vit).draw(10_000, torch.device("cpu"))
-    assert draw.index.shape == (10_000, 12)
-    assert (draw.index.sort(1).values.diff(dim=1) > 0).all(), "the patches of an image are all different"
-    chosen = torch.bincount(draw.index.flatten(), minlength=24) / 10_000
+    assert draw.patches.shape == (10_000, 12)
+    assert (draw.patches.sort(1).values.diff(dim=1) > 0).all(), "the patches of an image are all different"
+    chosen = torch.bincount(draw.patches.flatten(), minlength=24) / 10_000
     assert chosen.tolist() == pytest.approx([0.5] * 24, abs=4 * 0.5 / 100)  # four standard deviations
     for low, high, share in [(0, 0.8, 0.8), (0.8, 0.9, 0.1), (0.9, 1, 0.1)]:
         found = ((draw.fate >= low) & (draw.fate < high)).float().mean().item()
         assert found == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 120_000))
-    assert (draw.other != draw.index).all(), "another patch is never the patch itself"
-    others = torch.bincount(((draw.other - draw.index) % 24).flatten(), minlength=24)[1:] / 120_000
+    assert (draw.other != draw.patches).all(), "another patch is never the patch itself"
+    others = torch.bincount(((draw.other - draw.patches) % 24).flatten(), minlength=24)[1:] / 120_000
     assert others.tolist() == pytest.approx([1 / 23] * 23, abs=4 * math.sqrt(1 / 23 / 120_000))
 
 
@@ -64,7 +66,7 @@ def test_corruption_is_the_drawn_one_patch_by_patch(tiny_vit):
     fate = torch.tensor([0.0, 0.79, 0.8, 0.89, 0.9, 0.99, 0.1, 0.85, 0.95, 0.5, 0.2, 0.3]).expand(3, -1)
     corrupted = objective.corrupt(tokens, draw._replace(fate=fate))
     for b in range(3):
-        places = dict(zip(draw.index[b].tolist(), range(12), strict=True))
+        places = dict(zip(draw.patches[b].tolist(), range(12), strict=True))
         for patch in range(24):
             expected = tokens[b, patch]
             if patch in places:
@@ -81,9 +83,9 @@ def test_corruption_is_the_drawn_one_patch_by_patch(tiny_vit):
 def test_any_share_and_split_can_be_set(share, split, tiny_vit, batch):
     objective = build(tiny_vit, share=share, split=split)
     draw = objective.draw(4, torch.device("cpu"))
-    assert draw.index.shape[1] == max(1, round(24 * share))
+    assert draw.patches.shape[1] == max(1, round(24 * share))
     tokens = torch.randn(4, 24, 64)
-    changed = take(objective.corrupt(tokens, draw) != tokens, draw.index).all(-1)
+    changed = take(objective.corrupt(tokens, draw) != tokens, draw.patches).all(-1)
     assert changed.all() if split[2] == 0 else not changed.any()
     assert objective(batch)[0].isfinite()
 
@@ -97,7 +99,7 @@ def test_the_loss_counts_every_corrupted_patch_and_no_other(target, tiny_vit, ba
     outputs = objective.head(tokens)
     losses = []
     for b in range(4):
-        for patch in draw.index[b].tolist():
+        for patch in draw.patches[b].tolist():
             output = outputs[b, patch]
             if target == "pixels":
                 pixels = targets.patch_pixels(batch.images / 127.5 - 1, 8)[b, patch]
@@ -114,7 +116,7 @@ def test_the_loss_counts_every_corrupted_patch_and_no_other(target, tiny_vit, ba
 def test_a_masked_patch_can_not_be_seen(tiny_vit, batch):
     objective = build(tiny_vit, split=(1.0, 0.0, 0.0))
     draw = objective.draw(4, torch.device("cpu"))
-    hidden = targets.patch_pixels(batch.images, 8).scatter(1, draw.index[..., None].expand(-1, -1, 192), 0)
+    hidden = targets.patch_pixels(batch.images, 8).scatter(1, draw.patches[..., None].expand(-1, -1, 192), 0)
     images = hidden.unflatten(1, (4, 6)).unflatten(-1, (8, 8, 3)).permute(0, 5, 1, 3, 2, 4).reshape(4, 3, 32, 48)
     torch.testing.assert_close(objective.predict(images, draw), objective.predict(batch.images, draw))
 
@@ -145,7 +147,7 @@ def test_baselines_are_what_they_say(tiny_vit):
 def test_the_accuracy_of_pixels_is_that_of_their_mean_colour(tiny_vit, batch):
     objective = build(tiny_vit, target="pixels")
     draw = objective.draw(4, torch.device("cpu"))
-    perfect = take(objective.true_pixels(batch.images), draw.index)
+    perfect = take(objective.true_pixels(batch.images), draw.patches)
     assert objective.pixel_metrics(batch.images, perfect, draw)["accuracy"] == 1
     assert objective.pixel_metrics(batch.images, -perfect, draw)["accuracy"] < 0.2
 
@@ -158,7 +160,7 @@ def test_pictures_show_the_image_where_nothing_is_corrupted(target, tiny_vit, ba
     torch.manual_seed(3)
     draw = objective.draw(4, torch.device("cpu"))
     assert list(shown) == ["input", "corrupted", "predicted", "truth"]
-    visible = torch.ones(4, 24, dtype=torch.bool).scatter(1, draw.index, False)
+    visible = torch.ones(4, 24, dtype=torch.bool).scatter(1, draw.patches, False)
     for picture in shown.values():
         assert picture.dtype == torch.uint8
         assert torch.equal(targets.patch_pixels(picture, 8)[visible], targets.patch_pixels(batch.images, 8)[visible])
@@ -170,8 +172,8 @@ def test_pictures_show_the_image_where_nothing_is_corrupted(target, tiny_vit, ba
         assert torch.equal(targets.colour_grid(shown["truth"], 8)[hidden], targets.colour_grid(batch.images, 8)[hidden])
     if target == "pixels":
         assert torch.equal(shown["truth"], batch.images)
-    masked = draw.index[draw.fate < 0.8]
-    rows = torch.arange(4)[:, None].expand_as(draw.index)[draw.fate < 0.8]
+    masked = draw.patches[draw.fate < 0.8]
+    rows = torch.arange(4)[:, None].expand_as(draw.patches)[draw.fate < 0.8]
     assert (targets.patch_pixels(shown["corrupted"], 8)[rows, masked] == 128).all()
 
 
@@ -200,7 +202,9 @@ def test_colour_targets_say_that_they_need_colours():
         MaskedPatchPrediction(ViT(tiny_config(image=(8, 8))))
 
 
-@pytest.mark.parametrize(("key", "value"), [("share", 0.0), ("share", 1.5), ("split", (0.8, 0.1, 0.2)), ("bits", 0), ("grid", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("share", 0.0), ("share", 1.5), ("split", (0.8, 0.1, 0.2)), ("bits", 0), ("grid", 0)]
+)
 def test_impossible_settings_are_refused_by_name(key, value):
     with pytest.raises(ValueError, match=f"objective.{key}"):
         MaskedPatchConfig(**{key: value})

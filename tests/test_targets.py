@@ -17,7 +17,9 @@ def test_a_patch_of_one_colour_has_the_class_of_that_colour_for_every_pixel_valu
     for channel in range(3):
         images = torch.zeros(256, 3, 2, 2, dtype=torch.uint8)
         images[:, channel] = values[:, None, None]
-        expected = [slow_class(*(4 * v if c == channel else 0 for c in range(3)), pixels=4, bits=bits) for v in range(256)]
+        expected = [
+            slow_class(*(4 * v if c == channel else 0 for c in range(3)), pixels=4, bits=bits) for v in range(256)
+        ]
         assert targets.mean_colour(images, 2, bits).flatten().tolist() == expected
 
 

@@ -49,7 +49,9 @@ class Plan:
     shifts: np.ndarray  # (b, 2) pixels, down and right
 
 
-def training_plan(config: AugmentConfig, sizes: np.ndarray, image: tuple[int, int], seed: int, positions: np.ndarray) -> Plan:
+def training_plan(
+    config: AugmentConfig, sizes: np.ndarray, image: tuple[int, int], seed: int, positions: np.ndarray
+) -> Plan:
     """Draws the training crops of images of `sizes` (b, 2) at `positions` (b,) of the endless chain of epochs."""
     draws = uniform(3 + 2 + 2 * TRIES, seed, positions)  # (b, ...): flip, shift; place; tries
     still = np.zeros((len(sizes), 2), np.int64)

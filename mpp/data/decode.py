@@ -60,22 +60,6 @@ def _decoded(data: bytes, mode: str) -> np.ndarray:
     return _decode_with_pillow(data, mode)
 
 
-def decode_into(data: bytes, buffer: np.ndarray) -> None:
-    """Decodes an RGB picture into `buffer` (h, w, 3); a JPEG of just that size is written straight into it."""
-    h, w = buffer.shape[:2]
-    direct = data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data and buffer.flags.c_contiguous
-    if direct and _is_plain_jpeg(data, (h, w)):
-        try:
-            simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=True)
-            return
-        except ValueError as error:
-            _refuse_damage(error)
-    image = decode(data)
-    if image.shape != buffer.shape:
-        raise DamagedImage(f"{image.shape[1]}x{image.shape[0]} pixels, expected {w}x{h}")
-    buffer[:] = image
-
-
 def image_size(data: bytes) -> tuple[int, int]:
     """(h, w) of the upright picture, from the header only: what follows it may still be damaged."""
     if data[:2] == b"\xff\xd8":
@@ -90,14 +74,14 @@ def image_size(data: bytes) -> tuple[int, int]:
         return image.size if _orientation(image) >= 5 else image.size[::-1]
 
 
-def _is_plain_jpeg(data: bytes, size: tuple[int, int] | None = None) -> bool:
-    """Whether simplejpeg reads it as Pillow would (and it has this (h, w)); refuses sizes beyond memory."""
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether simplejpeg reads it as Pillow would; refuses sizes beyond memory."""
     try:
         h, w, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return False
     _check_pixels(h, w)
-    return colours in PLAIN and (size is None or size == (h, w))
+    return colours in PLAIN
 
 
 def _check_pixels(h: int, w: int) -> None:

@@ -5,12 +5,10 @@ made from the tars alone (`mpp shards index`), and trusted only as long as their
 """
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from mpp.data.tar import Scan, ShardError, scan_shard
 from mpp.errors import cause, shown
+from mpp.files import write_atomically
 
 SUFFIX = "-index.safetensors"
 UNFINISHED = "make.unfinished.json"  # stands in the folder while `mpp shards make` is not done
@@ -59,21 +58,6 @@ class Index:
 ARRAYS = tuple(field.name for field in fields(Index) if field.type is np.ndarray)
 FACTS = ("shards", "shard_bytes", "classes", "mode")
 NO_INDEX = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)  # what foreign files cause
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old file or the whole new one, also after a power cut."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()  # a full disk needs the space
-        raise ShardError(f"{path}: cannot be written: {cause(error)}") from None
 
 
 def write_index(index: Index) -> Path:

@@ -21,6 +21,7 @@ from mpp.batch import Batch
 from mpp.data.augment import AugmentConfig, Plan, apply, evaluation_plan, training_plan
 from mpp.data.decode import DamagedImage, decode
 from mpp.data.index import Index, ShardError, read_index
+from mpp.errors import cause
 from mpp.seeds import permutation
 
 OPEN_SHARDS = 128  # files held open at a time; the usual limit of a process is 1024
@@ -43,6 +44,10 @@ class DataConfig:
     threads: int | None = None  # that decode; the number of cores where not given
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("data.path must name a folder, got an empty text")
+        if self.memory < 0:
+            raise ValueError(f"data.memory must be at least 0 GiB, got {self.memory}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"data.threads must be at least 1, got {self.threads}")
 
@@ -75,13 +80,22 @@ def read_shards(
     if not len(index):
         raise ShardError(f"{path}: split {split} holds no images")
     if image is None:
-        if (index.height != index.height[0]).any() or (index.width != index.width[0]).any():
-            raise ShardError(f"{path}: images of split {split} are of several sizes; say which to make of them (image=)")
-        image = int(index.height[0]), int(index.width[0])
+        image = _common_size(index)
     if reader == "auto":
         reader = "resident" if _decoded_bytes(index).sum() <= memory * GIB else "indexed"
     images = (Resident if reader == "resident" else Indexed)(index)
     return Batches(images, batch, image, seed, train, augment or AugmentConfig(), threads or os.cpu_count() or 1)
+
+
+def _common_size(index: Index) -> tuple[int, int]:
+    """The (h, w) of all images whose header is whole."""
+    sizes = np.unique(np.stack([index.height, index.width], axis=1)[index.height > 0], axis=0)
+    if len(sizes) != 1:
+        found = f"{len(sizes)} sizes" if len(sizes) else "no size that could be read"
+        raise ShardError(
+            f"{index.folder}: images of split {index.split} have {found}; say which to make of them (image=)"
+        )
+    return int(sizes[0, 0]), int(sizes[0, 1])
 
 
 def _decoded_bytes(index: Index) -> np.ndarray:
@@ -102,9 +116,14 @@ class Indexed:
         """The upright pixels (h, w, c) of an image; raises DamagedImage."""
         index = self.index
         size, shard = int(index.size[number]), int(index.shard[number])
-        data = self._file(shard).read(size, int(index.offset[number]))
+        try:
+            data = self._file(shard).read(size, int(index.offset[number]))
+        except OSError as error:
+            raise DamagedImage(f"{index.shards[shard]}: {cause(error)}") from error
         if len(data) != size:
-            raise DamagedImage(f"{index.shards[shard]} ends at byte {index.offset[number] + len(data)}, within the image")
+            raise DamagedImage(
+                f"{index.shards[shard]} ends at byte {index.offset[number] + len(data)}, within the image"
+            )
         pixels = decode(data, index.mode)
         if pixels.shape[0] != index.height[number] or pixels.shape[1] != index.width[number]:
             expected = f"{index.height[number]}x{index.width[number]}"
@@ -115,11 +134,7 @@ class Indexed:
         with self._lock:
             file = self._open.pop(shard, None)
             if file is None:
-                path = self.index.folder / self.index.shards[shard]
-                try:
-                    file = _File(path)
-                except OSError as error:
-                    raise DamagedImage(f"{path}: {error.strerror}") from error
+                file = _File(self.index.folder / self.index.shards[shard])
                 if len(self._open) >= OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open[shard] = file  # the last is the one used last
@@ -157,8 +172,8 @@ class Resident(Indexed):
 class Batches:
     """The batches of a split. `at(step)` gives any of them; `iterate(start)` gives them in turn, one read ahead.
 
-    In training, position p of the endless chain of epochs holds image number permutation(seed, epoch)[p mod n], and batch
-    s holds positions s * batch to (s + 1) * batch, across the borders of epochs. The place of an image that turns out
+    In training, position p of the endless chain of epochs holds image permutation(seed, epoch)[p mod n], and batch s
+    holds positions s * batch to (s + 1) * batch, across the borders of epochs. The place of an image that turns out
     damaged is taken by the next good one of the epoch. In evaluation damaged images are left out. Either way each is
     named once, in the log and in `damaged`.
     """

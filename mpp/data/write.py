@@ -4,24 +4,24 @@ Images are written in an order fixed by a hash of their names, so that each shar
 byte for byte however often it was interrupted: finished shards are recorded in a plan that stands in OUT.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from mpp.data.index import UNFINISHED, Index, build_index, read_index, scan_shards, write_atomically, write_index
+from mpp.data.index import UNFINISHED, Index, build_index, read_index, scan_shards, write_index
 from mpp.data.prepare import Options, Prepared, prepared
 from mpp.data.sources import fingerprint, open_source, size_of, understand
 from mpp.data.tar import ShardError
 from mpp.errors import cause, shown
+from mpp.files import claimed, write_atomically
 
 FINISHED = "make.json"  # what UNFINISHED becomes
 
@@ -67,7 +67,7 @@ def make_shards(
         raise ShardError(f"workers must be at least 1, got {threads}")
     if out.exists() and Path(source).exists() and out.samefile(source):
         raise ShardError(f"{out}: is the source itself; choose another OUT")
-    with _claimed(out):
+    with claimed(out, "another `mpp shards make` is writing there; wait for it"):
         plan = _open_plan(out, Plan(fingerprint(Path(source), out), asdict(options), {}))
         if (out / FINISHED).is_file():
             report(f"{shown(out)}: already complete")
@@ -83,33 +83,6 @@ def make_shards(
                 images = prepared(inside[writer.position :], files, options, threads)
                 writer.write(len(inside), images, progress)
         return _finish(out, plan, classes, options, report, progress)
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Holds OUT for this process, however it ends; makes it where needed, and leaves none behind that stayed empty."""
-    lock, made = out / ".lock", not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise ShardError(f"{out}: cannot be written to: {cause(error)}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(file.fileno()).st_nlink:
-                raise BlockingIOError  # its holder has just ended and deleted it
-        except BlockingIOError:
-            raise ShardError(f"{out}: another `mpp shards make` is writing there; wait for it") from None
-        except OSError as error:
-            raise ShardError(f"{lock}: cannot be locked: {cause(error)}") from None
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                lock.unlink()
-                if made:
-                    out.rmdir()
 
 
 def _finish(

@@ -42,7 +42,9 @@ class Attention(nn.Module):
         else:
             width = tokens.shape[-1]
             weight, bias = self.qkv.weight, self.qkv.bias
-            q = rearrange(F.linear(queries, weight[:width], bias[:width]), "b k (heads d) -> b heads k d", heads=self.heads)
+            q = rearrange(
+                F.linear(queries, weight[:width], bias[:width]), "b k (heads d) -> b heads k d", heads=self.heads
+            )
             kv = F.linear(tokens, weight[width:], bias[width:])  # (b, n, 2 d)
             k, v = rearrange(kv, "b n (two heads d) -> two b heads n d", two=2, heads=self.heads)
         return self.project(rearrange(attend(q, k, v), "b heads k d -> b k (heads d)"))

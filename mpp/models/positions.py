@@ -37,7 +37,7 @@ class Learned(nn.Module):
 
 
 class SinCos2d(nn.Module):
-    """Fixed 2-D sine-cosine positions in big_vision's layout (sin x, cos x, sin y, cos y); nothing for the class token."""
+    """Fixed 2-D sine-cosine positions in big_vision's layout (sin x, cos x, sin y, cos y); none for prefixes."""
 
     zero: Tensor
 

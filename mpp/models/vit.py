@@ -43,9 +43,12 @@ class ViTConfig:
             raise ValueError(f"model.width ({self.width}) must be a multiple of model.heads ({self.heads})")
         if self.positions == "sincos2d" and self.width % 4:
             raise ValueError(f"model.positions sincos2d needs a model.width that 4 divides, got {self.width}")
-        for name in ("channels", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in {"channels": 1000, "depth": 1000, "hidden": 10**6, "width": 10**6}.items():
+            if not 1 <= getattr(self, name) <= most:
+                name_in_recipe = "mlp" if name == "hidden" else name
+                raise ValueError(f"model.{name_in_recipe} must be 1 to {most}, got {getattr(self, name)}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"model.norm_eps must be above 0, got {self.norm_eps}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.channels):
                 raise ValueError(f"model.{name} needs 1 or {self.channels} numbers, got {len(getattr(self, name))}")
@@ -60,7 +63,7 @@ class ViTConfig:
     @property
     def hidden(self) -> int:
         """Hidden units of a block's MLP."""
-        return self.mlp or 4 * self.width
+        return 4 * self.width if self.mlp is None else self.mlp
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """What an encoder can be trained for. A new objective is one file here, one line in OBJECTIVES, a recipe and a test."""
 
+from collections.abc import Callable
+from typing import Any
+
+from mpp.models.vit import ViT
 from mpp.objectives.base import Objective, ObjectiveConfig
 from mpp.objectives.masked_patch import MaskedPatchConfig, MaskedPatchPrediction
 
-# name in a recipe -> (the objective, its settings)
-OBJECTIVES: dict[str, tuple[type[Objective], type[ObjectiveConfig]]] = {
+# name in a recipe -> (the objective, made from an encoder and its settings; the settings)
+OBJECTIVES: dict[str, tuple[Callable[[ViT, Any], Objective], type[ObjectiveConfig]]] = {
     "mpp": (MaskedPatchPrediction, MaskedPatchConfig),
 }
 

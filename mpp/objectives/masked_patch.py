@@ -40,7 +40,7 @@ class MaskedPatchConfig(ObjectiveConfig):
 class Draw(NamedTuple):
     """What happens to which patches."""
 
-    index: Tensor  # (b, k) the corrupted patches
+    patches: Tensor  # (b, k) the corrupted ones
     fate: Tensor  # (b, k) uniform in [0, 1): the first shares of `split` become [mask], the next another patch
     other: Tensor  # (b, k) the patch whose embedding replaces this one's where fate says so; never itself
 
@@ -49,7 +49,7 @@ class MaskedPatchPrediction(Objective):
     """Predicts the true colours of corrupted patches from the encoder's output at their places.
 
     A share of the patch embeddings is corrupted, before positions are added: 80 % of those become a learned [mask]
-    embedding, 10 % the embedding of another patch of the image, and 10 % stay. The loss counts all of them and no others.
+    embedding, 10 % the embedding of another patch of the image, and 10 % stay. The loss counts them all, no others.
     """
 
     def __init__(self, encoder: ViT, config: MaskedPatchConfig | None = None) -> None:
@@ -96,25 +96,25 @@ class MaskedPatchPrediction(Objective):
         """Replaces patch embeddings (b, n, d) as drawn."""
         masked, swapped, _ = self.config.split
         fate = draw.fate.unsqueeze(-1)  # (b, k, 1)
-        kept_or_other = torch.where(fate < masked + swapped, take(tokens, draw.other), take(tokens, draw.index))
+        kept_or_other = torch.where(fate < masked + swapped, take(tokens, draw.other), take(tokens, draw.patches))
         new = torch.where(fate < masked, self.mask_token.to(tokens.dtype), kept_or_other)
-        return tokens.scatter(1, draw.index.unsqueeze(-1).expand_as(new), new)
+        return tokens.scatter(1, draw.patches.unsqueeze(-1).expand_as(new), new)
 
     def predict(self, images: Tensor, draw: Draw) -> Tensor:
         """The head's outputs at the corrupted patches, float32 (b, k, outputs)."""
         tokens = self.corrupt(self.encoder.embed(images), draw)  # (b, n, d)
-        return self.head(self.encoder.encode(tokens, at=draw.index)).float()
+        return self.head(self.encoder.encode(tokens, at=draw.patches)).float()
 
     def compute(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and what to log, for a given draw."""
         predicted = self.predict(images, draw)
         if self.config.target == "pixels":
-            truth = take(self.true_pixels(images), draw.index)  # (b, k, p * p * c)
+            truth = take(self.true_pixels(images), draw.patches)  # (b, k, p * p * c)
             loss = F.mse_loss(predicted, truth)
             return loss, self.pixel_metrics(images, predicted.detach(), draw)
         colours = self.true_colours(images)  # (b, n, cells)
         logits = rearrange(predicted, "b k (cells colours) -> b k cells colours", cells=self.cells)
-        loss = F.cross_entropy(logits.flatten(0, 2), take(colours, draw.index).flatten())
+        loss = F.cross_entropy(logits.flatten(0, 2), take(colours, draw.patches).flatten())
         return loss, self.colour_metrics(logits.argmax(-1), colours, draw)
 
     def true_colours(self, images: Tensor) -> Tensor:
@@ -130,13 +130,13 @@ class MaskedPatchPrediction(Objective):
     def colour_metrics(self, guess: Tensor, colours: Tensor, draw: Draw) -> dict[str, Tensor]:
         """How often colours are right: (b, k, cells) guesses, beside two guesses that need no learning.
 
-        commonest: the colour that is commonest in the batch, everywhere. nearest: the colour of the nearest patch that is
-        not corrupted.
+        commonest: the colour that is commonest in the batch, everywhere. nearest: the colour of the nearest patch that
+        is not corrupted.
         """
-        truth = take(colours, draw.index)  # (b, k, cells)
+        truth = take(colours, draw.patches)  # (b, k, cells)
         counts = torch.zeros(2 ** (3 * self.config.bits), device=truth.device)
         counts.scatter_add_(0, truth.flatten(), torch.ones_like(truth, dtype=counts.dtype).flatten())
-        copied = take(colours, self.nearest_visible(draw.index))
+        copied = take(colours, self.nearest_visible(draw.patches))
         return {
             "accuracy": (guess == truth).float().mean(),
             "commonest": counts.max() / truth.numel(),
@@ -152,7 +152,7 @@ class MaskedPatchPrediction(Objective):
         return self.colour_metrics(guess.unsqueeze(-1), self._colour_of(pixels).unsqueeze(-1), draw)
 
     def nearest_visible(self, index: Tensor) -> Tensor:
-        """For each corrupted patch (b, k) the nearest that is not; the first in row-major order of equally near ones."""
+        """For each corrupted patch (b, k) the nearest that is not; of equally near ones the first in row order."""
         hidden = torch.zeros(len(index), len(self.apart), device=index.device).scatter_(1, index, torch.inf)
         return (self.apart[index] + hidden.unsqueeze(1)).argmin(-1)  # (b, k)
 
@@ -168,12 +168,12 @@ class MaskedPatchPrediction(Objective):
         patches = targets.patch_pixels(images, patch)  # (b, n, p * p * c)
         corrupted = self._corrupted_pixels(patches, draw)
         if self.config.target == "pixels":
-            guess, truth = self._to_uint8(predicted), take(patches, draw.index)
+            guess, truth = self._to_uint8(predicted), take(patches, draw.patches)
         else:
             logits = rearrange(predicted, "b k (cells colours) -> b k cells colours", cells=self.cells)
             guess = self._painted(logits.argmax(-1))
-            truth = self._painted(take(self.true_colours(images), draw.index))
-        where = draw.index.unsqueeze(-1).expand_as(truth)
+            truth = self._painted(take(self.true_colours(images), draw.patches))
+        where = draw.patches.unsqueeze(-1).expand_as(truth)
         painted = {
             "input": patches,
             "corrupted": patches.scatter(1, where, corrupted),
@@ -185,7 +185,7 @@ class MaskedPatchPrediction(Objective):
     def _corrupted_pixels(self, patches: Tensor, draw: Draw) -> Tensor:
         masked, swapped, _ = self.config.split
         fate = draw.fate.unsqueeze(-1)
-        kept_or_other = torch.where(fate < masked + swapped, take(patches, draw.other), take(patches, draw.index))
+        kept_or_other = torch.where(fate < masked + swapped, take(patches, draw.other), take(patches, draw.patches))
         return torch.where(fate < masked, torch.full_like(kept_or_other, 128), kept_or_other)
 
     def _painted(self, classes: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mpp import checkpoint
 from mpp.errors import UserError
+from mpp.files import sync
 from mpp.models.vit import ViT, ViTConfig
 
 
@@ -21,7 +23,7 @@ def save_encoder(encoder: ViT, path: Path) -> None:
     partial = path.with_name(f".partial-{path.name}")
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
     save_file(tensors, partial, {"encoder": json.dumps(asdict(encoder.config))})
-    checkpoint.sync(partial)
+    sync(partial)
     partial.rename(path)
 
 
@@ -68,6 +70,7 @@ def _config(text: str, path: Path) -> ViTConfig:
     try:
         values = json.loads(text)
         names = {field.name for field in fields(ViTConfig)}
-        return ViTConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        return ViTConfig(**known)
     except (ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: its encoder's config does not fit ({error})") from error

@@ -1,0 +1,58 @@
+"""Writing files so that nothing half written passes for whole, and holding a folder for one process."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mpp.errors import UserError, cause
+
+
+class FileError(UserError):
+    """A file or folder can't be written."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Readers see the old file or the whole new one, also after a power cut."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise FileError(f"{path}: cannot be written: {cause(error)}") from None
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(folder: Path, busy: str) -> Iterator[None]:
+    """Makes a folder where needed and holds it for this process; the system lets go of it however the process ends.
+
+    Raises FileError, with `busy`, if another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be written to: {cause(error)}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileError(f"{folder}: {busy}") from None
+        except OSError as error:
+            raise FileError(f"{folder}: cannot be locked: {cause(error)}") from None
+        yield

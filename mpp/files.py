@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mpp.errors import UserError, cause
@@ -39,20 +39,29 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path, busy: str) -> Iterator[None]:
-    """Makes a folder where needed and holds it for this process; the system lets go of it however the process ends.
+    """Holds a folder for this process, however it ends; makes it where needed, and removes it if it stayed empty.
 
     Raises FileError, with `busy`, if another process holds it.
     """
+    lock, made = folder / ".lock", not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = lock.open("w")
     except OSError as error:
         raise FileError(f"{folder}: cannot be written to: {cause(error)}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError  # its holder has just ended and deleted it
         except BlockingIOError:
             raise FileError(f"{folder}: {busy}") from None
         except OSError as error:
             raise FileError(f"{folder}: cannot be locked: {cause(error)}") from None
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+                if made:
+                    folder.rmdir()  # goes only if it stayed empty

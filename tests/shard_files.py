@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpp.data.tar import ShardError
 from mpp.data.write import make_shards
+from mpp.errors import UserError
 
 
 def image(seed: int = 0, kind: str = "JPEG", h: int = 12, w: int = 16) -> bytes:
@@ -74,7 +74,7 @@ def make(source: Path | str, out: Path, **options) -> tuple[list, list[str]]:
 
 
 def refused(source: Path | str, out: Path, **options) -> str:
-    with pytest.raises(ShardError) as caught:
+    with pytest.raises(UserError) as caught:
         make(source, out, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -32,6 +32,7 @@ from mpp.data.check import check_folder
 from mpp.data.decode import decode
 from mpp.data.index import index_folder, read_index
 from mpp.data.tar import ShardError
+from mpp.errors import UserError
 
 MAKE = (
     "import sys, json; from mpp.data.write import make_shards; make_shards(*sys.argv[1:3], **json.loads(sys.argv[3]))"
@@ -295,7 +296,7 @@ def test_a_disk_that_is_full_is_one_line_and_with_space_the_same_shards_come_out
     assert "No space left on device" in said[0]
     assert "Traceback" not in run.stderr
     assert not list(small_disk.rglob("*.part"))
-    with pytest.raises(ShardError):
+    with pytest.raises(UserError):
         read_index(small_disk / "out", "train")
     (small_disk / "ballast").unlink()
     assert subprocess.run(command, capture_output=True).returncode == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpp.errors import UserError
 from mpp.models.presets import presets
 from mpp.objectives import OBJECTIVES
 from mpp.recipe import Recipe, RecipeError, differences, list_recipes, load_recipe, save_recipe
@@ -182,7 +183,7 @@ TOGETHER = {
     "objective={target: colour_grid, grid: 3}": "command line: objective.grid (3) must divide model.patch (2)",
     "model.patch=8": "command line: masked patches need at least 2 patches, got an image (8, 8) of one patch",
     "objective.share=1.5": "command line: objective.share must be in (0, 1], got 1.5",
-    "model.width=4_000_000_000_000": "command line: model has impossible sizes: ",
+    "model.width=4_000_000_000_000": "command line: model.mlp must be 1 to 1000000, got 16000000000000",
     "train.warmup=11": "command line: train.warmup (11.0 steps) must not exceed train.steps (10)",
     "train.steps=0": "command line: train.steps must be above 0, got 0",
     "train={steps: 3, epochs: 2}": "command line: exactly one of train.steps, train.epochs and train.images must be "
@@ -344,8 +345,8 @@ def test_the_run_folder_is_named_after_the_recipe_and_survives_saving():
 def test_a_save_that_fails_leaves_the_old_file(monkeypatch):
     recipe = load("")
     save_recipe(recipe, "saved.yaml")
-    monkeypatch.setattr("mpp.recipe.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("mpp.files.os.fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError, match="No space"):
         save_recipe(load("seed: 5"), "saved.yaml")
     assert load_recipe("saved.yaml") == recipe
     assert not [name for name in os.listdir() if name.endswith(".part")]

@@ -9,13 +9,14 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SHOWN = ("loss", "accuracy", "images/s")  # beside the bar
 PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
+LABEL_WIDTH = 64  # pixels
 GAP = 2  # pixels between images of a grid
 
 
@@ -75,7 +76,7 @@ class Log:
     def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
         """One PNG, pictures/step-*.png: a row for each name, a column for each image."""
         if pictures:
-            grid = picture_grid(pictures)
+            grid = labelled(picture_grid(pictures), list(pictures))
             (self.out / "pictures").mkdir(exist_ok=True)
             Image.fromarray(grid).save(self.out / "pictures" / f"step-{step:08d}.png")
             if self._board:
@@ -92,6 +93,16 @@ def picture_grid(pictures: dict[str, Tensor]) -> np.ndarray:
         images = torch.nn.functional.pad(images, (GAP, GAP, GAP, GAP), value=255)
         rows.append(torch.cat(list(images), dim=2))
     return torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
+
+
+def labelled(grid: np.ndarray, names: list[str]) -> np.ndarray:
+    """Puts each row's name at its left."""
+    canvas = Image.new("RGB", (grid.shape[1] + LABEL_WIDTH, grid.shape[0]), "white")
+    canvas.paste(Image.fromarray(grid), (LABEL_WIDTH, 0))
+    for row, name in enumerate(names):
+        middle = (row + 0.5) * grid.shape[0] / len(names)
+        ImageDraw.Draw(canvas).text((LABEL_WIDTH - GAP, middle), name, "black", anchor="rm", font_size=12)
+    return np.asarray(canvas)
 
 
 def _forget_after(metrics: Path, step: int) -> None:

@@ -1,6 +1,6 @@
 """Recipes: YAML files and command-line overrides over frozen dataclasses, refused before anything is read or allocated.
 
-Layers are merged in order: the dataclasses' defaults, the model's preset, base files, the file, the command line.
+Layers are merged in order: the dataclasses' defaults, base files, the file, the command line.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from mpp.models.presets import presets
 from mpp.models.vit import ViT, ViTConfig
 from mpp.objectives import OBJECTIVES, Objective, ObjectiveConfig
 
+PRESET_SIZES = ("patch", "width", "depth", "heads", "mlp")  # of an encoder; its image is the data's
 UNITS = ("steps", "epochs", "images")  # in which `train` may say how long
 BUNDLED = Path(str(resources.files("mpp.recipes"))).resolve()
 COMMAND_LINE = "command line"  # the source that errors name for overrides
@@ -220,13 +221,13 @@ def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
 def _build(layers: Sequence[Layer], name: str) -> Recipe:
     """Merges one layer at a time, so that an error names its source."""
     layers = copy.deepcopy(layers)  # as names are taken out of it
-    objective, preset = _take(layers, "objective", "name", OBJECTIVES), _take(layers, "model", "preset", presets)
+    objective = _objective(layers)
+    _expand_presets(layers)
     if objective is None:
         raise RecipeError(f"{layers[-2].source}: objective.name: missing.{_near('', OBJECTIVES)}")
     sections = {"data": DataConfig, "objective": OBJECTIVES[objective][1]}
     defaults = {"name": name, "out": f"runs/{name}", **{key: OmegaConf.structured(sections[key]) for key in sections}}
-    chosen = {"model": asdict(presets[preset]) if preset else {}, "objective": {"name": objective}}
-    config = OmegaConf.merge(OmegaConf.structured(Recipe), defaults, chosen)
+    config = OmegaConf.merge(OmegaConf.structured(Recipe), defaults, {"objective": {"name": objective}})
     hints = {key: hint for key, hint in {**get_type_hints(Recipe), **sections}.items() if key != "name"}
     for layer in layers:
         _check(layer.values, hints, layer.source)
@@ -237,16 +238,29 @@ def _build(layers: Sequence[Layer], name: str) -> Recipe:
     return OmegaConf.to_object(config)  # type: ignore[return-value]  # a Recipe, as the config was made from one
 
 
-def _take(layers: Sequence[Layer], section: str, key: str, table: Collection[str]) -> str | None:
-    """Takes a key out of all layers and gives its last value, a name of `table`."""
-    taken = None
+def _objective(layers: Sequence[Layer]) -> str | None:
+    """Takes `objective.name`, on which the keys of that section depend, out of all layers and gives its last value."""
+    name = None
     for layer in layers:
-        values = layer.values.get(section)
-        if isinstance(values, dict) and key in values:
-            taken = values.pop(key)
-            if taken is not None and (not isinstance(taken, str) or taken not in table):
-                raise RecipeError(f"{layer.source}: {section}.{key}: unknown {_shown(taken)}.{_near(taken, table)}")
-    return taken
+        values = layer.values.get("objective")
+        if isinstance(values, dict) and "name" in values:
+            name = _known(values.pop("name"), OBJECTIVES, f"{layer.source}: objective.name")
+    return name
+
+
+def _expand_presets(layers: Sequence[Layer]) -> None:
+    """Puts a preset's sizes in its place: over those of the layers below, under the keys that stand beside it."""
+    for layer in layers:
+        values = layer.values.get("model")
+        if isinstance(values, dict) and (name := values.pop("preset", None)) is not None:
+            preset = presets[_known(name, presets, f"{layer.source}: model.preset")]
+            layer.values["model"] = {key: getattr(preset, key) for key in PRESET_SIZES} | values
+
+
+def _known(name: object, table: Collection[str], place: str) -> str:
+    if not isinstance(name, str) or name not in table:
+        raise RecipeError(f"{place}: unknown {_shown(name)}.{_near(name, table)}")
+    return name
 
 
 def _replace_duration(below: Any, layer: Layer) -> None:

@@ -115,17 +115,19 @@ def test_a_preset_gives_its_sizes():
     assert load(whole=whole).model == replace(presets["S/4"], image=(32, 32))
 
 
-@pytest.mark.parametrize("order", ["below", "above", "command line"])
-def test_a_preset_lies_under_explicit_keys_of_any_layer(order):
+def test_a_preset_replaces_sizes_below_it_and_yields_to_keys_beside_and_above_it():
     whole = WHOLE.replace(", patch: 2, width: 8, heads: 2", "")
-    preset, width = "model: {image: 32, preset: S/4}", "model: {image: 32, width: 96}"
-    if order == "below":
-        recipe = load(width, whole=f"{whole.partition('model')[0]}{preset}")
-    elif order == "above":
-        recipe = load(preset, whole=f"{whole.partition('model')[0]}{width}")
-    else:
-        recipe = load(width, "model.preset=S/4", whole=whole)
-    assert (recipe.model.width, recipe.model.heads, recipe.model.patch) == (96, 6, 4)
+
+    def sizes(below: str, above: str, *overrides: str) -> tuple[int, int, int]:
+        model = load(f"model: {above}", *overrides, whole=f"{whole.partition('model')[0]}model: {below}").model
+        return model.width, model.heads, model.patch
+
+    preset, width = "{image: 32, preset: S/4}", "{image: 32, width: 96}"
+    assert sizes(preset, width) == (96, 6, 4)
+    assert sizes(width, preset) == (384, 6, 4)
+    assert sizes("{image: 32}", "{preset: S/4, width: 96}") == (96, 6, 4)
+    assert sizes(width, width, "model.preset=S/4") == (384, 6, 4)
+    assert sizes(width, width, "model.preset=S/4", "model.heads=3") == (384, 3, 4)
 
 
 def test_an_unknown_preset_is_refused_with_near_names():

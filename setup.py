@@ -20,6 +20,7 @@ setup(
         "torchvision>=0.26",
         "einops>=0.8",
         "omegaconf>=2.4",
+        "pyyaml>=6",
         "safetensors>=0.5",
         "numpy>=2.0",
         "pillow>=11",

@@ -25,9 +25,6 @@ class Batch:
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
         return Batch(self.images.to(device, non_blocking=True), labels)
 
-    def pin(self) -> "Batch":
-        return Batch(self.images.pin_memory(), None if self.labels is None else self.labels.pin_memory())
-
     def split(self, size: int) -> Iterator["Batch"]:
         """Yields consecutive parts of `size` images, the last one perhaps smaller."""
         for start in range(0, len(self), size):

@@ -50,14 +50,25 @@ def save(folder: Path, step: int, state: State, metadata: dict[str, str], keep: 
         shutil.rmtree(partial, ignore_errors=True)
         needed = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values()) >> 20
         raise CheckpointError(f"{final}: could not be saved ({error}); it needs {needed} MiB of disk") from error
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+    _clear(folder, step, keep)
     return final
+
+
+def _clear(folder: Path, newest: int, keep: int) -> None:
+    """Deletes what is older than the last `keep`, what is later than the newest (it was found damaged and gone back
+    from), and what killed saves left."""
+    found = steps(folder)
+    late = [step for step in found if step > newest]
+    for step in [step for step in found if step <= newest][:-keep] + late:
+        shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
+    for partial in folder.glob(".partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[int]:
     """The steps of the checkpoints below `folder`, rising."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.is_dir())
+    names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def load(path: Path) -> tuple[int, State]:
@@ -83,6 +94,8 @@ def load_latest(folder: Path) -> tuple[int, State] | None:
             return load(folder / f"step-{step:08d}")
         except CheckpointError as error:
             logger.warning("%s; going back to the checkpoint before it", error)
+    if steps(folder):
+        logger.warning("%s: no checkpoint is whole; starting from the beginning", folder)
     return None
 
 
@@ -99,7 +112,7 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -
     """Puts a checkpoint's tensors back; raises CheckpointError with the keys if they are not the module's."""
     expected, found = dict(module.state_dict()), state["model"]
     wrong = sorted(expected.keys() ^ found.keys())
-    wrong += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+    wrong += [key for key in expected if key in found and expected[key].shape != found[key].shape]
     if wrong:
         raise CheckpointError(
             f"the checkpoint is of another model: {', '.join(wrong[:5])} missing, unknown or of another shape"

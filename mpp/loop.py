@@ -134,25 +134,32 @@ def train(
             average(ema, objective, ema_decay(step, config.ema))
             clock.count(step, loss, norm, len(batch))
             logger.advance()
-            ends = step == steps or bool(signals)
-            logs, saves = (ends or step % every == 0 for every in (log.every, config.save_every))
+            last, ends = step == steps, step == steps or bool(signals)
+            logs, saves = due(step, log.every, ends), due(step, config.save_every, ends)
+            scores, shows = due(step, evaluate_every if evaluate else 0, last), due(step, log.pictures, last)
             if logs or saves:
                 clock.check()  # one wait for the device a log
             if logs:
                 values = {"loss": loss, **metrics, "norm": norm}
                 rate = {"lr": optimizer.param_groups[0]["lr"]}
                 logger.scalars(step, {k: v.item() for k, v in values.items()} | rate | clock.figures(device))
-            with clock.stopped(), swapped(objective, ema):
-                if evaluate and (step % evaluate_every == 0 or step == steps):
-                    logger.scalars(step, evaluate())
-                if log.pictures and (step % log.pictures == 0 or step == steps):
-                    logger.pictures(step, pictures(objective, batches, device))
+            if scores or shows:
+                with clock.stopped(), swapped(objective, ema):
+                    if evaluate and scores:
+                        logger.scalars(step, evaluate())
+                    if shows:
+                        logger.pictures(step, pictures(objective, batches, device))
             if saves:
                 with clock.stopped():
                     save(objective, optimizer, ema, out / "checkpoints", step, config.keep)
-            if signals and step < steps:
+            if ends and not last:  # a signal since then waits until the next step is saved
                 raise Interrupted(signals[0], step)
     adopt(objective, ema)
+
+
+def due(step: int, every: int, last: bool) -> bool:
+    """Whether something that happens every so many steps (0: never), and at the last, happens now."""
+    return every > 0 and (last or step % every == 0)
 
 
 def update(
@@ -338,11 +345,12 @@ class Clock:
 
     def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Passes batches on and counts the seconds they were waited for."""
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches)
+        asked = time.perf_counter()
+        for batch in batches:
             self.waited += time.perf_counter() - asked
             yield batch
+            asked = time.perf_counter()
+        raise TrainingError(f"the batches ended before train.steps ({self.config.steps}); open them with train=True")
 
     def count(self, step: int, loss: Tensor, norm: Tensor, images: int) -> None:
         self.images += images

@@ -13,7 +13,7 @@ from mpp.data.write import make_shards
 from mpp.errors import UserError
 from mpp.files import claimed
 from mpp.hardware import device_of
-from mpp.loop import settled, train
+from mpp.loop import forward_pass, settled, train
 from mpp.objectives import Objective
 from mpp.recipe import Recipe, differences, load_recipe, save_recipe
 from mpp.seeds import seed_of
@@ -116,8 +116,10 @@ def same_as_before(recipe: Recipe, objective: Objective, batches: Batches, out: 
 def evaluation(recipe: Recipe, objective: Objective) -> Callable[[], dict[str, float]]:
     """A function that scores the objective on `data.val`: the means over its images, for the same draws every time."""
     assert recipe.data.val is not None
-    batches = open_split(recipe, recipe.data.val, min(recipe.train.batch, recipe.eval.images), training=False)
-    device = device_of(recipe.train.device)
+    assert isinstance(recipe.train.micro_batch, int), "settled() comes first"
+    batch = min(recipe.train.micro_batch, recipe.eval.images)  # fits in memory, and is compiled already
+    batches = open_split(recipe, recipe.data.val, batch, training=False)
+    device, forward = device_of(recipe.train.device), forward_pass(objective, replace(recipe.train, compile=False))
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
@@ -127,7 +129,7 @@ def evaluation(recipe: Recipe, objective: Objective) -> Callable[[], dict[str, f
         for step in range(min(len(batches), math.ceil(recipe.eval.images / batches.batch))):
             torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
             batch = batches.at(step).to(device)
-            loss, metrics = objective(batch)
+            loss, metrics = forward(batch)
             for name, value in {"loss": loss, **metrics}.items():
                 totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + value.item() * len(batch)
             images += len(batch)

@@ -224,7 +224,9 @@ class Batches:
     def _read(self, positions: np.ndarray) -> Batch:
         """Fills a batch, with threads, until each position has a good image or, in evaluation, is left out."""
         channels = 1 if self.index.mode == "L" else 3
-        out = torch.empty(len(positions), *self.image, channels, dtype=torch.uint8)
+        shape = len(positions), *self.image, channels
+        # Pinned memory lets the copy to a GPU run beside its computing; torch keeps and reuses such blocks.
+        out = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         numbers = self._numbers(positions)
         missing = np.arange(len(positions))
         while len(missing):

@@ -1,0 +1,417 @@
+import json
+import math
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import digests, finished, metrics, run, start, write_recipe
+from torch import Tensor, nn
+
+from mpp.batch import Batch
+from mpp.data.read import read_shards
+from mpp.hardware import multiplies_bfloat16
+from mpp.log import LogConfig
+from mpp.loop import TrainConfig, TrainingError, forward_pass, settled, train, update
+from mpp.models.vit import ViT
+from mpp.objectives import Objective
+from mpp.objectives.masked_patch import MaskedPatchPrediction
+
+CPU = torch.device("cpu")
+NO_BFLOAT16 = pytest.mark.skipif(not multiplies_bfloat16(CPU), reason="this CPU does not multiply bfloat16")
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+PRECISIONS = ["float32", pytest.param("bfloat16", marks=NO_BFLOAT16)]
+FEW = TrainConfig(
+    steps=6, warmup=2, batch=20, micro_batch=10, lr=1e-3, precision="float32", device="cpu", save_every=3, keep=9
+)
+
+
+class Brightness(Objective):
+    """Predicts an image's mean colour. It draws a number, for tests to look at, that plays no part in the loss."""
+
+    def __init__(self, encoder: ViT) -> None:
+        super().__init__(encoder)
+        self.head = nn.Linear(encoder.config.width, 3)
+        self.drawn: list[float] = []
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        self.drawn.append(torch.rand(()).item())
+        truth = batch.images.float().mean((2, 3)) / 255
+        error = F.mse_loss(self.head(self.encoder(batch.images)).float(), truth)
+        return error, {"red": truth[:, 0].mean()}
+
+
+class Gradients(torch.optim.SGD):
+    """Keeps the gradients of its last step, and changes nothing."""
+
+    def step(self) -> None:
+        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+
+class PowerCut(Exception):
+    pass
+
+
+class Cut:
+    """Batches that end with a power cut: what was not saved before is lost."""
+
+    def __init__(self, batches, after: int) -> None:
+        self.batches, self.after = batches, after
+
+    def at(self, step):
+        return self.batches.at(step)
+
+    def iterate(self, start):
+        for step in range(start, self.after):
+            yield self.batches.at(step)
+        raise PowerCut
+
+
+def masked(**changes) -> MaskedPatchPrediction:
+    torch.manual_seed(7)
+    return MaskedPatchPrediction(ViT(tiny_config(image=(16, 16), patch=4, width=32, depth=1, **changes)))
+
+
+@pytest.fixture
+def images(small_shards):
+    return read_shards(small_shards, 20, seed=5)
+
+
+def fit(out: Path, images, config: TrainConfig = FEW, **options) -> MaskedPatchPrediction:
+    objective = masked()
+    train(objective, images, config, out=out, log=LogConfig(every=1, pictures=0, tensorboard=False), **options)
+    return objective
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = [line for line in metrics(out) if "loss" in line]
+    found = {line["step"]: line["loss"] for line in lines}
+    assert len(found) == len(lines), "each step is logged once"
+    return found
+
+
+# Accumulation and randomness
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 6, 12])
+def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(micro_batch, tiny_vit):
+    objective = Brightness(tiny_vit)
+    batch = Batch(torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8))
+    expected, expected_metrics = objective(batch)
+    expected.backward()
+    gradients = [p.grad.clone() for p in objective.parameters()]
+    objective.zero_grad()
+    optimizer = Gradients(objective.parameters(), lr=0.1)
+    config = replace(FEW, batch=12, micro_batch=micro_batch, clip=None)
+    loss, norm, found = update(objective, objective, optimizer, batch, config, seed=0, step=1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found["red"].item() == pytest.approx(expected_metrics["red"].item(), rel=1e-5)
+    assert norm.item() == pytest.approx(math.sqrt(sum((g**2).sum().item() for g in gradients)), rel=1e-4)
+    for ours, theirs in zip(optimizer.seen, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in objective.parameters()), "nothing is left for the next step"
+
+
+def test_a_smaller_last_micro_batch_counts_by_its_images(tiny_vit):
+    objective = Brightness(tiny_vit)
+    batch = Batch(torch.randint(0, 256, (7, 3, 32, 48), dtype=torch.uint8))
+    expected = objective(batch)[0].item()
+    config = replace(FEW, batch=12, micro_batch=3)
+    loss, _, _ = update(objective, objective, Gradients(objective.parameters()), batch, config, seed=0, step=1)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_draw_depends_on_seed_step_and_place_alone(tiny_vit):
+    objective = Brightness(tiny_vit)
+
+    def drawn(seed: int, step: int, micro_batch: int, images: int = 6) -> list[float]:
+        torch.rand(torch.randint(1, 99, ()).item())  # whatever happened before
+        objective.drawn.clear()
+        batch = Batch(torch.randint(0, 256, (images, 3, 32, 48), dtype=torch.uint8))
+        config = replace(FEW, batch=6, micro_batch=micro_batch)
+        update(objective, objective, Gradients(objective.parameters()), batch, config, seed, step)
+        return list(objective.drawn)
+
+    first = drawn(1, 4, 2)
+    assert drawn(1, 4, 2) == first, "whatever the images"
+    assert drawn(1, 4, 3) == first[:2], "place, not image, decides"
+    draws = [value for seed in (1, 2) for step in (3, 4, 5) for value in drawn(seed, step, 2)]
+    assert len(draws) == len(set(draws)) == 18
+
+
+def test_the_learning_rate_of_a_step_is_that_of_the_schedule(images, tmp_path):
+    fit(tmp_path, images, replace(FEW, lr=0.02))
+    rates = [line["lr"] for line in metrics(tmp_path)]
+    cosine = [0.02 * 0.5 * (1 + math.cos(math.pi * part / 4)) for part in range(4)]
+    assert rates == pytest.approx([0.01, 0.02, *cosine])
+
+
+# Restart
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_six_steps_equal_three_and_three_bit_for_bit(precision, optimizer, ema, images, tmp_path):
+    config = replace(FEW, precision=precision, optimizer=optimizer, ema=ema, weight_decay=0.1)
+    whole = fit(tmp_path / "whole", images, config)
+    with pytest.raises(PowerCut):
+        fit(tmp_path / "halves", Cut(images, after=5), config)  # saved after step 3, in the middle of the second epoch
+    assert sorted(losses(tmp_path / "halves")) == [1, 2, 3, 4, 5]
+    halves = fit(tmp_path / "halves", images, config)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    assert digests(tmp_path / "halves", 6) == digests(tmp_path / "whole", 6)
+    assert set(digests(tmp_path / "whole", 6)) >= {"model.safetensors", "optimizer.safetensors"}
+    assert ("ema.safetensors" in digests(tmp_path / "whole", 6)) == bool(ema)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, halves.state_dict()[name]), name
+    norms = [[line["norm"] for line in metrics(tmp_path / name)] for name in ("whole", "halves")]
+    assert norms[0] == norms[1]
+
+
+def test_a_run_depends_on_its_seed(images, tmp_path):
+    fit(tmp_path / "a", images, seed=1)
+    fit(tmp_path / "b", images, seed=2)
+    assert digests(tmp_path / "a", 6) != digests(tmp_path / "b", 6)
+
+
+def test_a_finished_run_started_again_changes_nothing(images, tmp_path):
+    first = fit(tmp_path, images, replace(FEW, ema=0.9))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = fit(tmp_path, images, replace(FEW, ema=0.9))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_the_running_average_is_the_result_and_is_one(images, tmp_path):
+    config = replace(FEW, ema=0.5, save_every=1)
+    final = fit(tmp_path, images, config)
+
+    def saved(step: int, name: str) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(tmp_path / f"checkpoints/step-{step:08d}/{name}.safetensors")
+
+    average = saved(1, "ema")
+    for step in range(2, 7):
+        decay, weights = min(0.5, (1 + step) / (10 + step)), saved(step, "model")
+        average = {name: decay * value + (1 - decay) * weights[name] for name, value in average.items()}
+    for name, value in final.named_parameters():
+        torch.testing.assert_close(value.detach(), average[name])
+        assert torch.equal(value, saved(6, "ema")[name])
+    assert not torch.equal(final.head.weight, saved(6, "model")["head.weight"])
+
+
+def test_signals_save_and_say_how_to_go_on(small_shards, tmp_path):
+    recipe, steps = write_recipe(tmp_path, small_shards), 500
+    settings = [f"train.steps={steps}", "train.save_every=1000", "train.ema=0.9", "eval.every=1000"]
+    assert run("pretrain", recipe, *settings, f"out={tmp_path / 'whole'}").code == 0
+    out, stopped = tmp_path / "stopped", []
+    for number, least in [(signal.SIGTERM, 5), (signal.SIGINT, 20)]:
+        process = start("pretrain", recipe, *settings, f"out={out}")
+        deadline = time.monotonic() + 60
+        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < least:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        result = finished(process)
+        assert result.code == 128 + number
+        step = max(line["step"] for line in metrics(out))
+        assert step < steps
+        expected = f"mpp: stopped by {number.name} after step {step}; run the same command again to go on"
+        assert result.line == expected
+        assert (out / f"checkpoints/step-{step:08d}/state.json").exists()
+        stopped.append(step)
+        least = step + 20
+    assert run("pretrain", recipe, *settings, f"out={out}").code == 0
+    assert stopped[0] < stopped[1]
+    assert losses(out) == losses(tmp_path / "whole")
+    assert sorted(losses(out)) == list(range(1, steps + 1)), "each step once, however often it was done"
+    assert digests(out, steps) == digests(tmp_path / "whole", steps)
+    name = "encoder.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    scalars = EventAccumulator(str(out), {"scalars": 0}).Reload()
+    assert {event.step for event in scalars.Scalars("loss")} == set(range(1, steps + 1))
+
+
+# What goes wrong
+
+
+class Diverges(Brightness):
+    """Its loss is not a number from the fifth forward pass on."""
+
+    def forward(self, batch):
+        loss, _ = super().forward(batch)
+        return loss * (math.nan if len(self.drawn) >= 5 else 1.0), {}
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(every, images, tmp_path):
+    config = replace(FEW, micro_batch=20, save_every=2)
+    encoder = ViT(tiny_config(image=(16, 16), patch=4, width=32, depth=1))
+    log = LogConfig(every=every, pictures=0, tensorboard=False)
+    with pytest.raises(TrainingError, match="step 5: the loss is nan .*lower train.lr .it is 0.001.*train.clip") as caught:
+        train(Diverges(encoder), images, config, out=tmp_path, log=log)
+    assert "\n" not in str(caught.value)
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["step-00000002", "step-00000004"]
+    assert all(math.isfinite(value) for line in metrics(tmp_path) for value in line.values())
+
+
+def test_a_run_that_diverges_exits_with_one_line(small_shards, tmp_path):
+    recipe = write_recipe(tmp_path, small_shards)
+    result = run("pretrain", recipe, "train.lr=1e30", "train.clip=null", "train.warmup=0", f"out={tmp_path / 'run'}")
+    assert result.code == 2
+    assert "train.lr" in result.line
+    assert not list((tmp_path / "run").glob("checkpoints/step-*")) or digests(tmp_path / "run", 2)
+
+
+# Precision
+
+
+@NO_BFLOAT16
+def test_bfloat16_gives_nearly_the_loss_and_gradients_of_float32(tiny_vit, batch):
+    objective = MaskedPatchPrediction(tiny_vit)
+    nn.init.normal_(objective.head.weight, std=0.1)
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        loss, _ = forward_pass(objective, replace(FEW, precision=precision, compile=False))(batch)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in objective.parameters())
+        found[precision] = (loss.item(), torch.cat([p.grad.flatten() for p in objective.parameters()]))
+        objective.zero_grad()
+    assert found["bfloat16"][0] == pytest.approx(found["float32"][0], rel=0.03)
+    assert found["bfloat16"][0] != found["float32"][0]
+    assert F.cosine_similarity(found["bfloat16"][1], found["float32"][1], dim=0) > 0.99
+
+
+@NO_BFLOAT16
+def test_all_that_is_kept_is_float32_after_training_in_bfloat16(images, tmp_path):
+    from mpp import checkpoint
+
+    objective = fit(tmp_path, images, replace(FEW, precision="bfloat16", ema=0.9))
+    assert {parameter.dtype for parameter in objective.parameters()} == {torch.float32}
+    _, state = checkpoint.load_latest(tmp_path / "checkpoints")
+    assert set(state) == {"model", "optimizer", "ema"}
+    for name, tensors in state.items():
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}, name
+        assert len(tensors) >= len(list(objective.parameters()))
+
+
+# Looking on
+
+
+def test_scores_and_pictures_do_not_change_training(images, tmp_path):
+    config = replace(FEW, ema=0.9)
+    fit(tmp_path / "blind", images, config)
+    objective, seen = masked(), []
+
+    def evaluate() -> dict[str, float]:
+        torch.rand(17)
+        seen.append(objective.head.weight.clone())
+        return {"val/loss": 1.0}
+
+    log = LogConfig(every=1, pictures=2, tensorboard=True)
+    train(objective, images, config, out=tmp_path / "watched", log=log, evaluate=evaluate, evaluate_every=4)
+    assert digests(tmp_path / "watched", 6) == digests(tmp_path / "blind", 6)
+    assert losses(tmp_path / "watched") == losses(tmp_path / "blind")
+    assert [line["step"] for line in metrics(tmp_path / "watched") if "val/loss" in line] == [4, 6]
+    names = sorted(path.name for path in (tmp_path / "watched" / "pictures").iterdir())
+    assert names == [f"step-{step:08d}.png" for step in (2, 4, 6)]
+    assert torch.equal(seen[-1], objective.head.weight), "the running average is what is scored"
+
+
+def test_every_line_of_metrics_tells_all_there_is(images, tmp_path):
+    train(masked(), images, FEW, out=tmp_path, log=LogConfig(every=2, pictures=0))
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    names = {"step", "loss", "accuracy", "commonest", "nearest", "lr", "norm", "images/s", "waiting", "memory"}
+    for line in lines:
+        assert line.keys() == names
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in line.values())
+        assert 0 <= line["waiting"] <= 1
+        assert line["images/s"] > 1
+        assert 50 < line["memory"] < 10**6, "MiB of a process with torch"
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert set(board.Tags()["scalars"]) == names - {"step"}
+    for name in names - {"step"}:
+        events = [(event.step, event.value) for event in board.Scalars(name)]
+        assert events == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+
+
+def test_waiting_is_the_share_of_time_without_data(images, tmp_path):
+    class Slow(Cut):
+        def iterate(self, start):
+            for batch in super().iterate(start):
+                time.sleep(0.2)
+                yield batch
+
+    fit(tmp_path, Slow(images, 99), replace(FEW, steps=3))
+    assert all(line["waiting"] > 0.5 for line in metrics(tmp_path))
+    assert all(line["images/s"] < 100 for line in metrics(tmp_path)), "20 images in 0.2 s at best"
+
+
+# What is left to the machine
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 96, 1000, 4096])
+@pytest.mark.parametrize("image", [(16, 16), (224, 224)])
+def test_a_micro_batch_that_is_found_divides_the_batch(batch, image, images):
+    objective = MaskedPatchPrediction(ViT(tiny_config(image=image, patch=4)))
+    config = TrainConfig(steps=1, batch=batch, device="cpu")
+    found = settled(objective, images, config)
+    assert batch % found.micro_batch == 0
+    assert found.precision == ("bfloat16" if multiplies_bfloat16(CPU) else "float32")
+    assert found.compile is False
+    assert settled(objective, images, found) == found
+    if image == (16, 16):
+        assert found.micro_batch == {1000: 250, 4096: 256}.get(batch, batch)
+
+
+def test_what_a_recipe_chooses_is_left_alone(images):
+    config = TrainConfig(steps=1, batch=20, micro_batch=5, precision="float32", compile=True, device="cpu")
+    assert settled(masked(), images, config) == config
+
+
+@NO_CUDA
+def test_a_gpu_trains_compiled_in_bfloat16_with_the_micro_batch_that_fits(images, tmp_path):
+    config = TrainConfig(steps=6, batch=20, lr=1e-3, device="cuda", save_every=3)
+    found = settled(masked(), images, config)
+    assert (found.precision, found.compile, found.micro_batch) == ("bfloat16", True, 20)
+    objective = fit(tmp_path, images, config)
+    assert {parameter.dtype for parameter in objective.parameters()} == {torch.float32}
+    assert all(math.isfinite(loss) for loss in losses(tmp_path).values())
+
+
+@NO_CUDA
+def test_a_deterministic_run_on_a_gpu_goes_on_bit_for_bit(images, tmp_path):
+    config = TrainConfig(steps=6, batch=20, lr=1e-3, device="cuda", save_every=3, deterministic=True, compile=False)
+    try:
+        fit(tmp_path / "whole", images, config)
+        with pytest.raises(PowerCut):
+            fit(tmp_path / "halves", Cut(images, after=5), config)
+        fit(tmp_path / "halves", images, config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert digests(tmp_path / "halves", 6) == digests(tmp_path / "whole", 6)
+
+
+def test_a_device_that_is_not_there_is_named(images, tmp_path):
+    absent = "mps" if not torch.backends.mps.is_available() else "cuda"
+    with pytest.raises(ValueError, match=f"train.device: this machine has no {absent}; it has .*cpu"):
+        fit(tmp_path, images, replace(FEW, device=absent))
+
+
+def test_the_description_of_a_checkpoint_names_its_step(images, tmp_path):
+    fit(tmp_path, images)
+    described = json.loads((tmp_path / "checkpoints/step-00000003/state.json").read_text())
+    assert described["step"] == 3

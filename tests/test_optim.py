@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+
+from mpp.models.vit import ViT
+from mpp.objectives.masked_patch import MaskedPatchPrediction
+from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups
+
+
+def test_only_weights_of_linear_layers_decay():
+    objective = MaskedPatchPrediction(ViT(tiny_config()))
+    decayed, other = parameter_groups(objective, 0.3)
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    found = sorted(names[id(parameter)] for parameter in decayed["params"])
+    blocks = ["mixer.qkv", "mixer.project", "mlp.expand", "mlp.contract"]
+    expected = [f"encoder.blocks.{block}.{part}.weight" for block in (0, 1) for part in blocks]
+    assert found == sorted([*expected, "encoder.stem.project.weight", "head.weight"])
+    assert (decayed["weight_decay"], other["weight_decay"]) == (0.3, 0.0)
+    rest = {names[id(parameter)] for parameter in other["params"]}
+    assert {"mask_token", "encoder.class_token", "encoder.positions.table", "encoder.norm.weight"} <= rest
+    assert sorted([*found, *rest]) == sorted(names.values()), "each parameter is in one group"
+
+
+def test_convolutions_decay_and_frozen_parameters_are_in_no_group():
+    module = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 2), "teacher": nn.Linear(4, 4).requires_grad_(False)})
+    decayed, other = parameter_groups(module, 0.1)
+    assert [id(p) for p in decayed["params"]] == [id(module["conv"].weight)]
+    assert [id(p) for p in other["params"]] == [id(module["conv"].bias)]
+
+
+def test_the_learning_rate_is_linear_and_then_half_a_cosine():
+    rates = [learning_rate(step, peak=2.0, steps=14, warmup=4) for step in range(15)]
+    # Worked out by hand: quarters of the peak, then 1 + cos of multiples of 18 degrees.
+    expected = [0.5, 1.0, 1.5, 2.0, 2.0, 1.951057, 1.809017, 1.587785, 1.309017, 1.0]
+    expected += [0.690983, 0.412215, 0.190983, 0.048943, 0.0]
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_the_learning_rate_is_that_of_torchs_schedulers(warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    linear = [(step + 1) / warmup for step in range(warmup)]
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50 - warmup)
+    for step in range(50):
+        expected = 0.3 * linear[step] if step < warmup else optimizer.param_groups[0]["lr"]
+        assert learning_rate(step, peak=0.3, steps=50, warmup=warmup) == pytest.approx(expected, rel=1e-6)
+        if step >= warmup:
+            optimizer.step()
+            cosine.step()
+
+
+def test_a_run_that_is_all_warm_up_ends_at_the_peak():
+    assert learning_rate(4, peak=0.3, steps=5, warmup=5) == pytest.approx(0.3)
+
+
+def test_the_running_average_forgets_the_initial_weights_at_first():
+    assert [ema_decay(step, 0.99) for step in (0, 1, 8)] == pytest.approx([0.1, 2 / 11, 0.5])
+    assert ema_decay(10_000, 0.99) == 0.99
+    weight = math.prod(ema_decay(step, 0.9999) for step in range(1, 101))
+    assert weight < 1e-11, "of the initial weights, after 100 steps"
+
+
+@pytest.mark.parametrize("clip", [None, 0.01, 1.0, 1e6])
+def test_gradients_are_clipped_as_torch_clips_them(clip):
+    ours, theirs = ([nn.Parameter(torch.zeros(size)) for size in (3, 50, 7)] for _ in range(2))
+    for first, second in zip(ours[:2], theirs[:2], strict=True):  # the third has no gradient
+        first.grad = torch.randn_like(first)
+        second.grad = first.grad.clone()
+    expected = torch.nn.utils.clip_grad_norm_(theirs, math.inf if clip is None else clip)
+    norm = gradient_norm(ours, clip)
+    torch.testing.assert_close(norm, expected)
+    for first, second in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(first.grad, second.grad)
+    assert ours[2].grad is None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Step = Callable[[], "Tensor"]  # one optimizer step; returns the loss
 
 OURS = "mpp, default settings"
+OURS_COMPILED = "mpp, compiled"
 VIT_PYTORCH = "vit-pytorch MPP, float32"
 VIT_PYTORCH_BF16 = "vit-pytorch MPP, bf16 autocast"
 TIMM = "timm minimal MPP, bf16 autocast"
@@ -122,7 +123,12 @@ class SameBatch:
 
 
 def prepare_ours(
-    size: Size, device: str, threads: int, steps: int = STEPS, micro_batch: int | Literal["auto"] = "auto"
+    size: Size,
+    device: str,
+    threads: int,
+    steps: int = STEPS,
+    micro_batch: int | Literal["auto"] = "auto",
+    compiled: bool | None = None,
 ) -> Callable[[], Timing]:
     """Our step by default settings: what `mpp.train` does with each batch."""
     from mpp.batch import Batch
@@ -131,7 +137,9 @@ def prepare_ours(
     settle(threads)
     batch = Batch(images_of(size, device))
     objective = our_objective(size).to(device).train()
-    config = TrainConfig(steps=10_000, batch=size.batch, micro_batch=micro_batch, lr=LEARNING_RATE, device=device)
+    config = TrainConfig(
+        steps=10_000, batch=size.batch, micro_batch=micro_batch, lr=LEARNING_RATE, device=device, compile=compiled
+    )
     config = settled(objective, SameBatch(batch), config)
     optimizer = build_optimizer(objective, config)
     forward = forward_pass(objective, config)
@@ -169,11 +177,12 @@ def timed(step: Step, batch: int, device: str, steps: int = STEPS) -> Timing:
     return Timing(steps * batch, seconds, {"loss": loss.item()})
 
 
-def contenders(size: Size, device: str, threads: int) -> list[Contender]:
+def contenders(size: Size, device: str, threads: int, compiled: bool) -> list[Contender]:
     shared: dict[str, Any] = {"size": size, "device": device, "threads": threads}
     names = (VIT_PYTORCH, VIT_PYTORCH_BF16, TIMM, TIMM_BEST)
     ours = Contender(OURS, prepare_ours, shared)
-    return [ours, *(Contender(name, prepare_peer, {**shared, "name": name}) for name in names)]
+    extra = [Contender(OURS_COMPILED, prepare_ours, {**shared, "compiled": True})] if compiled else []
+    return [ours, *extra, *(Contender(name, prepare_peer, {**shared, "name": name}) for name in names)]
 
 
 def micro_batches(size: Size, device: str, threads: int, parts: Sequence[int]) -> list[Contender]:
@@ -197,6 +206,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="default: all of the device")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true", help="also ours with train.compile")
     parser.add_argument("--micro-batches", nargs="+", type=int, metavar="IMAGES", help="compare these, and no peers")
     options = parser.parse_args()
     sizes = SIZES[options.device]
@@ -205,7 +215,11 @@ def main() -> None:
     tables = {}
     for name in options.sizes or sizes:
         where = sizes[name], options.device, options.threads
-        entrants = micro_batches(*where, options.micro_batches) if options.micro_batches else contenders(*where)
+        entrants = (
+            micro_batches(*where, options.micro_batches)
+            if options.micro_batches
+            else contenders(*where, options.compiled)
+        )
         timings = harness.interleave(entrants, options.rounds)
         ratios = compare(name, timings, options.device)
         harness.table(f"{name} {sizes[name]}", timings, ratios)

@@ -79,7 +79,8 @@ def load(path: Path) -> tuple[int, State]:
         for name, digest in described["sha256"].items():
             if _digest(path / name) != digest:
                 raise CheckpointError(f"{path / name}: not as it was written (cut or changed)")
-            state[name.removesuffix(".safetensors")] = load_file(path / name)
+            tensors = load_file(path / name)  # only maps the file, which training goes on to delete: hence copies
+            state[name.removesuffix(".safetensors")] = {key: tensor.clone() for key, tensor in tensors.items()}
         return int(described["step"]), state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):

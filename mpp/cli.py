@@ -149,12 +149,23 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's arguments; argparse by itself refuses key=value behind an option (`--from WEIGHTS`)."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Errors that a user can mend are one line on stderr, with exit status 2."""
     logging.basicConfig(level=logging.INFO, format="mpp: %(message)s", stream=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal can't show
-    options = parser().parse_args(arguments)
+    options = parsed(arguments)
     try:
         options.run(options)
     except UserError as error:

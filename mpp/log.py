@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +15,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from mpp.errors import cause
+from mpp.files import FileError
 
 SHOWN = ("loss", "accuracy", "images/s")  # beside the bar
 PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
@@ -38,14 +43,17 @@ class LogConfig:
 class Log:
     """Writes metrics and pictures of a run that has done `start` of `steps` steps.
 
-    What an earlier, interrupted run wrote about later steps is taken back first: those steps are done again.
+    What an earlier, interrupted run wrote about later steps is taken back first: those steps are done again. Raises
+    FileError if the disk is full.
     """
 
     def __init__(self, out: Path, start: int, steps: int, tensorboard: bool) -> None:
         self.out = out
-        _forget_after(out / "metrics.jsonl", start)
-        self._metrics = (out / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(out), purge_step=start + 1) if tensorboard else None
+        with self._writing():
+            out.mkdir(parents=True, exist_ok=True)
+            _forget_after(out / "metrics.jsonl", start)
+            self._board = SummaryWriter(str(out), purge_step=start + 1) if tensorboard else None
+            self._metrics = (out / "metrics.jsonl").open("a", encoding="utf-8")
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", mininterval=0.2 if terminal else 10)
 
@@ -56,9 +64,10 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._metrics.close()
-        if self._board:
-            self._board.close()
+        for file in (self._metrics, self._board):
+            with suppress(FileError) if error else nullcontext(), self._writing():  # the first error is the one to tell
+                if file:
+                    file.close()
 
     def advance(self) -> None:
         """Moves the bar on by a step."""
@@ -66,21 +75,32 @@ class Log:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard and beside the bar."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        with self._writing():
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
+            if self._board:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
         self._bar.set_postfix({name: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
 
     def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
         """One PNG, pictures/step-*.png: a row for each name, a column for each image."""
-        if pictures:
-            grid = labelled(picture_grid(pictures), list(pictures))
+        if not pictures:
+            return
+        grid = labelled(picture_grid(pictures), list(pictures))
+        with self._writing():
             (self.out / "pictures").mkdir(exist_ok=True)
             Image.fromarray(grid).save(self.out / "pictures" / f"step-{step:08d}.png")
             if self._board:
                 self._board.add_image("/".join(pictures), grid, step, dataformats="HWC")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes one line of what a full disk causes."""
+        try:
+            yield
+        except OSError as error:
+            raise FileError(f"{self.out}: cannot be written to: {cause(error)}") from error
 
 
 def picture_grid(pictures: dict[str, Tensor]) -> np.ndarray:
@@ -110,11 +130,11 @@ def _forget_after(metrics: Path, step: int) -> None:
     if not metrics.exists():
         return
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, LookupError, TypeError):
             continue
     partial = metrics.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +51,7 @@ class TrainConfig:
     ema: float = 0.0  # decay of a running average of all parameters, which is then the result; 0 for none
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of forward and backward passes
     device: DeviceName = "auto"
+    threads: int | None = None  # of the CPU's arithmetic, on which its last bits depend; torch's number where not given
     compile: bool | None = None  # where not given: on CUDA
     deterministic: bool = False  # bit-equal runs on CUDA too, at some cost; on the CPU they always are
     save_every: int = 500  # steps between checkpoints
@@ -61,6 +63,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.micro_batch != "auto" and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise ValueError(f"train.batch ({self.batch}) must be a multiple of train.micro_batch ({self.micro_batch})")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"train.threads must be at least 1, got {self.threads}")
         if self.lr <= 0 or self.weight_decay < 0 or self.warmup < 0:
             raise ValueError("train.lr must be above 0, and train.weight_decay and train.warmup at least 0")
         if not 0 <= self.ema < 1 or not all(0 <= beta < 1 for beta in self.betas):
@@ -121,6 +125,10 @@ def train(
     """
     device, log, steps = device_of(config.device), log or LogConfig(), config.steps or 0
     config = settled(objective, batches, config)
+    torch.set_num_threads(config.threads or 1)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses CUDA's matrix products
+    torch.use_deterministic_algorithms(config.deterministic)
     objective.to(device).train()
     optimizer = build_optimizer(objective, config)
     ema = [parameter.detach().clone() for parameter in objective.parameters()] if config.ema else []
@@ -216,14 +224,14 @@ def forward_pass(objective: Objective, config: TrainConfig) -> Callable[[Batch],
 
 
 def settled(objective: Objective, batches: Images, config: TrainConfig) -> TrainConfig:
-    """`config` with a plain value for whatever it leaves to this machine: precision, compile, micro_batch."""
+    """`config` with a plain value for whatever it leaves to this machine: precision, compile, threads, micro_batch."""
     device = device_of(config.device)
+    if config.threads is None:
+        config = replace(config, threads=torch.get_num_threads())
     if config.precision == "auto":
         config = replace(config, precision="bfloat16" if multiplies_bfloat16(device) else "float32")
     if config.compile is None:
         config = replace(config, compile=device.type == "cuda")
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
     if config.micro_batch != "auto":
         return config
     sizes = [size for size in range(config.batch, 0, -1) if config.batch % size == 0]
@@ -263,6 +271,8 @@ def resume(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Ten
         return 0
     step, state = found
     checkpoint.restore(objective, optimizer, state)
+    if ema and "ema" not in state:
+        raise checkpoint.CheckpointError(f"{folder}: holds no running average to go on with; start with train.ema=0")
     for (name, _), value in zip(objective.named_parameters(), ema, strict=False):
         value.copy_(state["ema"][name])
     return step

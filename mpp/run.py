@@ -102,7 +102,7 @@ def same_as_before(recipe: Recipe, objective: Objective, batches: Batches, out: 
     before = load_recipe(path)
     chosen = {
         key: getattr(before.train, key)
-        for key in ("precision", "compile", "micro_batch")
+        for key in ("precision", "compile", "threads", "micro_batch")
         if getattr(recipe.train, key) in ("auto", None)
     }
     recipe = replace(recipe, train=replace(recipe.train, **chosen))

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from mpp.recipe import load_recipe
 from mpp.run import pretrain
@@ -51,7 +52,9 @@ def reached(out: Path) -> int:
 
 def main(recipe: str, folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # of forks of a process with threads: here all have ended
+    tqdm.monitor_interval = 0  # no thread that outlives a run
+    pretrain(load_recipe(recipe, ["train.steps=2", f"out={folder / 'warm'}"]))  # imports all there is to import
     started = time.monotonic()
     assert lived(born(recipe, folder / "run0"))
     alone = time.monotonic() - started

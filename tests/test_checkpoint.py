@@ -14,7 +14,10 @@ from mpp.objectives.masked_patch import MaskedPatchConfig, MaskedPatchPrediction
 
 
 def state(value: float, numbers: int = 5) -> checkpoint.State:
-    return {"model": {"a": torch.full((numbers,), value), "b": torch.tensor(value)}, "optimizer": {"a/step": torch.ones(())}}
+    return {
+        "model": {"a": torch.full((numbers,), value), "b": torch.tensor(value)},
+        "optimizer": {"a/step": torch.ones(())},
+    }
 
 
 def save(folder, *steps: int, keep: int = 9, numbers: int = 5) -> None:
@@ -146,6 +149,19 @@ def test_a_full_disk_is_one_line_and_leaves_older_ones_alone(tmp_path):
 
 def objective(**config) -> MaskedPatchPrediction:
     return MaskedPatchPrediction(ViT(tiny_config()), MaskedPatchConfig(**config))
+
+
+def loaded_then_overwritten(folder) -> checkpoint.State:
+    save(folder, 10)
+    path = step_folder(folder, 10) / "model.safetensors"
+    loaded = checkpoint.load(step_folder(folder, 10))[1]
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    return loaded
+
+
+def test_what_is_loaded_no_longer_depends_on_the_file(tmp_path):
+    assert equal(loaded_then_overwritten(tmp_path), state(10.0))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import signal
 import time
 from dataclasses import replace
@@ -14,10 +15,11 @@ from tiny_runs import digests, finished, metrics, run, start, write_recipe
 from torch import Tensor, nn
 
 from mpp.batch import Batch
+from mpp.checkpoint import CheckpointError
 from mpp.data.read import read_shards
 from mpp.hardware import multiplies_bfloat16
 from mpp.log import LogConfig
-from mpp.loop import TrainConfig, TrainingError, forward_pass, settled, train, update
+from mpp.loop import Interrupted, TrainConfig, TrainingError, forward_pass, settled, train, update
 from mpp.models.vit import ViT
 from mpp.objectives import Objective
 from mpp.objectives.masked_patch import MaskedPatchPrediction
@@ -209,7 +211,7 @@ def test_the_running_average_is_the_result_and_is_one(images, tmp_path):
 
 
 def test_signals_save_and_say_how_to_go_on(small_shards, tmp_path):
-    recipe, steps = write_recipe(tmp_path, small_shards), 500
+    recipe, steps = write_recipe(tmp_path, small_shards), 300
     settings = [f"train.steps={steps}", "train.save_every=1000", "train.ema=0.9", "eval.every=1000"]
     assert run("pretrain", recipe, *settings, f"out={tmp_path / 'whole'}").code == 0
     out, stopped = tmp_path / "stopped", []
@@ -241,6 +243,19 @@ def test_signals_save_and_say_how_to_go_on(small_shards, tmp_path):
     assert {event.step for event in scalars.Scalars("loss")} == set(range(1, steps + 1))
 
 
+def test_a_signal_while_scoring_stops_after_a_step_that_is_saved(images, tmp_path):
+    def evaluate() -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"val/loss": 1.0}
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM after step 3") as caught:
+        fit(tmp_path, images, replace(FEW, save_every=100), evaluate=evaluate, evaluate_every=2)
+    assert caught.value.number == signal.SIGTERM
+    assert digests(tmp_path, 3)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 # What goes wrong
 
 
@@ -254,10 +269,12 @@ class Diverges(Brightness):
 
 @pytest.mark.parametrize("every", [1, 2, 100])
 def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(every, images, tmp_path):
-    config = replace(FEW, micro_batch=20, save_every=2)
+    config = replace(FEW, steps=8, micro_batch=20, save_every=2)
     encoder = ViT(tiny_config(image=(16, 16), patch=4, width=32, depth=1))
     log = LogConfig(every=every, pictures=0, tensorboard=False)
-    with pytest.raises(TrainingError, match="step 5: the loss is nan .*lower train.lr .it is 0.001.*train.clip") as caught:
+    with pytest.raises(
+        TrainingError, match="step 5: the loss is nan .*lower train.lr .it is 0.001.*train.clip"
+    ) as caught:
         train(Diverges(encoder), images, config, out=tmp_path, log=log)
     assert "\n" not in str(caught.value)
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -271,6 +288,12 @@ def test_a_run_that_diverges_exits_with_one_line(small_shards, tmp_path):
     assert result.code == 2
     assert "train.lr" in result.line
     assert not list((tmp_path / "run").glob("checkpoints/step-*")) or digests(tmp_path / "run", 2)
+
+
+def test_batches_that_end_too_soon_are_an_error(small_shards, tmp_path):
+    once = read_shards(small_shards, 20, train=False)  # three batches
+    with pytest.raises(TrainingError, match=r"batches ended before train.steps \(6\)"):
+        fit(tmp_path, once)
 
 
 # Precision
@@ -360,6 +383,24 @@ def test_waiting_is_the_share_of_time_without_data(images, tmp_path):
     assert all(line["images/s"] < 100 for line in metrics(tmp_path)), "20 images in 0.2 s at best"
 
 
+def test_the_time_of_scoring_is_not_counted_as_training(images, tmp_path):
+    def evaluate() -> dict[str, float]:
+        time.sleep(1)
+        return {"val/loss": 1.0}
+
+    config = replace(FEW, steps=4)
+    log = LogConfig(every=2, pictures=0, tensorboard=False)
+    train(masked(), images, config, out=tmp_path, log=log, evaluate=evaluate, evaluate_every=3)
+    [speed] = [line["images/s"] for line in metrics(tmp_path) if line["step"] == 4 and "loss" in line]
+    assert speed > 40, "two batches of 20 in less than the second that scoring took"
+
+
+def test_a_running_average_can_not_begin_in_the_middle(images, tmp_path):
+    fit(tmp_path, images, replace(FEW, steps=3))
+    with pytest.raises(CheckpointError, match="no running average.* train.ema"):
+        fit(tmp_path, images, replace(FEW, ema=0.9))
+
+
 # What is left to the machine
 
 
@@ -372,13 +413,14 @@ def test_a_micro_batch_that_is_found_divides_the_batch(batch, image, images):
     assert batch % found.micro_batch == 0
     assert found.precision == ("bfloat16" if multiplies_bfloat16(CPU) else "float32")
     assert found.compile is False
+    assert found.threads == torch.get_num_threads()
     assert settled(objective, images, found) == found
     if image == (16, 16):
         assert found.micro_batch == {1000: 250, 4096: 256}.get(batch, batch)
 
 
 def test_what_a_recipe_chooses_is_left_alone(images):
-    config = TrainConfig(steps=1, batch=20, micro_batch=5, precision="float32", compile=True, device="cpu")
+    config = TrainConfig(steps=1, batch=20, micro_batch=5, precision="float32", compile=True, device="cpu", threads=3)
     assert settled(masked(), images, config) == config
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from mpp import checkpoint
 from mpp.errors import UserError
-from mpp.files import sync
+from mpp.files import write_atomically
 from mpp.models.vit import ViT, ViTConfig
 
 
@@ -19,12 +19,9 @@ class WeightsError(UserError):
 
 
 def save_encoder(encoder: ViT, path: Path) -> None:
-    """Writes an encoder with its config, whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
+    """Writes an encoder with its config, whole or not at all; FileError on a full disk."""
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(tensors, partial, {"encoder": json.dumps(asdict(encoder.config))})
-    sync(partial)
-    partial.rename(path)
+    write_atomically(path, save(tensors, {"encoder": json.dumps(asdict(encoder.config))}))
 
 
 def load_encoder(path: str | Path) -> ViT:

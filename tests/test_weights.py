@@ -1,0 +1,162 @@
+import json
+import pickle
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import shaken, tiny_config
+from safetensors.torch import load_file, save_file
+from tiny_runs import run, small_disk, write_recipe
+
+from mpp.errors import UserError
+from mpp.models.vit import ViT
+from mpp.weights import WeightsError, load_encoder, save_encoder
+
+
+@pytest.fixture(scope="module")
+def trained(small_shards, tmp_path_factory):
+    """Run folders: one with a running average, one without."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = write_recipe(folder, small_shards)
+    for name, ema in {"ema": 0.9, "plain": 0.0}.items():
+        assert run("pretrain", recipe, f"train.ema={ema}", f"out={folder / name}").code == 0
+    return folder
+
+
+@pytest.fixture
+def encoder_file(tiny_vit, tmp_path):
+    save_encoder(tiny_vit, tmp_path / "encoder.safetensors")
+    return tmp_path / "encoder.safetensors"
+
+
+def refused(path) -> str:
+    """The one line with which a path is refused, which names it."""
+    with pytest.raises(WeightsError) as caught:
+        load_encoder(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def equal(encoder: ViT, tensors: dict[str, torch.Tensor]) -> bool:
+    own = encoder.state_dict()
+    return own.keys() == tensors.keys() and all(torch.equal(own[name], tensors[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pool": "avg", "positions": "sincos2d", "gelu": "tanh"},
+        {"channels": 1, "positions": "none", "mlp": 32, "norm_eps": 1e-5},
+        {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "resize": "bicubic"},
+    ],
+)
+def test_an_encoder_is_loaded_as_it_was_saved(changes, tmp_path):
+    encoder = shaken(ViT(tiny_config(**changes)))
+    save_encoder(encoder, tmp_path / "my.safetensors")
+    loaded = load_encoder(str(tmp_path / "my.safetensors"))
+    assert loaded.config == encoder.config
+    assert equal(loaded, encoder.state_dict())
+    images = torch.randint(0, 256, (2, encoder.config.channels, 32, 48), dtype=torch.uint8)
+    assert torch.equal(loaded(images), encoder(images))
+    assert [path.name for path in tmp_path.iterdir()] == ["my.safetensors"]
+
+
+def test_an_encoder_comes_from_a_run_a_checkpoint_or_a_file(trained):
+    last = load_file(trained / "plain/checkpoints/step-00000006/model.safetensors")
+    expected = {name.removeprefix("encoder."): value for name, value in last.items() if name.startswith("encoder.")}
+    for path in ("plain", "plain/encoder.safetensors", "plain/checkpoints/step-00000006"):
+        assert equal(load_encoder(trained / path), expected), path
+    assert equal(load_encoder(trained / "plain/checkpoints/step-00000006/model.safetensors"), expected)
+    assert not equal(load_encoder(trained / "plain/checkpoints/step-00000004"), expected)
+
+
+def test_of_a_run_with_a_running_average_that_average_counts(trained):
+    average = load_file(trained / "ema/checkpoints/step-00000006/ema.safetensors")
+    weights = load_file(trained / "ema/checkpoints/step-00000006/model.safetensors")
+    name = "stem.project.weight"
+    assert not torch.equal(average[f"encoder.{name}"], weights[f"encoder.{name}"])
+    for path in ("ema", "ema/checkpoints/step-00000006"):
+        assert torch.equal(load_encoder(trained / path).state_dict()[name], average[f"encoder.{name}"]), path
+
+
+def test_of_a_run_that_is_not_at_its_end_the_last_checkpoint_counts(trained, tmp_path):
+    stopped = shutil.copytree(trained / "plain", tmp_path / "run")
+    (stopped / "encoder.safetensors").unlink()
+    shutil.rmtree(stopped / "checkpoints/step-00000006")
+    assert equal(load_encoder(stopped), load_encoder(trained / "plain/checkpoints/step-00000004").state_dict())
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    refused(tmp_path / "none.safetensors")
+    assert "neither encoder.safetensors nor a checkpoint" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, 0.5, -1])
+def test_a_cut_file_is_refused(left, encoder_file):
+    data = encoder_file.read_bytes()
+    encoder_file.write_bytes(data[: int(len(data) * left) if isinstance(left, float) else left])
+    refused(encoder_file)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('unpickled')",))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: path.write_bytes(pickle.dumps(Bomb())), lambda path: torch.save(Bomb(), path)]
+)
+@pytest.mark.parametrize("name", ["weights.pt", "encoder.safetensors", "weights.npz"])
+def test_nothing_is_unpickled(write, name, tmp_path):
+    write(tmp_path / name)
+    refused(tmp_path / name)
+
+
+def test_files_of_other_programs_are_refused(tmp_path):
+    save_file({"blocks.0.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    assert "holds no encoder of mpp" in refused(tmp_path / "other.safetensors")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    refused(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors: tensors.pop("norm.weight"), "norm.weight missing"),
+        (lambda tensors: tensors.update(extra=torch.zeros(2)), "extra"),
+        (lambda tensors: tensors.update({"norm.weight": torch.zeros(7)}), "norm.weight .*of another shape"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(change, expected, encoder_file):
+    tensors, metadata = load_file(encoder_file), {"encoder": json.dumps(asdict(tiny_config()))}
+    change(tensors)
+    save_file(tensors, encoder_file, metadata)
+    with pytest.raises(WeightsError, match=expected):
+        load_encoder(encoder_file)
+
+
+@pytest.mark.parametrize(
+    "config", ["", "3", "[1]", '{"width": "wide"}', '{"patch": 5}', '{"width": 7, "heads": 2}', '{"image": 3}']
+)
+def test_a_config_that_can_not_be_is_refused(config, encoder_file):
+    save_file(load_file(encoder_file), encoder_file, {"encoder": config})
+    refused(encoder_file)
+
+
+def test_weights_in_half_precision_become_float32(encoder_file, tiny_vit):
+    half = {name: value.bfloat16() for name, value in load_file(encoder_file).items()}
+    save_file(half, encoder_file, {"encoder": json.dumps(asdict(tiny_vit.config))})
+    assert {value.dtype for value in load_encoder(encoder_file).state_dict().values()} == {torch.float32}
+
+
+def test_an_encoder_that_does_not_fit_on_the_disk_leaves_the_old_one(tiny_vit, tmp_path):
+    small = ViT(tiny_config(width=16, depth=1))
+    with small_disk(tmp_path / "disk", kib=300) as disk:
+        save_encoder(small, disk / "encoder.safetensors")
+        with pytest.raises(UserError, match="encoder.safetensors: cannot be written: No space left on device"):
+            save_encoder(tiny_vit, disk / "encoder.safetensors")
+        assert equal(load_encoder(disk), small.state_dict())
+        assert [path.name for path in disk.iterdir()] == ["encoder.safetensors"]

@@ -7,13 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpp.errors import UserError
 from mpp.eval.features import extract
 from mpp.models.vit import ViT
+from mpp.recipe import load_recipe
+from mpp.run import build
 from mpp.seeds import permutation
+from mpp.weights import load_encoder
 
 L2 = tuple(10.0**exponent for exponent in range(-6, 3))  # times the number of images
 HOLD_OUT = 10  # one in so many training images chooses l2 and the block
 HOLD_OUT_SEED = 0
+
+
+class ProbeError(UserError):
+    """Shards that no classifier can be fitted to."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Ridge:
     def __str__(self) -> str:
         return (
             f"ridge: {100 * self.accuracy:.2f} % on the test split "
-            f"(held-out part of train {100 * self.held_out:.2f} %; block {self.block}, l2 {self.l2:g} a image)"
+            f"(held-out part of train {100 * self.held_out:.2f} %; block {self.block}, l2 {self.l2:g} an image)"
         )
 
 
@@ -72,22 +80,22 @@ def _scores(x: Tensor, y: Tensor, test: Tensor, truth: Tensor, grid: tuple[float
 
 def probe(weights: Path, shards: Path, *, train: str = "train", test: str = "test", untrained: bool = False) -> Ridge:
     """The ridge classifier on the features of an encoder, or with `untrained` of the same one before its training."""
-    encoder = _initial(weights) if untrained else _load(weights)
+    encoder = _before_training(weights) if untrained else load_encoder(weights)
     x, y = extract(encoder, shards, train)
     test_x, test_y = extract(encoder, shards, test)
-    if y is None or test_y is None:
-        raise ValueError("no labels")
+    for split, labels in ((train, y), (test, test_y)):
+        if labels is None or (labels < 0).any():
+            raise ProbeError(f"{shards}: split {split} has images without labels; a probe needs them all")
+    assert y is not None
+    assert test_y is not None
+    if len(y) < HOLD_OUT:
+        raise ProbeError(f"{shards}: split {train} has {len(y)} images; a probe needs at least {HOLD_OUT}")
     return ridge(x, y, test_x, test_y)
 
 
-def _load(weights: Path) -> ViT:
-    from mpp.weights import load_encoder
-
-    return load_encoder(weights)
-
-
-def _initial(run: Path) -> ViT:
-    from mpp.recipe import load_recipe
-    from mpp.run import build
-
-    return build(load_recipe(run / "recipe.yaml")).encoder
+def _before_training(run: Path) -> ViT:
+    """The encoder that a run started with."""
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        raise ProbeError(f"{run}: no run folder (it has no recipe.yaml), so what it was before training is not known")
+    return build(load_recipe(recipe)).encoder

@@ -5,6 +5,7 @@ import io
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from mpp.errors import UserError
@@ -44,13 +45,15 @@ def shards_check(options: argparse.Namespace) -> None:
 
 
 def pretrain(options: argparse.Namespace) -> None:
-    from mpp.loop import Interrupted
     from mpp.recipe import load_recipe
     from mpp.run import pretrain
+    from mpp.watch import Interrupted
 
     recipe = load_recipe(options.recipe, options.overrides)
+    if options.weights:
+        recipe = replace(recipe, weights=str(options.weights))
     try:
-        out = pretrain(recipe, options.weights)
+        out = pretrain(recipe)
     except Interrupted as stop:
         print(f"mpp: stopped by {stop}; run the same command again to go on", file=sys.stderr)
         raise SystemExit(128 + stop.number) from None

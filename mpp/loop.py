@@ -4,12 +4,9 @@ import contextlib
 import json
 import math
 import os
-import signal
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Literal, Protocol
 
 import torch
@@ -18,12 +15,12 @@ from torch.func import functional_call
 
 from mpp import checkpoint
 from mpp.batch import Batch
-from mpp.errors import UserError
-from mpp.hardware import DeviceName, device_of, multiplies_bfloat16, peak_memory
+from mpp.hardware import DeviceName, device_of, multiplies_bfloat16
 from mpp.log import Log, LogConfig
 from mpp.objectives import Objective
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups
 from mpp.seeds import seed_of
+from mpp.watch import Clock, Interrupted, TrainingError, stop_signals
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 PICTURED = 8  # images of a picture grid
@@ -93,18 +90,6 @@ class Images(Protocol):
     def iterate(self, start: int) -> Iterator[Batch]: ...
 
 
-class TrainingError(UserError):
-    """A run can't go on; the line says where it stopped and what to try."""
-
-
-class Interrupted(Exception):
-    """A signal stopped a run, which saved its state first."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(number).name} after step {step}")
-        self.number = number
-
-
 def train(
     objective: Objective,
     batches: Images,
@@ -134,7 +119,7 @@ def train(
     ema = [parameter.detach().clone() for parameter in objective.parameters()] if config.ema else []
     start = resume(objective, optimizer, ema, out / "checkpoints")
     forward = forward_pass(objective, config)
-    clock = Clock(config)
+    clock = Clock(config.lr)
     with Log(out, start, steps, log.tensorboard) as logger, stop_signals() as signals:
         for step, batch in zip(range(start + 1, steps + 1), clock.waits(batches.iterate(start)), strict=False):
             loss, norm, metrics = update(forward, objective, optimizer, batch.to(device), config, seed, step)
@@ -318,76 +303,3 @@ def pictures(objective: Objective, batches: Images, device: torch.device) -> dic
     """What the objective shows of the first images."""
     torch.manual_seed(PICTURE_SEED)
     return objective.pictures(next(batches.at(0).split(PICTURED)).to(device))
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to, so that the loop can stop between steps; a second one stops at once."""
-    signals: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, note) for number in kinds}
-    except ValueError:  # only the main thread may; in any other, whoever runs it must stop it
-        yield signals
-        return
-    try:
-        yield signals
-    finally:
-        for number in kinds:
-            signal.signal(number, before[number])
-
-
-class Clock:
-    """Counts what a run does between two logs, and finds the step at which it went wrong."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.reset()
-
-    def reset(self) -> None:
-        self.since, self.waited, self.paused, self.images = time.perf_counter(), 0.0, 0.0, 0
-        self.steps: list[tuple[int, Tensor, Tensor]] = []
-
-    def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Passes batches on and counts the seconds they were waited for."""
-        asked = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - asked
-            yield batch
-            asked = time.perf_counter()
-        raise TrainingError(f"the batches ended before train.steps ({self.config.steps}); open them with train=True")
-
-    def count(self, step: int, loss: Tensor, norm: Tensor, images: int) -> None:
-        self.images += images
-        self.steps.append((step, loss, norm))
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Leaves out the time of what is no training: evaluation, pictures, checkpoints."""
-        asked = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - asked
-
-    def check(self) -> None:
-        """Raises TrainingError for the first step whose loss or gradient was not finite."""
-        numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.steps]).tolist()
-        for (step, _, _), (loss, norm) in zip(self.steps, numbers, strict=True):
-            if not math.isfinite(loss + norm):
-                raise TrainingError(
-                    f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; checkpoints are from before. "
-                    f"Try a lower train.lr (it is {self.config.lr:g}), a longer train.warmup, train.clip=1 or "
-                    "train.precision=float32"
-                )
-        self.steps = []
-
-    def figures(self, device: torch.device) -> dict[str, float]:
-        """Speed and memory since the last call."""
-        seconds = max(time.perf_counter() - self.since - self.paused, 1e-9)
-        figures = {"images/s": self.images / seconds, "waiting": self.waited / seconds, "memory": peak_memory(device)}
-        self.reset()
-        return figures

@@ -52,6 +52,7 @@ class Recipe:
     name: str = field(compare=False)  # from the file's place, cifar10-mpp for recipes/cifar10/mpp.yaml; no key of YAML
     out: str | None = None  # run folder; runs/NAME where not given
     seed: int = 0
+    weights: str | None = None  # encoder to start from: what `mpp pretrain --from` sets; random weights where not given
     model: ViTConfig = field(default_factory=ViTConfig)
     objective: ObjectiveConfig
     data: DataConfig

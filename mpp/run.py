@@ -27,16 +27,13 @@ class RunError(UserError):
     """A run can't start where it was asked to."""
 
 
-def pretrain(recipe: Recipe, weights: Path | None = None) -> Path:
-    """Runs a recipe to its end, or on from where it stopped; gives the run folder.
-
-    weights: an encoder to start from instead of random weights.
-    """
+def pretrain(recipe: Recipe) -> Path:
+    """Runs a recipe to its end, or on from where it stopped; gives the run folder."""
     out = recipe.folder
     with claimed(out, "in use by a run that is still going; stop it, or choose another folder with out="):
         batches = open_split(recipe, recipe.data.train, recipe.train.batch)
         recipe = recipe.in_steps(len(batches.index))
-        objective = build(recipe, weights)
+        objective = build(recipe)
         recipe = same_as_before(recipe, objective, batches, out)
         train(
             objective,
@@ -75,16 +72,16 @@ def open_split(recipe: Recipe, split: str, batch: int, *, training: bool = True)
     return batches
 
 
-def build(recipe: Recipe, weights: Path | None = None) -> Objective:
-    """The recipe's objective around its encoder; initial weights depend on the recipe's seed alone."""
+def build(recipe: Recipe) -> Objective:
+    """The recipe's objective around its encoder, at its start: random weights depend on the recipe's seed alone."""
     torch.manual_seed(seed_of(recipe.seed, INITIAL))
     objective = recipe.build()
-    if weights:
-        given = load_encoder(weights)
+    if recipe.weights:
+        given = load_encoder(recipe.weights)
         there, here = asdict(given.config), asdict(recipe.model)
         changed = [f"{key} {there[key]} there, {here[key]} in the recipe" for key in here if there[key] != here[key]]
         if changed:
-            raise RunError(f"{weights}: another encoder than the recipe's (model: {'; '.join(changed)})")
+            raise RunError(f"{recipe.weights}: another encoder than the recipe's (model: {'; '.join(changed)})")
         objective.encoder.load_state_dict(given.state_dict())
     return objective
 
@@ -129,6 +126,8 @@ def evaluation(recipe: Recipe, objective: Objective) -> Callable[[], dict[str, f
         for step in range(min(len(batches), math.ceil(recipe.eval.images / batches.batch))):
             torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
             batch = batches.at(step).to(device)
+            if not len(batch):
+                continue  # all of its images are damaged
             loss, metrics = forward(batch)
             for name, value in {"loss": loss, **metrics}.items():
                 totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + value.item() * len(batch)

@@ -128,6 +128,17 @@ def test_an_image_marked_damaged_is_replaced_as_one_found_damaged(own_shards):
     assert not batches.damaged
 
 
+def test_an_image_that_another_took_the_place_of_is_damaged(own_shards):
+    index = read_index(own_shards, "train")
+    first, second = (own_shards / index.shards[0]).read_bytes(), (own_shards / index.shards[1]).read_bytes()
+    if len(first) != len(second):
+        pytest.skip("the shards differ in size, which is noticed when they are opened")
+    (own_shards / index.shards[0]).write_bytes(second)
+    batches = read_shards(own_shards, 53, reader="indexed")
+    batches.at(0)
+    assert {int(index.shard[i]) for i in batches.damaged} == {0}
+
+
 def test_evaluation_leaves_damaged_images_out(own_shards):
     damage(own_shards, [0, 19, 20])
     batches = read_shards(own_shards, 20, train=False)

@@ -12,9 +12,9 @@ from mpp.checkpoint import CheckpointError
 from mpp.data.tar import ShardError
 from mpp.errors import UserError, cause, shown
 from mpp.hardware import HardwareError
-from mpp.loop import TrainingError
 from mpp.recipe import RecipeError
 from mpp.run import RunError
+from mpp.watch import TrainingError
 from mpp.weights import WeightsError
 
 KINDS = (CheckpointError, HardwareError, RecipeError, RunError, ShardError, TrainingError, WeightsError)

@@ -123,7 +123,6 @@ def encoder_file(tmp_path):
     return tmp_path / "encoder.safetensors"
 
 
-@pytest.mark.xfail(strict=True, reason="eval/ridge.py raises a bare ValueError: a traceback")
 def test_shards_without_labels_are_named(encoder_file, tmp_path):
     source = picture_folder(tmp_path / "source", 30)
     make_shards(source, tmp_path / "plain", labels="none", report=lambda line: None, progress=False)
@@ -135,7 +134,6 @@ def test_shards_without_labels_are_named(encoder_file, tmp_path):
     assert "labels" in line
 
 
-@pytest.mark.xfail(strict=True, reason="eval/ridge.py gives labels of -1 to one_hot: a traceback")
 def test_images_without_a_label_are_left_out_or_refused_but_no_bug(encoder_file, tmp_path):
     source = picture_folder(tmp_path / "source" / "train", 30)
     for number in range(3):

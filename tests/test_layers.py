@@ -15,8 +15,8 @@ LAYERS = [
     {"weights"},
     {"loop"},
     {"objectives"},
-    {"optim", "checkpoint", "log", "hardware", "models", "masks", "targets", "data"},
-    {"files"},
+    {"optim", "checkpoint", "log", "watch", "models", "masks", "targets", "data"},
+    {"files", "hardware"},
     {"batch", "seeds", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

@@ -19,10 +19,11 @@ from mpp.checkpoint import CheckpointError
 from mpp.data.read import read_shards
 from mpp.hardware import multiplies_bfloat16
 from mpp.log import LogConfig
-from mpp.loop import Interrupted, TrainConfig, TrainingError, forward_pass, settled, train, update
+from mpp.loop import TrainConfig, forward_pass, settled, train, update
 from mpp.models.vit import ViT
 from mpp.objectives import Objective
 from mpp.objectives.masked_patch import MaskedPatchPrediction
+from mpp.watch import Interrupted, TrainingError
 
 CPU = torch.device("cpu")
 NO_BFLOAT16 = pytest.mark.skipif(not multiplies_bfloat16(CPU), reason="this CPU does not multiply bfloat16")
@@ -292,7 +293,7 @@ def test_a_run_that_diverges_exits_with_one_line(small_shards, tmp_path):
 
 def test_batches_that_end_too_soon_are_an_error(small_shards, tmp_path):
     once = read_shards(small_shards, 20, train=False)  # three batches
-    with pytest.raises(TrainingError, match=r"batches ended before train.steps \(6\)"):
+    with pytest.raises(TrainingError, match="batches ended before train.steps"):
         fit(tmp_path, once)
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import threading
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -125,6 +126,10 @@ class Indexed:
                 f"{index.shards[shard]} ends at byte {index.offset[number] + len(data)}, within the image"
             )
         pixels = decode(data, index.mode)
+        if (
+            zlib.crc32(data) != index.crc32[number]
+        ):  # a good image, but another than the index's: its label is not known
+            raise DamagedImage("its bytes are not those that the index was made from (checksum)")
         if pixels.shape[0] != index.height[number] or pixels.shape[1] != index.width[number]:
             expected = f"{index.height[number]}x{index.width[number]}"
             raise DamagedImage(f"is {pixels.shape[0]}x{pixels.shape[1]}, the index says {expected}")

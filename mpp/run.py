@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mpp.data.index import ShardError, splits
+from mpp.data.index import UNFINISHED, ShardError, splits
 from mpp.data.read import Batches, read_shards
 from mpp.data.write import make_shards
 from mpp.errors import UserError
@@ -51,9 +51,9 @@ def pretrain(recipe: Recipe) -> Path:
 
 def open_split(recipe: Recipe, split: str, batch: int, *, training: bool = True) -> Batches:
     """Opens a split of the recipe's shards; makes them first if the recipe says from what and they are not there."""
-    data = recipe.data
-    if data.source and not (Path(data.path).exists() and splits(Path(data.path))):
-        make_shards(data.source, Path(data.path))
+    data, folder = recipe.data, Path(recipe.data.path)
+    if data.source and (not splits(folder) or (folder / UNFINISHED).exists()):
+        make_shards(data.source, folder)
     batches = read_shards(
         data.path,
         batch,

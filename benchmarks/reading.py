@@ -122,14 +122,14 @@ def first_epoch(folder: Path) -> tuple["np.ndarray", "np.ndarray"]:
     """Which photographs the first epoch shows in turn (n,), and the boxes that it cuts (n, 4)."""
     import numpy as np
 
-    from mpp.data.augment import AugmentConfig, plan
+    from mpp.data.augment import AugmentConfig, training_plan
     from mpp.data.index import read_index
     from mpp.seeds import permutation
 
     index = read_index(folder, "train")
     numbers = permutation(len(index), 0, 0)
     sizes = np.stack([index.height, index.width], axis=1).astype(np.int64)[numbers]
-    boxes = plan(AugmentConfig(area=AREA), sizes, (LARGE, LARGE), 0, np.arange(len(index))).boxes
+    boxes = training_plan(AugmentConfig(area=AREA), sizes, (LARGE, LARGE), 0, np.arange(len(index))).boxes
     return numbers, boxes
 
 

@@ -116,23 +116,20 @@ class Indexed:
     def __getitem__(self, number: int) -> np.ndarray:
         """The upright pixels (h, w, c) of an image; raises DamagedImage."""
         index = self.index
-        size, shard = int(index.size[number]), int(index.shard[number])
+        size, shard, offset = index.size.item(number), index.shard.item(number), index.offset.item(number)
         try:
-            data = self._file(shard).read(size, int(index.offset[number]))
+            data = self._file(shard).read(size, offset)
         except OSError as error:
             raise DamagedImage(f"{index.shards[shard]}: {cause(error)}") from error
         if len(data) != size:
-            raise DamagedImage(
-                f"{index.shards[shard]} ends at byte {index.offset[number] + len(data)}, within the image"
-            )
+            raise DamagedImage(f"{index.shards[shard]} ends at byte {offset + len(data)}, within the image")
         pixels = decode(data, index.mode)
-        if (
-            zlib.crc32(data) != index.crc32[number]
-        ):  # a good image, but another than the index's: its label is not known
+        if zlib.crc32(data) != index.crc32.item(number):  # a good image, but another than the index's, as is its label
             raise DamagedImage("its bytes are not those that the index was made from (checksum)")
-        if pixels.shape[0] != index.height[number] or pixels.shape[1] != index.width[number]:
-            expected = f"{index.height[number]}x{index.width[number]}"
-            raise DamagedImage(f"is {pixels.shape[0]}x{pixels.shape[1]}, the index says {expected}")
+        expected = index.height.item(number), index.width.item(number)
+        if pixels.shape[:2] != expected:
+            found = f"{pixels.shape[0]}x{pixels.shape[1]}"
+            raise DamagedImage(f"is {found}, the index says {expected[0]}x{expected[1]}")
         return pixels
 
     def _file(self, shard: int) -> "_File":

@@ -5,11 +5,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# Above this many keys plain products would hold too large a score matrix; below it, on the CPU, they are faster than
-# PyTorch's fused kernel: 2 to 7 times in bf16 at every length, and in float32 from some hundred tokens on
-# (measured forward and backward on Zen 4 at 65, 197 and 577 tokens; `benchmarks/attention.py` repeats it).
+# Above this many keys plain products would hold too large a score matrix. Below it they are faster in bf16 on a CPU than
+# PyTorch's fused kernel: 5.3 times at 65 tokens, 1.9 times at 197 and 577. In float32 there is no such difference.
+# (`python -m benchmarks.attention`, benchmarks/results/attention-cpu.json)
 PLAIN_AT_MOST = 2048
-PLAIN_FLOAT32_FROM = 128
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -17,9 +16,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The choice depends on device, dtype and length alone, so that a resumed run computes as the first one did.
     """
-    tokens = k.shape[2]
-    plain_from = 0 if q.dtype == torch.bfloat16 else PLAIN_FLOAT32_FROM
-    if q.device.type == "cpu" and plain_from <= tokens <= PLAIN_AT_MOST:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= PLAIN_AT_MOST:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (b, heads, n, keys)
         return scores.softmax(-1) @ v  # the kernel sums in float32 whatever the dtype
     return F.scaled_dot_product_attention(q, k, v)

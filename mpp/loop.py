@@ -25,8 +25,8 @@ from mpp.watch import Clock, Interrupted, TrainingError, stop_signals
 Loss = tuple[Tensor, dict[str, Tensor]]
 PICTURED = 8  # images of a picture grid
 PICTURE_SEED = 1  # the same for all pictures of a run, which then show the same patches corrupted
-# Tokens of a micro-batch on a CPU: below, throughput grows with the batch; above, activations leave the caches and memory
-# grows (`python -m benchmarks.step --sizes tiny32 --micro-batches 16 32 128`).
+# Tokens of a micro-batch on a CPU: below, throughput grows with the batch; above, activations leave the caches and take
+# memory (`python -m benchmarks.step --sizes tiny32 --micro-batches 16 32 128`).
 CPU_TOKENS = 8192
 
 

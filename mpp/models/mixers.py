@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# Above this many keys plain products would hold too large a score matrix. Below it they are faster in bf16 on a CPU than
-# PyTorch's fused kernel: 5.3 times at 65 tokens, 1.9 times at 197 and 577. In float32 there is no such difference.
-# (`python -m benchmarks.attention`, benchmarks/results/attention-cpu.json)
+# Above this many keys plain products would hold too large a score matrix. Below it they are faster than PyTorch's fused
+# kernel in bf16 on a CPU: 5.3 times at 65 tokens, 1.9 times at 197 and 577. In float32 there is no such difference
+# (`python -m benchmarks.attention`, benchmarks/results/attention-cpu.json).
 PLAIN_AT_MOST = 2048
 
 

@@ -272,7 +272,8 @@ def _replace_duration(below: Any, layer: Layer) -> None:
         for unit in set(UNITS) - {given[0]} - set(train):
             train[unit] = None
             if below[unit] is not None and below.warmup and "warmup" not in train:
-                raise RecipeError(f"{layer.source}: train.warmup: expected {given[0]}, found {below.warmup:g} {unit}")
+                found = f"{below.warmup:g} {unit}, the recipe's"
+                raise RecipeError(f"{layer.source}: train.warmup: give it in {given[0]} as well; found {found}")
 
 
 def _check(values: dict[str, Any], hints: dict[str, Any], source: str, above: str = "") -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mpp import checkpoint
 from mpp.data.index import UNFINISHED, ShardError, splits
 from mpp.data.read import Batches, read_shards
 from mpp.data.write import make_shards
@@ -92,7 +93,7 @@ def same_as_before(recipe: Recipe, objective: Objective, batches: Batches, out: 
     Raises RunError if the folder belongs to another recipe.
     """
     path = out / "recipe.yaml"
-    if not path.exists():
+    if not path.exists() or not checkpoint.steps(out / "checkpoints"):  # a run that never saved is none to go on with
         recipe = replace(recipe, train=settled(objective, batches, recipe.train))
         save_recipe(recipe, path)
         return recipe

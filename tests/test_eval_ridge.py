@@ -98,7 +98,8 @@ def test_features_are_the_average_patch_after_each_block(splits):
         expected.append(tokens[:, 1:].mean(1))
     assert features.shape == (20, 3, 64)
     assert features.dtype == torch.float32
-    torch.testing.assert_close(features, torch.stack(expected, dim=1).detach(), rtol=0.05, atol=0.05)
+    exact = torch.stack(expected, dim=1).detach()
+    assert (features - exact).norm() < 0.02 * exact.norm(), "as close as bfloat16 gets"
     assert torch.equal(labels, batch.labels)
 
 

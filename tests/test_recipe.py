@@ -312,7 +312,7 @@ def test_a_layer_s_duration_takes_the_place_of_one_below():
 
 def test_another_unit_needs_a_warm_up_in_that_unit():
     assert refusal("train: {epochs: 2, warmup: 1}", "train.steps=50") == (
-        "command line: train.warmup: expected steps, found 1 epochs"
+        "command line: train.warmup: give it in steps as well; found 1 epochs, the recipe's"
     )
     assert load("train: {epochs: 2}", "train.steps=50").duration == ("steps", 50)  # no warm-up, no doubt
 

@@ -112,7 +112,9 @@ def _loaded(folder: Path, split: str) -> Index:
 def no_index(folder: Path, split: str) -> ShardError:
     """The error that says why a folder has no index of a split, and what to do."""
     if not folder.is_dir():
-        return ShardError(f"{folder}: {'a file, not a folder of shards' if folder.exists() else 'no such folder'}")
+        if folder.exists():
+            return ShardError(f"{folder}: a file, not a folder of shards")
+        return ShardError(f"{folder}: no such folder; make it with `mpp shards make SOURCE {folder}`")
     if (folder / UNFINISHED).is_file():
         return ShardError(f"{folder}: an unfinished `mpp shards make`; run it again to go on")
     if present := splits(folder):

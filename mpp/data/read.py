@@ -27,6 +27,9 @@ from mpp.seeds import permutation
 
 OPEN_SHARDS = 128  # files held open at a time; the usual limit of a process is 1024
 GIB = 2**30
+# Decoding up to so many pixels takes microseconds, and threads would spend them waiting for the interpreter: 32x32 pixels
+# are read no faster in two threads than in one (`python -m benchmarks.reading`).
+SMALL_PIXELS = 64 * 64
 
 logger = logging.getLogger("mpp.data")
 
@@ -42,7 +45,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     reader: Literal["auto", "resident", "indexed"] = "auto"
     memory: float = 4.0  # GiB of decoded images up to which "auto" keeps them
-    threads: int | None = None  # that decode; the number of cores where not given
+    threads: int | None = None  # that decode; where not given one a core, or a single one for small images
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -85,7 +88,13 @@ def read_shards(
     if reader == "auto":
         reader = "resident" if _decoded_bytes(index).sum() <= memory * GIB else "indexed"
     images = (Resident if reader == "resident" else Indexed)(index)
-    return Batches(images, batch, image, seed, train, augment or AugmentConfig(), threads or os.cpu_count() or 1)
+    return Batches(images, batch, image, seed, train, augment or AugmentConfig(), threads or _threads_for(index))
+
+
+def _threads_for(index: Index) -> int:
+    """One a core, but a single one for small images."""
+    small = np.median(index.height.astype(np.int64) * index.width) <= SMALL_PIXELS
+    return 1 if small else os.cpu_count() or 1
 
 
 def _common_size(index: Index) -> tuple[int, int]:

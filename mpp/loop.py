@@ -231,6 +231,8 @@ def _largest_that_fits(objective: Objective, batches: Images, config: TrainConfi
     device, plain = device_of(config.device), replace(config, compile=False)  # eager needs the most memory
     images = batches.at(0).to(device)
     forward = forward_pass(objective, plain)
+    # Held while trying: room for Adam's two averages and a running one, which come later.
+    room = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(3)]  # noqa: F841
     for size in sizes:
         try:
             forward(next(images.split(size)))[0].backward()

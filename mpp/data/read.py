@@ -27,8 +27,8 @@ from mpp.seeds import permutation
 
 OPEN_SHARDS = 128  # files held open at a time; the usual limit of a process is 1024
 GIB = 2**30
-# Up to so many pixels decoding takes microseconds, which threads would spend waiting for the interpreter: 32x32 pixels are
-# read no faster in two threads than in one (`python -m benchmarks.reading`).
+# Up to so many pixels decoding takes microseconds, which threads would spend waiting for the interpreter: 32x32 pixels
+# are read no faster in two threads than in one (`python -m benchmarks.reading`).
 SMALL_PIXELS = 64 * 64
 
 logger = logging.getLogger("mpp.data")

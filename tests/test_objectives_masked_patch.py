@@ -144,6 +144,20 @@ def test_baselines_are_what_they_say(tiny_vit):
     }
 
 
+@pytest.mark.parametrize("grid", [(4, 6), (40, 28)])
+def test_the_nearest_visible_patch_is_found_by_looking_at_all(grid):
+    encoder = ViT(tiny_config(image=(8 * grid[0], 8 * grid[1]), width=32, depth=1))
+    objective = build(encoder)
+    draw = objective.draw(2, torch.device("cpu"))
+    found = objective.nearest_visible(draw.patches)
+    assert found.shape == (2, 12 if grid == (4, 6) else 64), "a sample of the long sequence"
+    for b in range(2):
+        visible = sorted(set(range(grid[0] * grid[1])) - set(draw.patches[b].tolist()))
+        for patch, nearest in list(zip(draw.patches[b].tolist(), found[b].tolist(), strict=False))[:40]:
+            far = [math.dist(divmod(patch, grid[1]), divmod(other, grid[1])) for other in visible]
+            assert nearest == visible[far.index(min(far))]
+
+
 def test_the_accuracy_of_pixels_is_that_of_their_mean_colour(tiny_vit, batch):
     objective = build(tiny_vit, target="pixels")
     draw = objective.draw(4, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """Masked patch prediction, the self-supervision of the ViT paper (arXiv 2010.11929, section 4.6, appendix B.1.2)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,9 @@ from mpp.batch import Batch
 from mpp.masks import count_of, random_index
 from mpp.models.vit import ViT, take
 from mpp.objectives.base import Objective, ObjectiveConfig
+
+LONG = 1024  # patches of an image, from which on a table of all their pairs is not kept
+SAMPLE = 64  # patches of such an image on which the guess "nearest" is measured
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class MaskedPatchPrediction(Objective):
     embedding, 10 % the embedding of another patch of the image, and 10 % stay. The loss counts them all, no others.
     """
 
+    order: Tensor  # (n, n), each patch's distances to all; empty for long sequences
+
     def __init__(self, encoder: ViT, config: MaskedPatchConfig | None = None) -> None:
         super().__init__(encoder)
         self.config = config = config or MaskedPatchConfig()
@@ -73,9 +79,9 @@ class MaskedPatchPrediction(Objective):
         self.head = nn.Linear(shape.width, outputs)
         nn.init.zeros_(self.head.weight)  # as every head of the paper's code: the first guess is uniform
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("apart", _distances(shape.grid), persistent=False)  # (n, n)
-
-    apart: Tensor
+        patches = math.prod(shape.grid)
+        table = _order(torch.arange(patches if patches <= LONG else 0), shape.grid).float()
+        self.register_buffer("order", table, persistent=False)
 
     @property
     def cells(self) -> int:
@@ -87,7 +93,7 @@ class MaskedPatchPrediction(Objective):
 
     def draw(self, images: int, device: torch.device) -> Draw:
         """Draws what is corrupted, and how, for that many images."""
-        patches = len(self.apart)
+        patches = math.prod(self.encoder.config.grid)
         index = random_index(images, patches, count_of(self.config.share, patches), device)
         shift = torch.randint(1, patches, index.shape, device=device)
         return Draw(index, torch.rand(index.shape, device=device), (index + shift) % patches)
@@ -136,11 +142,11 @@ class MaskedPatchPrediction(Objective):
         truth = take(colours, draw.patches)  # (b, k, cells)
         counts = torch.zeros(2 ** (3 * self.config.bits), device=truth.device)
         counts.scatter_add_(0, truth.flatten(), torch.ones_like(truth, dtype=counts.dtype).flatten())
-        copied = take(colours, self.nearest_visible(draw.patches))
+        copied = take(colours, self.nearest_visible(draw.patches))  # (b, of k, cells)
         return {
             "accuracy": (guess == truth).float().mean(),
             "commonest": counts.max() / truth.numel(),
-            "nearest": (copied == truth).float().mean(),
+            "nearest": (copied == truth[:, : copied.shape[1]]).float().mean(),
         }
 
     def pixel_metrics(self, images: Tensor, predicted: Tensor, draw: Draw) -> dict[str, Tensor]:
@@ -151,10 +157,17 @@ class MaskedPatchPrediction(Objective):
         guess = self._colour_of(self._to_uint8(predicted))
         return self.colour_metrics(guess.unsqueeze(-1), self._colour_of(pixels).unsqueeze(-1), draw)
 
-    def nearest_visible(self, index: Tensor) -> Tensor:
-        """For each corrupted patch (b, k) the nearest that is not; of equally near ones the first in row order."""
-        hidden = torch.zeros(len(index), len(self.apart), device=index.device).scatter_(1, index, torch.inf)
-        return (self.apart[index] + hidden.unsqueeze(1)).argmin(-1)  # (b, k)
+    def nearest_visible(self, patches: Tensor) -> Tensor:
+        """For corrupted patches (b, k) the nearest that is not; of equally near ones the first in row order.
+
+        Of sequences longer than LONG it gives those of the first SAMPLE patches alone, which come in random order.
+        """
+        count = math.prod(self.encoder.config.grid)
+        hidden = torch.zeros(len(patches), 1, count, device=patches.device)
+        hidden = hidden.scatter(2, patches.unsqueeze(1), torch.inf)
+        if count <= LONG:
+            return (self.order[patches] + hidden).argmin(-1)
+        return (_order(patches[:, :SAMPLE], self.encoder.config.grid) + hidden).argmin(-1)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -212,8 +225,9 @@ def _picture(patches: Tensor, columns: int, patch: int) -> Tensor:
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", w=columns, p=patch, q=patch)
 
 
-def _distances(grid: tuple[int, int]) -> Tensor:
-    """Distances (n, n), in patches, between the patches of a grid."""
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()], dim=1).float()
-    return (places[:, None] - places).square().sum(-1).sqrt()
+def _order(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Numbers (..., n) that rise with the distance of each patch from the given ones (...), then with its number."""
+    everywhere = torch.arange(grid[0] * grid[1], device=patches.device)
+    rows = (patches // grid[1]).unsqueeze(-1) - everywhere // grid[1]
+    columns = (patches % grid[1]).unsqueeze(-1) - everywhere % grid[1]
+    return ((rows.square() + columns.square()) * len(everywhere) + everywhere).double()  # exact up to 2 ** 53

@@ -20,9 +20,8 @@ def device_of(name: DeviceName) -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind, there in present.items() if there))
     if not present[name]:
-        raise HardwareError(
-            f"train.device: this machine has no {name}; it has {[k for k, there in present.items() if there]}"
-        )
+        has = ", ".join(kind for kind, there in present.items() if there)
+        raise HardwareError(f"train.device: this machine has no {name}; it has {has}")
     return torch.device(name)
 
 

@@ -1,7 +1,6 @@
 """What a run tells: a progress bar, metrics.jsonl, TensorBoard, and pictures."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mpp.errors import cause
-from mpp.files import FileError
+from mpp.files import FileError, write_atomically
 
 SHOWN = ("loss", "accuracy", "images/s")  # beside the bar
 PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
@@ -136,6 +135,4 @@ def _forget_after(metrics: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, LookupError, TypeError):
             continue
-    partial = metrics.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, metrics)
+    write_atomically(metrics, "".join(kept).encode())

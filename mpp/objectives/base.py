@@ -23,8 +23,6 @@ class Objective(nn.Module):
     global generator, which the loop seeds before every micro-batch.
     """
 
-    views: int = 1  # pictures of each image that the data is to give
-
     def __init__(self, encoder: ViT) -> None:
         super().__init__()
         self.encoder = encoder

@@ -15,6 +15,7 @@ from mpp.masks import count_of, random_index
 from mpp.models.vit import ViT, take
 from mpp.objectives.base import Objective, ObjectiveConfig
 
+GREY = torch.tensor(128, dtype=torch.uint8)  # paints [mask] in pictures
 LONG = 1024  # patches of an image, from which on a table of all their pairs is not kept
 SAMPLE = 64  # patches of such an image on which the guess "nearest" is measured
 
@@ -98,12 +99,13 @@ class MaskedPatchPrediction(Objective):
         shift = torch.randint(1, patches, index.shape, device=device)
         return Draw(index, torch.rand(index.shape, device=device), (index + shift) % patches)
 
-    def corrupt(self, tokens: Tensor, draw: Draw) -> Tensor:
-        """Replaces patch embeddings (b, n, d) as drawn."""
+    def corrupt(self, tokens: Tensor, draw: Draw, mask: Tensor | None = None) -> Tensor:
+        """Replaces patch embeddings (b, n, d) as drawn; with `mask`, what stands in the place of [mask]."""
+        mask = self.mask_token if mask is None else mask
         masked, swapped, _ = self.config.split
         fate = draw.fate.unsqueeze(-1)  # (b, k, 1)
         kept_or_other = torch.where(fate < masked + swapped, take(tokens, draw.other), take(tokens, draw.patches))
-        new = torch.where(fate < masked, self.mask_token.to(tokens.dtype), kept_or_other)
+        new = torch.where(fate < masked, mask.to(tokens.dtype), kept_or_other)
         return tokens.scatter(1, draw.patches.unsqueeze(-1).expand_as(new), new)
 
     def predict(self, images: Tensor, draw: Draw) -> Tensor:
@@ -179,7 +181,6 @@ class MaskedPatchPrediction(Objective):
         draw = self.draw(len(batch), images.device)
         predicted = self.predict(images, draw)
         patches = targets.patch_pixels(images, patch)  # (b, n, p * p * c)
-        corrupted = self._corrupted_pixels(patches, draw)
         if self.config.target == "pixels":
             guess, truth = self._to_uint8(predicted), take(patches, draw.patches)
         else:
@@ -189,17 +190,11 @@ class MaskedPatchPrediction(Objective):
         where = draw.patches.unsqueeze(-1).expand_as(truth)
         painted = {
             "input": patches,
-            "corrupted": patches.scatter(1, where, corrupted),
+            "corrupted": self.corrupt(patches, draw, GREY.to(images.device)),
             "predicted": patches.scatter(1, where, guess),
             "truth": patches.scatter(1, where, truth),
         }
         return {name: _picture(pixels, images.shape[-1] // patch, patch) for name, pixels in painted.items()}
-
-    def _corrupted_pixels(self, patches: Tensor, draw: Draw) -> Tensor:
-        masked, swapped, _ = self.config.split
-        fate = draw.fate.unsqueeze(-1)
-        kept_or_other = torch.where(fate < masked + swapped, take(patches, draw.other), take(patches, draw.patches))
-        return torch.where(fate < masked, torch.full_like(kept_or_other, 128), kept_or_other)
 
     def _painted(self, classes: Tensor) -> Tensor:
         """Fills patches with the colours of their cells: (b, k, cells) to uint8 (b, k, p * p * 3)."""

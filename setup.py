@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11",
     # mpp/eval and mpp/recipes are links to the top-level folders, so that one package installs everything.
     packages=find_packages(include=["mpp", "mpp.*"]),
-    package_data={"mpp": ["py.typed"], "mpp.recipes": ["*.yaml", "*/*.yaml"]},
+    package_data={"mpp": ["py.typed"], "mpp.eval": ["*.css"], "mpp.recipes": ["*.yaml", "*/*.yaml"]},
     entry_points={"console_scripts": ["mpp = mpp.cli:main"]},
     # Why each of these is here: docs/design.md, "Dependencies".
     install_requires=[
@@ -27,11 +27,12 @@ setup(
         "simplejpeg>=1.8",
         "opencv-python-headless>=4.10",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "webdataset>=1.0"],
+        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "webdataset>=1.0", "timm>=1.0"],
         "bench": ["timm>=1.0", "vit-pytorch>=1.11", "webdataset>=1.0"],
     },
 )

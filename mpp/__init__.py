@@ -15,6 +15,7 @@ _HOMES = {
     "load_recipe": "mpp.recipe",
     "train": "mpp.loop",
     "load_encoder": "mpp.weights",
+    "load_classifier": "mpp.weights",
     "read_shards": "mpp.data.read",
     "targets": "mpp",
 }

@@ -7,9 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from mpp.errors import UserError
 
+if TYPE_CHECKING:
+    from mpp.recipe import Recipe
+
+T = TypeVar("T")
 Command = Callable[[argparse.Namespace], None]
 
 # Each command imports what it needs when it runs: `mpp --help` is to be there at once, without torch.
@@ -45,19 +50,38 @@ def shards_check(options: argparse.Namespace) -> None:
 
 
 def pretrain(options: argparse.Namespace) -> None:
+    from mpp.run import run
+
+    out = stoppable(lambda: run(recipe_of(options)))
+    print(f"{out}/encoder.safetensors: the encoder; {out}/pictures: what it predicts; {out}/metrics.jsonl: how it went")
+
+
+def finetune(options: argparse.Namespace) -> None:
+    from mpp.eval.finetune import finetune
+
+    out, scores = stoppable(lambda: finetune(recipe_of(options)))
+    if scores:
+        print(scores)
+    print(f"{out}/classifier.safetensors: encoder and head; {out}/metrics.jsonl: how it went")
+
+
+def recipe_of(options: argparse.Namespace) -> "Recipe":
+    """The recipe that a command names, with its settings from the command line."""
     from mpp.recipe import load_recipe
-    from mpp.run import pretrain
-    from mpp.watch import Interrupted
 
     recipe = load_recipe(options.recipe, options.overrides)
-    if options.weights:
-        recipe = replace(recipe, weights=str(options.weights))
+    return replace(recipe, weights=str(options.weights)) if options.weights else recipe
+
+
+def stoppable(work: Callable[[], T]) -> T:
+    """What `work` gives; if a signal stops it, says how to go on."""
+    from mpp.watch import Interrupted
+
     try:
-        out = pretrain(recipe)
+        return work()
     except Interrupted as stop:
         print(f"mpp: stopped by {stop}; run the same command again to go on", file=sys.stderr)
         raise SystemExit(128 + stop.number) from None
-    print(f"{out}/encoder.safetensors: the encoder; {out}/pictures: what it predicts; {out}/metrics.jsonl: how it went")
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -68,9 +92,44 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def probe(options: argparse.Namespace) -> None:
-    from mpp.eval.ridge import probe
+    from mpp.eval.probe import CHEAP, probe
 
-    print(probe(options.weights, options.data, train=options.train, test=options.test, untrained=options.untrained))
+    found = probe(
+        options.weights,
+        options.data,
+        protocols=CHEAP if options.protocol == "all" else (options.protocol,),
+        train=options.train,
+        test=options.test,
+        untrained=options.untrained,
+    )
+    print(found)
+    if options.json:
+        found.save(options.json)
+
+
+def compare(options: argparse.Namespace) -> None:
+    from mpp.eval.compare import compare
+    from mpp.eval.summary import table
+
+    out, results = stoppable(lambda: compare(options.recipe, options.overrides))
+    print(table(results))
+    print(f"{out}/report.html: the report, for a browser; {out}/results.json: every figure")
+    if results["failures"]:
+        raise SystemExit(1)
+
+
+def embed(options: argparse.Namespace) -> None:
+    from mpp.eval.embed import embed
+
+    embed(options.weights, options.data, options.out, split=options.split)
+
+
+def predict(options: argparse.Namespace) -> None:
+    from mpp.eval.predict import predict
+
+    predict(
+        options.weights, options.data, split=options.split, out=options.out, top=options.top, scores_out=options.json
+    )
 
 
 def recipes(options: argparse.Namespace) -> None:
@@ -131,6 +190,19 @@ def parser() -> argparse.ArgumentParser:
     )
     recipe(pre)
     pre.add_argument("--from", dest="weights", type=Path, metavar="WEIGHTS", help="start from this encoder")
+    tune = verb(
+        verbs,
+        "finetune",
+        finetune,
+        "Train with labels; without --from, from scratch.",
+        "mpp finetune cifar10/finetune --from runs/cifar10-mpp data.subset.share=0.1",
+    )
+    recipe(tune)
+    compared = verb(
+        verbs, "compare", compare, "Every arm, seed and protocol of a recipe, and one report.", "mpp compare quickstart"
+    )
+    recipe(compared)
+    tune.add_argument("--from", dest="weights", type=Path, metavar="WEIGHTS", help="start from this encoder")
     planned = verb(
         verbs, "plan", plan, "What a recipe takes: parameters, FLOPs, memory, time.", "mpp plan paper/vit_b16_mpp"
     )
@@ -140,14 +212,43 @@ def parser() -> argparse.ArgumentParser:
         verbs,
         "probe",
         probe,
-        "Accuracy of a ridge classifier on frozen features.",
-        "mpp probe runs/cifar10-mpp --data data/cifar10",
+        "What a classifier reads off frozen features.",
+        "mpp probe runs/cifar10-mpp --data data/cifar10 --protocol all",
     )
     probed.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, checkpoint or encoder.safetensors")
     probed.add_argument("--data", required=True, type=Path, metavar="SHARDS")
+    probed.add_argument(
+        "--protocol",
+        choices=("linear", "few-shot", "knn", "linear-sgd", "all"),
+        default="all",
+        help="default: all but linear-sgd, which trains for 90 epochs as MAE's linear probe does",
+    )
     probed.add_argument("--train", default="train", metavar="SPLIT", help="split to fit on (default: train)")
     probed.add_argument("--test", default="test", metavar="SPLIT", help="split to score on (default: test)")
     probed.add_argument("--untrained", action="store_true", help="the same encoder before training, for comparison")
+    probed.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    embedded = verb(
+        verbs,
+        "embed",
+        embed,
+        "Features of shards, or of a folder of images.",
+        "mpp embed runs/cifar10-mpp photos/ photos.npz",
+    )
+    predicted = verb(
+        verbs,
+        "predict",
+        predict,
+        "Classes of shards, or of a folder of images.",
+        "mpp predict runs/cifar10-finetune data/cifar10 --split test --out predictions.csv",
+    )
+    for added in (embedded, predicted):
+        added.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, or file of weights")
+        added.add_argument("data", metavar="DATA", type=Path, help="folder of shards, or folder or archive of images")
+        added.add_argument("--split", help="of the shards, where they have several")
+    embedded.add_argument("out", metavar="OUT.npz", type=Path)
+    predicted.add_argument("--out", type=Path, metavar="FILE", help=".jsonl or .csv; default: print them")
+    predicted.add_argument("--top", type=int, default=5, help="classes named for each image (default: 5)")
+    predicted.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, where images have labels")
     verb(verbs, "recipes", recipes, "List the recipes with their sources and results.", "mpp recipes")
     return top
 

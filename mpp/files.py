@@ -13,6 +13,10 @@ class FileError(UserError):
     """A file or folder can't be written."""
 
 
+class BusyError(FileError):
+    """Another process holds the folder."""
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers see the old file or the whole new one, also after a power cut."""
     part = path.with_name(f".{path.name}.part")
@@ -41,7 +45,7 @@ def sync(path: Path) -> None:
 def claimed(folder: Path, busy: str) -> Iterator[None]:
     """Holds a folder for this process, however it ends; makes it where needed, and removes it if it stayed empty.
 
-    Raises FileError, with `busy`, if another process holds it.
+    Raises BusyError, with the text `busy`, if another process holds it.
     """
     lock, made = folder / ".lock", not folder.exists()
     try:
@@ -55,7 +59,7 @@ def claimed(folder: Path, busy: str) -> Iterator[None]:
             if not os.fstat(file.fileno()).st_nlink:
                 raise BlockingIOError  # its holder has just ended and deleted it
         except BlockingIOError:
-            raise FileError(f"{folder}: {busy}") from None
+            raise BusyError(f"{folder}: {busy}") from None
         except OSError as error:
             raise FileError(f"{folder}: cannot be locked: {cause(error)}") from None
         try:

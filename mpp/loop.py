@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -40,10 +39,12 @@ class TrainConfig:
     warmup: float = 0
     batch: int = 4096  # images an update, over all micro-batches
     micro_batch: int | Literal["auto"] = "auto"  # images a forward pass; divides `batch`
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 2e-4  # peak, for `batch` images; never rescaled
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0  # of weights of linear and convolution layers only; adam adds it to the gradient
+    min_lr: float = 0.0  # that the cosine ends at
+    layer_decay: float = 1.0  # of the rate, from each of the encoder's layers to the one below it
+    betas: tuple[float, float] = (0.9, 0.999)  # the first is sgd's momentum
+    weight_decay: float = 0.0  # of weights of linear and convolution layers only; adam and sgd add it to the gradient
     clip: float | None = 1.0  # norm of all gradients together
     ema: float = 0.0  # decay of a running average of all parameters, which is then the result; 0 for none
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of forward and backward passes
@@ -64,6 +65,10 @@ class TrainConfig:
             raise ValueError(f"train.threads must be at least 1, got {self.threads}")
         if self.lr <= 0 or self.weight_decay < 0 or self.warmup < 0:
             raise ValueError("train.lr must be above 0, and train.weight_decay and train.warmup at least 0")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"train.min_lr must be in [0, train.lr], got {self.min_lr}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"train.layer_decay must be in (0, 1], got {self.layer_decay}")
         if not 0 <= self.ema < 1 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.ema and train.betas must be in [0, 1), got {self.ema} and {self.betas}")
         if self.clip is not None and self.clip <= 0:
@@ -116,7 +121,7 @@ def train(
     torch.use_deterministic_algorithms(config.deterministic)
     objective.to(device).train()
     optimizer = build_optimizer(objective, config)
-    ema = [parameter.detach().clone() for parameter in objective.parameters()] if config.ema else []
+    ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
     start = resume(objective, optimizer, ema, out / "checkpoints")
     forward = forward_pass(objective, config)
     clock = Clock(config.lr)
@@ -166,8 +171,11 @@ def update(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One optimizer step: the loss, the norm of the gradient, and what the objective reports, all on the device."""
     assert isinstance(config.micro_batch, int), "settled() comes first"
+    rate = learning_rate(
+        step - 1, peak=config.lr, steps=config.steps or 0, warmup=int(config.warmup), end=config.min_lr
+    )
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step - 1, peak=config.lr, steps=config.steps or 0, warmup=int(config.warmup))
+        group["lr"] = rate * group["scale"]
     totals: dict[str, Tensor] = {}
     for place, part in enumerate(batch.split(config.micro_batch)):
         torch.manual_seed(seed_of(seed, step, place))
@@ -194,9 +202,12 @@ def forward_pass(objective: Objective, config: TrainConfig) -> Callable[[Batch],
     if config.precision == "float32":
         return objective
     if device.type == "cpu" and not config.compile:
+        norms = {id(p) for part in objective.modules() if isinstance(part, nn.BatchNorm2d) for p in part.parameters()}
+        # Batch norm's statistics are float32 buffers, with which PyTorch takes float32 parameters only.
+        lowered = [(name, p) for name, p in objective.named_parameters() if id(p) not in norms]
 
         def cast(batch: Batch) -> Loss:
-            low = {name: parameter.bfloat16() for name, parameter in objective.named_parameters()}
+            low = {name: parameter.bfloat16() for name, parameter in lowered}
             return functional_call(objective, low, (batch,))
 
         return cast
@@ -219,10 +230,12 @@ def settled(objective: Objective, batches: Images, config: TrainConfig) -> Train
         config = replace(config, compile=device.type == "cuda")
     if config.micro_batch != "auto":
         return config
+    if objective.encoder.looks_across_batch:
+        return replace(config, micro_batch=config.batch)
     sizes = [size for size in range(config.batch, 0, -1) if config.batch % size == 0]
     if device.type == "cuda":
         return replace(config, micro_batch=_largest_that_fits(objective.to(device), batches, config, sizes))
-    tokens = math.prod(objective.encoder.config.grid) + objective.encoder.prefix
+    tokens = objective.encoder.tokens
     return replace(config, micro_batch=next((size for size in sizes if size * tokens <= CPU_TOKENS), 1))
 
 
@@ -246,9 +259,12 @@ def _largest_that_fits(objective: Objective, batches: Images, config: TrainConfi
 
 
 def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over the parameter groups, in one kernel a step."""
+    """The optimizer over the parameter groups, in one kernel a step."""
+    groups = parameter_groups(objective, config.weight_decay, config.layer_decay, objective.encoder)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], fused=True)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
-    return kind(parameter_groups(objective, config.weight_decay), lr=config.lr, betas=config.betas, fused=True)
+    return kind(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def resume(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor], folder: Path) -> int:
@@ -260,7 +276,7 @@ def resume(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Ten
     checkpoint.restore(objective, optimizer, state)
     if ema and "ema" not in state:
         raise checkpoint.CheckpointError(f"{folder}: holds no running average to go on with; start with train.ema=0")
-    for (name, _), value in zip(objective.named_parameters(), ema, strict=False):
+    for name, value in zip(averaged(objective), ema, strict=False):
         value.copy_(state["ema"][name])
     return step
 
@@ -271,29 +287,34 @@ def save(
     """Writes a checkpoint; the encoder's config goes with the weights, so that they can be loaded alone."""
     state = {"model": objective.state_dict(), "optimizer": checkpoint.optimizer_state(objective, optimizer)}
     if ema:
-        state["ema"] = {name: value for (name, _), value in zip(objective.named_parameters(), ema, strict=True)}
+        state["ema"] = dict(zip(averaged(objective), ema, strict=True))
     metadata = {"encoder": json.dumps(asdict(objective.encoder.config))}
     checkpoint.save(folder, step, state, metadata, keep)
+
+
+def averaged(objective: Objective) -> dict[str, Tensor]:
+    """What a running average is taken of: the parameters, and statistics such as batch norm's."""
+    return {name: value for name, value in objective.state_dict().items() if value.is_floating_point()}
 
 
 @torch.no_grad()
 def average(ema: list[Tensor], objective: Objective, decay: float) -> None:
     """Moves the running average towards the parameters."""
     if ema:
-        torch._foreach_lerp_(ema, [parameter.detach() for parameter in objective.parameters()], 1 - decay)
+        torch._foreach_lerp_(ema, list(averaged(objective).values()), 1 - decay)
 
 
 @torch.no_grad()
 def adopt(objective: Objective, values: Iterable[Tensor]) -> None:
     """Copies values into the parameters, if there are any."""
-    for parameter, value in zip(objective.parameters(), values, strict=False):
-        parameter.copy_(value)
+    for own, value in zip(averaged(objective).values(), values, strict=False):
+        own.copy_(value)
 
 
 @contextlib.contextmanager
 def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
     """Puts the running average in the parameters' place, if there is one."""
-    own = [parameter.detach().clone() for parameter in objective.parameters()] if ema else []
+    own = [value.clone() for value in averaged(objective).values()] if ema else []
     adopt(objective, ema)
     try:
         yield

@@ -27,7 +27,7 @@ class RandomImages:
     def __init__(self, recipe: Recipe, images: int) -> None:
         model = recipe.model
         pixels = torch.randint(0, 256, (images, model.channels, *model.image), dtype=torch.uint8)
-        self.batch = Batch(pixels)
+        self.batch = Batch(pixels, torch.zeros(images, dtype=torch.int64))
 
     def at(self, step: int) -> Batch:
         return self.batch
@@ -62,7 +62,7 @@ def plan(recipe: Recipe, *, measure: bool = False) -> str:
 def parameters(recipe: Recipe) -> dict[str, int]:
     """Trained parameters of each part of the encoder and of the objective."""
     with torch.device("meta"):
-        objective = build(recipe)
+        objective = recipe.build()
     counts: dict[str, int] = {}
     for name, parameter in objective.named_parameters():
         part = ".".join(name.split(".")[: 2 if name.startswith("encoder.") else 1])
@@ -82,11 +82,11 @@ def cost(recipe: Recipe) -> tuple[int, int]:
         return tensor
 
     with torch.device("meta"):
-        objective = build(recipe)
+        objective = recipe.build()
         images = torch.empty(2, recipe.model.channels, *recipe.model.image, dtype=torch.uint8)
         with FlopCounterMode(display=False) as counter:
             with saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss, _ = objective(Batch(images))
+                loss, _ = objective(Batch(images, torch.zeros(2, dtype=torch.int64)))
             loss.backward()
     own = {id(parameter.untyped_storage()) for parameter in objective.parameters()}
     activations = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)

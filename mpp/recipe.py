@@ -29,8 +29,9 @@ from mpp.errors import UserError
 from mpp.files import write_atomically
 from mpp.log import LogConfig
 from mpp.loop import EvalConfig, TrainConfig
+from mpp.models.encoder import EncoderConfig
+from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.models.presets import presets
-from mpp.models.vit import ViT, ViTConfig
 from mpp.objectives import OBJECTIVES, Objective, ObjectiveConfig
 
 PRESET_SIZES = ("patch", "width", "depth", "heads", "mlp")  # of an encoder; its image is the data's
@@ -53,7 +54,7 @@ class Recipe:
     out: str | None = None  # run folder; runs/NAME where not given
     seed: int = 0
     weights: str | None = None  # encoder to start from: what `mpp pretrain --from` sets; random weights where not given
-    model: ViTConfig = field(default_factory=ViTConfig)
+    model: EncoderConfig
     objective: ObjectiveConfig
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -91,7 +92,12 @@ class Recipe:
     def build(self) -> Objective:
         """The objective with its encoder, freshly initialised."""
         objective, _ = OBJECTIVES[self.objective.name]
-        return objective(ViT(self.model), self.objective)
+        return objective(build_encoder(self.model), self.objective)
+
+    def lasting(self, images: int) -> "Recipe":
+        """The same recipe until that many images are seen, with a warm-up of the same share."""
+        warmup = round(images * self.train.warmup / self.duration[1])
+        return replace(self, train=replace(self.train, steps=None, epochs=None, images=images, warmup=warmup))
 
     def in_steps(self, images: int) -> "Recipe":
         """The same recipe with duration and warm-up in whole steps, for a train split of that many images."""
@@ -128,6 +134,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             _build([*files, Layer(COMMAND_LINE, {})], name)
             source = COMMAND_LINE
         raise RecipeError(f"{source}: {error}") from error
+
+
+def load_section(
+    path: str | Path, key: str, schema: type, overrides: Sequence[str] = ()
+) -> tuple[str, Path, dict[str, Any], str]:
+    """A section that is not part of a run, `compare`, as plain values checked against a dataclass.
+
+    Gives the recipe's name and folder, the section's values, and the source that errors should name.
+    """
+    file = _find(path)
+    layers = [*_read_chain(file), _command_line(overrides)]
+    values: dict[str, Any] = {}
+    for layer in layers:
+        section = layer.values.get(key, {})
+        _check({key: section}, {key: schema}, layer.source)
+        values = OmegaConf.to_container(OmegaConf.merge(values, section))  # type: ignore[assignment]
+    if not values:
+        raise RecipeError(f"{layers[-2].source}: {key}: missing; this recipe has nothing to {key}")
+    return _name(file), file.parent, values, layers[-2].source
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -222,15 +247,18 @@ def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
 def _build(layers: Sequence[Layer], name: str) -> Recipe:
     """Merges one layer at a time, so that an error names its source."""
     layers = copy.deepcopy(layers)  # as names are taken out of it
-    objective = _objective(layers)
+    objective, model = _kind(layers, "objective", OBJECTIVES), _kind(layers, "model", ENCODERS) or "vit"
     _expand_presets(layers)
     if objective is None:
         raise RecipeError(f"{layers[-2].source}: objective.name: missing.{_near('', OBJECTIVES)}")
-    sections = {"data": DataConfig, "objective": OBJECTIVES[objective][1]}
+    sections = {"data": DataConfig, "objective": OBJECTIVES[objective][1], "model": ENCODERS[model][1]}
     defaults = {"name": name, "out": f"runs/{name}", **{key: OmegaConf.structured(sections[key]) for key in sections}}
-    config = OmegaConf.merge(OmegaConf.structured(Recipe), defaults, {"objective": {"name": objective}})
+    names = {"objective": {"name": objective}, "model": {"name": model}}
+    config = OmegaConf.merge(OmegaConf.structured(Recipe), defaults, names)
     hints = {key: hint for key, hint in {**get_type_hints(Recipe), **sections}.items() if key != "name"}
     for layer in layers:
+        if layer.source != COMMAND_LINE:
+            layer.values.pop("compare", None)  # not of this run: `load_section` reads it
         _check(layer.values, hints, layer.source)
         _replace_duration(config.train, layer)
         config = OmegaConf.merge(config, layer.values)
@@ -239,13 +267,13 @@ def _build(layers: Sequence[Layer], name: str) -> Recipe:
     return OmegaConf.to_object(config)  # type: ignore[return-value]  # a Recipe, as the config was made from one
 
 
-def _objective(layers: Sequence[Layer]) -> str | None:
-    """Takes `objective.name`, on which the keys of that section depend, out of all layers and gives its last value."""
+def _kind(layers: Sequence[Layer], section: str, table: Collection[str]) -> str | None:
+    """Takes a section's `name`, on which its other keys depend, out of all layers and gives its last value."""
     name = None
     for layer in layers:
-        values = layer.values.get("objective")
+        values = layer.values.get(section)
         if isinstance(values, dict) and "name" in values:
-            name = _known(values.pop("name"), OBJECTIVES, f"{layer.source}: objective.name")
+            name = _known(values.pop("name"), table, f"{layer.source}: {section}.name")
     return name
 
 
@@ -286,6 +314,9 @@ def _check(values: dict[str, Any], hints: dict[str, Any], source: str, above: st
             raise RecipeError(f"{source}: {dotted}: unknown key.{_near(below[0] if below else key, below or hints)}")
         if key in sections and isinstance(value, dict):
             _check(value, sections[key], source, f"{dotted}.")
+        elif get_origin(hints[key]) is dict and isinstance(value, dict):
+            for name, part in value.items():
+                _check({name: part}, {name: get_args(hints[key])[1]}, source, f"{dotted}.")
         elif not _fits(value, hints[key]):
             raise RecipeError(f"{source}: {dotted}: expected {_expected(hints[key])}, found {_shown(value)}")
 

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mpp.recipe import load_recipe
-from mpp.run import pretrain
+from mpp.run import run as carry_out
 
 STEPS, KILLS = 300, 20
 
@@ -29,7 +29,7 @@ def born(recipe: str, out: Path) -> int:
     if child == 0:
         status = 1
         try:
-            pretrain(load_recipe(recipe, [*settings, f"out={out}"]))
+            carry_out(load_recipe(recipe, [*settings, f"out={out}"]))
             status = 0
         finally:
             sys.stderr.flush()
@@ -54,7 +54,7 @@ def main(recipe: str, folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of forks of a process with threads: here all have ended
     tqdm.monitor_interval = 0  # no thread that outlives a run
-    pretrain(load_recipe(recipe, ["train.steps=2", f"out={folder / 'warm'}"]))  # imports all there is to import
+    carry_out(load_recipe(recipe, ["train.steps=2", f"out={folder / 'warm'}"]))  # imports all there is to import
     started = time.monotonic()
     assert lived(born(recipe, folder / "run0"))
     alone = time.monotonic() - started

@@ -1,11 +1,20 @@
 import math
+import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import pictures
 from PIL import Image
+from scipy.stats import ks_2samp
+from timm.data.random_erasing import RandomErasing
 
-from mpp.data.augment import AugmentConfig, apply, centre, evaluation_plan, resize, training_plan
+from mpp.data.augment import AugmentConfig, Change, Erasure, apply, centre, evaluation_plan, resize, training_plan
+from mpp.data.randaugment import draw, operate
+from mpp.data.read import read_shards
+
+STRONG = AugmentConfig(crop="none", randaugment=2, magnitude_std=0.5, erase=0.5)
 
 SHAPES = [((40, 60), (16, 16)), ((16, 16), (40, 30)), ((50, 20), (20, 50)), ((17, 23), (16, 23))]
 
@@ -111,8 +120,146 @@ def test_grey_images_keep_their_one_channel(channels):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("area", (0.0, 1.0)), ("area", (0.5, 0.2)), ("aspect", (0.0, 1.0)), ("pad", -1), ("centre", 1.5)]
+    ("key", "value"),
+    [
+        ("area", (0.0, 1.0)),
+        ("area", (0.5, 0.2)),
+        ("aspect", (0.0, 1.0)),
+        ("pad", -1),
+        ("centre", 1.5),
+        ("randaugment", -1),
+        ("magnitude", 11.0),
+        ("magnitude", -1.0),
+        ("magnitude", math.nan),
+        ("magnitude_std", -0.5),
+        ("magnitude_std", math.inf),
+        ("erase", 1.1),
+        ("erase", -0.1),
+    ],
 )
 def test_impossible_settings_are_refused_by_name(key, value):
     with pytest.raises(ValueError, match=f"data.augment.{key}"):
         AugmentConfig(**{key: value})
+
+
+def changes(config: AugmentConfig, count: int, size: tuple[int, int] = (32, 32), seed: int = 0) -> list[Change]:
+    return training_plan(config, np.tile([size], (count, 1)), size, seed, np.arange(count)).changes
+
+
+def unchanged_but_for(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
+    """Where (h, w) a picture is not erased."""
+    kept = np.ones(size, bool)
+    kept[box[0] : box[0] + box[2], box[1] : box[1] + box[3]] = False
+    return kept
+
+
+def test_pictures_are_only_changed_where_it_is_asked_for():
+    sizes, positions = np.tile([[32, 32]], (10, 1)), np.arange(10)
+    assert training_plan(AugmentConfig(), sizes, (32, 32), 0, positions).changes is None
+    assert evaluation_plan(STRONG, sizes, (32, 32)).changes is None
+    assert [change.erasure for change in changes(AugmentConfig(randaugment=2), 10)] == [None] * 10
+    assert [change.operations for change in changes(AugmentConfig(erase=1.0), 10)] == [[]] * 10
+
+
+@pytest.mark.parametrize("crop", ["inception", "shift", "none"])
+def test_changes_leave_crops_and_flips_as_they_were(crop):
+    sizes, positions = np.tile([[40, 60]], (50, 1)), np.arange(50)
+    plain = training_plan(AugmentConfig(crop=crop), sizes, (32, 32), 3, positions)
+    strong = training_plan(replace(STRONG, crop=crop), sizes, (32, 32), 3, positions)
+    assert np.array_equal(plain.boxes, strong.boxes)
+    assert np.array_equal(plain.flips, strong.flips)
+    assert np.array_equal(plain.shifts, strong.shifts)
+    assert [change.operations for change in strong.changes] == draw(2, 9.0, 0.5, 3, positions)
+
+
+def test_changes_depend_on_seed_and_position_alone():
+    whole = changes(STRONG, 60)
+    part = training_plan(STRONG, np.tile([[90, 70]], (10, 1)), (32, 32), 0, np.arange(20, 30)).changes
+    assert part == whole[20:30]
+    other = changes(STRONG, 60, seed=1)
+    assert [change.operations for change in other] != [change.operations for change in whole]
+    one, two = ({number: c.erasure for number, c in enumerate(all_) if c.erasure} for all_ in (whole, other))
+    both = one.keys() & two.keys()
+    assert one.keys() != two.keys()
+    assert all(one[number].key != two[number].key for number in both)
+    assert any(one[number].box != two[number].box for number in both)
+
+
+def test_erased_rectangles_are_as_frequent_large_and_wide_as_timms():
+    count, size = 6000, (40, 56)
+    found = np.zeros((count, *size), bool)
+    for number, change in enumerate(changes(AugmentConfig(erase=0.25), count, size)):
+        if change.erasure:
+            top, left, height, width = change.erasure.box
+            assert 0 <= top <= top + height <= 40
+            assert 0 <= left <= left + width <= 56
+            found[number, top : top + height, left : left + width] = True
+    random.seed(0)
+    erase = RandomErasing(0.25, mode="pixel", device="cpu")
+    expected = torch.stack([erase(torch.zeros(1, *size))[0] for _ in range(count)]).numpy() != 0
+    for erased in (found, expected):
+        assert erased.any((1, 2)).mean() == pytest.approx(0.25, abs=0.02)
+    assert abs(found.mean(0) - expected.mean(0)).max() < 0.03
+    for measure in (lambda a: a.sum((1, 2)), lambda a: a.any(1).sum(1) / a.any(2).sum(1)):
+        ours, theirs = (measure(erased[erased.any((1, 2))]) for erased in (found, expected))
+        assert ks_2samp(ours, theirs).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_erased_rectangle_becomes_normal_noise_and_the_rest_stays(channels):
+    size, box = (600, 720), (10, 20, 450, 599)
+    image = np.ascontiguousarray(smooth(size)[:, :, :channels])
+    plain, erased, again, other = (np.empty_like(image) for _ in range(4))
+    apply(image, (0, 0, *size), False, (0, 0), plain)
+    apply(image, (0, 0, *size), False, (0, 0), erased, Change([], Erasure(box, 2**64 - 1)))
+    apply(image // 2, (0, 0, *size), True, (0, 0), again, Change([], Erasure(box, 2**64 - 1)))
+    apply(image, (0, 0, *size), False, (0, 0), other, Change([], Erasure(box, 5)))
+    kept = unchanged_but_for(size, box)
+    assert np.array_equal(erased[kept], plain[kept])
+    assert np.array_equal(erased[~kept], again[~kept])
+    assert not np.array_equal(erased[~kept], other[~kept])
+    noise = erased[~kept].astype(float)
+    for value in [0, 40, 100, 127, 180, 254]:  # half a unit more is the end of what rounds to the value
+        expected = 0.5 * (1 + math.erf((value + 0.5 - 127.5) / 63.75 / math.sqrt(2)))
+        assert (noise <= value).mean() == pytest.approx(expected, abs=0.005)
+    assert noise.mean() == pytest.approx(127.5, abs=0.4)
+    rows = noise.reshape(450, 599, channels) - noise.mean()
+    assert abs((rows[1:] * rows[:-1]).mean() / noise.var()) < 0.01, "neighbours know nothing of each other"
+    assert abs((rows[:, 1:] * rows[:, :-1]).mean() / noise.var()) < 0.01
+    if channels == 3:
+        assert abs((rows[..., 1] * rows[..., 0]).mean() / noise.var()) < 0.01
+
+
+def test_pictures_are_flipped_then_changed_then_erased():
+    image, flipped, found = smooth((24, 30)), np.empty((16, 20, 3), np.uint8), np.empty((16, 20, 3), np.uint8)
+    operations, box = [("TranslateXRel", 9.0), ("Invert", 9.0)], (2, 3, 7, 9)
+    apply(image, (1, 2, 20, 25), True, (2, -1), flipped)
+    apply(image, (1, 2, 20, 25), True, (2, -1), found, Change(operations, Erasure(box, 7)))
+    noise = np.empty((16, 20, 3), np.uint8)
+    apply(image, (1, 2, 20, 25), True, (2, -1), noise, Change([], Erasure(box, 7)))
+    kept = unchanged_but_for((16, 20), box)
+    assert np.array_equal(found[kept], operate(flipped, operations)[kept])
+    assert np.array_equal(found[~kept], noise[~kept])
+
+
+def test_a_picture_too_small_for_a_rectangle_keeps_all_of_itself():
+    assert [change.erasure for change in changes(AugmentConfig(erase=1.0), 20, (1, 1))] == [None] * 20
+    assert any(change.erasure for change in changes(AugmentConfig(erase=1.0), 20, (3, 3)))
+
+
+def test_changed_batches_are_the_same_whoever_reads_them(small_shards):
+    plain = read_shards(small_shards, 16, augment=AugmentConfig(crop="none"), seed=5)
+    resident = read_shards(small_shards, 16, augment=STRONG, seed=5, reader="resident", threads=1)
+    indexed = read_shards(small_shards, 16, augment=STRONG, seed=5, reader="indexed", threads=3)
+    changed = []
+    for step in [0, 3, 1000]:
+        found = resident.at(step).images
+        assert torch.equal(found, indexed.at(step).images)
+        changed += [bool((a != b).any()) for a, b in zip(found, plain.at(step).images, strict=True)]
+    assert 24 < sum(changed) < 48, "one image in eight has neither operation nor rectangle"
+    assert not torch.equal(resident.at(0).images, resident.at(4).images)
+
+
+def test_evaluation_changes_nothing(small_shards):
+    strong = read_shards(small_shards, 16, augment=STRONG, train=False)
+    assert torch.equal(strong.at(0).images, read_shards(small_shards, 16, train=False).at(0).images)

@@ -9,13 +9,14 @@ ROOT = Path(mpp.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"eval", "plan"},
+    {"eval"},
+    {"plan"},
     {"run"},
     {"recipe"},
     {"weights"},
     {"loop"},
     {"objectives"},
-    {"optim", "checkpoint", "log", "watch", "models", "masks", "targets", "data"},
+    {"optim", "checkpoint", "log", "watch", "models", "masks", "mixing", "targets", "data"},
     {"files", "hardware"},
     {"batch", "seeds", "errors"},
 ]

@@ -56,6 +56,10 @@ class Gradients(torch.optim.SGD):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
 
 
+def gradients_of(objective) -> Gradients:
+    return Gradients([{"params": list(objective.parameters()), "scale": 1.0}])
+
+
 class PowerCut(Exception):
     pass
 
@@ -109,7 +113,7 @@ def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(micro_batc
     expected.backward()
     gradients = [p.grad.clone() for p in objective.parameters()]
     objective.zero_grad()
-    optimizer = Gradients(objective.parameters(), lr=0.1)
+    optimizer = gradients_of(objective)
     config = replace(FEW, batch=12, micro_batch=micro_batch, clip=None)
     loss, norm, found = update(objective, objective, optimizer, batch, config, seed=0, step=1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -125,7 +129,7 @@ def test_a_smaller_last_micro_batch_counts_by_its_images(tiny_vit):
     batch = Batch(torch.randint(0, 256, (7, 3, 32, 48), dtype=torch.uint8))
     expected = objective(batch)[0].item()
     config = replace(FEW, batch=12, micro_batch=3)
-    loss, _, _ = update(objective, objective, Gradients(objective.parameters()), batch, config, seed=0, step=1)
+    loss, _, _ = update(objective, objective, gradients_of(objective), batch, config, seed=0, step=1)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -137,7 +141,7 @@ def test_a_draw_depends_on_seed_step_and_place_alone(tiny_vit):
         objective.drawn.clear()
         batch = Batch(torch.randint(0, 256, (images, 3, 32, 48), dtype=torch.uint8))
         config = replace(FEW, batch=6, micro_batch=micro_batch)
-        update(objective, objective, Gradients(objective.parameters()), batch, config, seed, step)
+        update(objective, objective, gradients_of(objective), batch, config, seed, step)
         return list(objective.drawn)
 
     first = drawn(1, 4, 2)
@@ -151,14 +155,14 @@ def test_the_learning_rate_of_a_step_is_that_of_the_schedule(images, tmp_path):
     fit(tmp_path, images, replace(FEW, lr=0.02))
     rates = [line["lr"] for line in metrics(tmp_path)]
     cosine = [0.02 * 0.5 * (1 + math.cos(math.pi * part / 4)) for part in range(4)]
-    assert rates == pytest.approx([0.01, 0.02, *cosine])
+    assert rates == pytest.approx([0, 0.01, *cosine])
 
 
 # Restart
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_six_steps_equal_three_and_three_bit_for_bit(precision, optimizer, ema, images, tmp_path):
     config = replace(FEW, precision=precision, optimizer=optimizer, ema=ema, weight_decay=0.1)

@@ -6,6 +6,7 @@ from conftest import tiny_config
 from torch import nn
 
 from mpp.models.vit import ViT
+from mpp.objectives.labels import Classification, LabelsConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups
 
@@ -34,7 +35,7 @@ def test_convolutions_decay_and_frozen_parameters_are_in_no_group():
 def test_the_learning_rate_is_linear_and_then_half_a_cosine():
     rates = [learning_rate(step, peak=2.0, steps=14, warmup=4) for step in range(15)]
     # Worked out by hand: quarters of the peak, then 1 + cos of multiples of 18 degrees.
-    expected = [0.5, 1.0, 1.5, 2.0, 2.0, 1.951057, 1.809017, 1.587785, 1.309017, 1.0]
+    expected = [0.0, 0.5, 1.0, 1.5, 2.0, 1.951057, 1.809017, 1.587785, 1.309017, 1.0]
     expected += [0.690983, 0.412215, 0.190983, 0.048943, 0.0]
     assert rates == pytest.approx(expected, abs=1e-6)
 
@@ -42,7 +43,7 @@ def test_the_learning_rate_is_linear_and_then_half_a_cosine():
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_the_learning_rate_is_that_of_torchs_schedulers(warmup):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-    linear = [(step + 1) / warmup for step in range(warmup)]
+    linear = [step / warmup for step in range(warmup)]
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50 - warmup)
     for step in range(50):
         expected = 0.3 * linear[step] if step < warmup else optimizer.param_groups[0]["lr"]
@@ -50,10 +51,6 @@ def test_the_learning_rate_is_that_of_torchs_schedulers(warmup):
         if step >= warmup:
             optimizer.step()
             cosine.step()
-
-
-def test_a_run_that_is_all_warm_up_ends_at_the_peak():
-    assert learning_rate(4, peak=0.3, steps=5, warmup=5) == pytest.approx(0.3)
 
 
 def test_the_running_average_forgets_the_initial_weights_at_first():
@@ -75,3 +72,55 @@ def test_gradients_are_clipped_as_torch_clips_them(clip):
     for first, second in zip(ours[:2], theirs[:2], strict=True):
         torch.testing.assert_close(first.grad, second.grad)
     assert ours[2].grad is None
+
+
+def mae_rate(epoch: float, lr: float, min_lr: float, epochs: int, warmup_epochs: int) -> float:
+    """MAE's util/lr_sched.py, for a fractional epoch."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+
+
+def test_the_schedule_is_maes_for_every_step():
+    steps_per_epoch, epochs, warmup = 7, 20, 5
+    for step in range(epochs * steps_per_epoch):
+        rate = learning_rate(step, peak=1e-3, steps=140, warmup=35, end=1e-6)
+        assert rate == pytest.approx(mae_rate(step / steps_per_epoch, 1e-3, 1e-6, epochs, warmup), rel=1e-12)
+
+
+MAE_NAMES = {
+    "class_token": "cls_token",
+    "positions.table": "pos_embed",
+    "stem.project.weight": "patch_embed.proj.weight",
+    "stem.project.bias": "patch_embed.proj.bias",
+    "norm.weight": "fc_norm.weight",
+    "norm.bias": "fc_norm.bias",
+}
+
+
+def mae_layer(name: str, layers: int) -> int:
+    """MAE's util/lr_decay.py, get_layer_id_for_vit."""
+    if name in ["cls_token", "pos_embed"] or name.startswith("patch_embed"):
+        return 0
+    if name.startswith("blocks"):
+        return int(name.split(".")[1]) + 1
+    return layers
+
+
+def test_layer_decay_and_weight_decay_are_maes_for_every_parameter():
+    objective = Classification(ViT(tiny_config(depth=12)), LabelsConfig(classes=("a", "b")))
+    groups = parameter_groups(objective, 0.05, 0.65, objective.encoder)
+    found = {id(p): (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(found) == len(list(objective.parameters()))
+    assert groups[0]["scale"] == 1, "the log shows the first group's rate"
+    layers = 12 + 1
+    for name, parameter in objective.named_parameters():
+        name = name.removeprefix("encoder.")
+        name = MAE_NAMES.get(name, name)
+        scale = 0.65 ** (layers - mae_layer(name, layers))
+        one_dimensional = parameter.ndim == 1 or name in ("cls_token", "pos_embed")  # MAE's no_weight_decay_list
+        assert found[id(parameter)] == (pytest.approx(scale, rel=1e-12), 0.0 if one_dimensional else 0.05), name
+
+
+def test_without_layer_decay_all_get_the_whole_rate(tiny_vit):
+    assert {group["scale"] for group in parameter_groups(tiny_vit, 0.1)} == {1.0}

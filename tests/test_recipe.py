@@ -141,7 +141,7 @@ REFUSED = {
     "model: {widht: 3}": "r.yaml: model.widht: unknown key. Did you mean: width?",
     "lr: 3": "r.yaml: lr: unknown key. Did you mean: train.lr?",
     "trian: {lr: 3}": "r.yaml: trian: unknown key. Did you mean: train?",
-    "name: x": "r.yaml: name: unknown key. Did you mean: objective.name?",
+    "name: x": "r.yaml: name: unknown key. Did you mean: model.name?",
     "log: {zzz: 1}": "r.yaml: log.zzz: unknown key. Expected one of: every, pictures, tensorboard",
     "data: {augment: {flipp: 1}}": "r.yaml: data.augment.flipp: unknown key. Did you mean: flip?",
     "objective: {name: mmp}": 'r.yaml: objective.name: unknown "mmp". Did you mean: mpp?',
@@ -208,7 +208,7 @@ def test_what_is_missing_is_named():
         WHOLE.replace(line, "") for line in ("data: {path: shards}", "objective: {name: mpp}")
     )
     assert refusal(whole=without_data) == "r.yaml: data.path: missing, and without a default"
-    assert refusal(whole=without_name) == "r.yaml: objective.name: missing. Expected one of: mpp"
+    assert refusal(whole=without_name) == "r.yaml: objective.name: missing. Expected one of: labels, mpp"
 
 
 @pytest.mark.parametrize("override", ["train.lr", "train.lr=", "=3", "", "train.lr= "])

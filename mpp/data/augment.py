@@ -1,17 +1,30 @@
-"""Crops and flips of uint8 images: drawn for a whole batch at once, each image's from (seed, position) alone."""
+"""What becomes of uint8 images: drawn for a whole batch at once, each image's from (seed, position) alone.
 
+In this order: crop, resize and shift; flip; RandAugment; random erasing.
+"""
+
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from statistics import NormalDist
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mpp.seeds import uniform
+from mpp.data.randaugment import HIGHEST, Operation, draw, operate
+from mpp.seeds import mix, uniform
 
-TRIES = 10  # of the inception crop before it gives up, as torchvision's RandomResizedCrop
+TRIES = 10  # of a random box before it is given up, as torchvision's RandomResizedCrop and timm's RandomErasing
+ERASED_AREA = (0.02, 1 / 3)  # share of the picture; this and the next as timm's RandomErasing (arXiv 1708.04896)
+ERASED_ASPECT = (0.3, 1 / 0.3)
+# Erased pixels are normal noise once normalised (timm's mode "pixel"). The reader does not know the encoder's mean and
+# std, so it takes those of common photographs, rounded: CIFAR-10 has 0.47 and 0.25, ImageNet 0.45 and 0.23.
+NOISE_MEAN, NOISE_STD = 127.5, 63.75
+ERASING, NOISE = 2, 3  # keep these draws apart from others of (seed, position)
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,10 @@ class AugmentConfig:
     pad: int = 4  # pixels
     flip: bool = True  # left to right, every other time
     centre: float = 1.0  # of the shorter side that evaluation sees; 224 / 256 = 0.875 is usual for photographs
+    randaugment: int = 0  # operations an image, each left out every other time; 2 is usual
+    magnitude: float = 9.0  # of RandAugment's operations, on timm's scale of 0 to 10
+    magnitude_std: float = 0.0  # of normal noise on each magnitude; 0.5 is usual (timm's mstd0.5)
+    erase: float = 0.0  # chance of an image to lose a rectangle to noise; 0.25 is usual (arXiv 1708.04896)
 
     def __post_init__(self) -> None:
         if not 0 < self.area[0] <= self.area[1] <= 1:
@@ -38,6 +55,28 @@ class AugmentConfig:
             raise ValueError(f"data.augment.centre must be in (0, 1], got {self.centre}")
         if self.pad < 0:
             raise ValueError(f"data.augment.pad must not be negative, got {self.pad}")
+        if self.randaugment < 0:
+            raise ValueError(f"data.augment.randaugment must not be negative, got {self.randaugment}")
+        if not 0 <= self.magnitude <= HIGHEST:
+            raise ValueError(f"data.augment.magnitude must be in [0, {HIGHEST:g}], got {self.magnitude}")
+        if not 0 <= self.magnitude_std < math.inf:
+            raise ValueError(f"data.augment.magnitude_std must be finite and not negative, got {self.magnitude_std}")
+        if not 0 <= self.erase <= 1:
+            raise ValueError(f"data.augment.erase must be in [0, 1], got {self.erase}")
+
+
+class Erasure(NamedTuple):
+    """A rectangle of a picture that becomes noise."""
+
+    box: tuple[int, int, int, int]  # top, left, height, width in pixels
+    key: int  # of the noise
+
+
+class Change(NamedTuple):
+    """What happens to one picture after crop and flip."""
+
+    operations: list[Operation]  # RandAugment's
+    erasure: Erasure | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +86,7 @@ class Plan:
     boxes: np.ndarray
     flips: np.ndarray  # (b,) bool
     shifts: np.ndarray  # (b, 2) pixels, down and right
+    changes: Sequence[Change | None] | None = None  # (b,)
 
 
 def training_plan(
@@ -56,10 +96,12 @@ def training_plan(
     draws = uniform(3 + 2 + 2 * TRIES, seed, positions)  # (b, ...): flip, shift; place; tries
     still = np.zeros((len(sizes), 2), np.int64)
     flips = (draws[:, 0] < 0.5) & config.flip
+    changes = _changes(config, image, seed, positions) if config.randaugment or config.erase else None
     if config.crop == "inception":
-        return Plan(_inception(config, sizes, draws[:, 3:5], draws[:, 5:].reshape(-1, TRIES, 2)), flips, still)
+        boxes = _inception(config, sizes, draws[:, 3:5], draws[:, 5:].reshape(-1, TRIES, 2))
+        return Plan(boxes, flips, still, changes)
     shifts = (draws[:, 1:3] * (2 * config.pad + 1)).astype(np.int64) - config.pad
-    return Plan(centre(sizes, image, 1.0), flips, shifts if config.crop == "shift" else still)
+    return Plan(centre(sizes, image, 1.0), flips, shifts if config.crop == "shift" else still, changes)
 
 
 def evaluation_plan(config: AugmentConfig, sizes: np.ndarray, image: tuple[int, int]) -> Plan:
@@ -77,15 +119,7 @@ def centre(sizes: np.ndarray, image: tuple[int, int], share: float) -> np.ndarra
 
 def _inception(config: AugmentConfig, sizes: np.ndarray, place: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """The first of some random boxes that lies within its image, else a centred one of the nearest aspect."""
-    low, high = config.area
-    area = (low + (high - low) * draws[..., 0]) * sizes.prod(1, keepdims=True)  # (b, tries) pixels
-    low, high = np.log(config.aspect)
-    aspect = np.exp(low + (high - low) * draws[..., 1])  # width / height, as often wide as tall
-    height, width = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
-    fits = (height >= 1) & (width >= 1) & (height <= sizes[:, :1]) & (width <= sizes[:, 1:])
-    first, rows = fits.argmax(1), np.arange(len(sizes))
-    box = np.stack([height[rows, first], width[rows, first]], axis=1)
-    none = ~fits.any(1)
+    box, none = _box(sizes, sizes, config.area, config.aspect, draws)
     if none.any():
         ratio = np.clip(sizes[none, 1] / sizes[none, 0], *config.aspect)
         tall, wide = sizes[none, 0], sizes[none, 1]
@@ -94,8 +128,52 @@ def _inception(config: AugmentConfig, sizes: np.ndarray, place: np.ndarray, draw
     return np.concatenate([corner, box], axis=1).astype(np.int64)
 
 
-def apply(pixels: np.ndarray, box: Sequence[int], flip: bool, shift: Sequence[int], out: np.ndarray) -> None:
-    """Writes the box of `pixels` (h, w, c) into `out` (h', w', c), resized, shifted and flipped."""
+def _box(
+    sizes: np.ndarray, most: np.ndarray, shares: tuple[float, float], ratios: tuple[float, float], draws: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Height and width (b, 2) of the first of some boxes that is at most so large, and where none is (b,).
+
+    Area (a share of that of `sizes`) and aspect are those of `draws` (b, tries, 2).
+    """
+    low, high = shares
+    area = (low + (high - low) * draws[..., 0]) * sizes.prod(1, keepdims=True)  # (b, tries) pixels
+    low, high = np.log(ratios)
+    aspect = np.exp(low + (high - low) * draws[..., 1])  # width / height, as often wide as tall
+    height, width = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+    fits = (height >= 1) & (width >= 1) & (height <= most[:, :1]) & (width <= most[:, 1:])
+    first, rows = fits.argmax(1), np.arange(len(sizes))
+    return np.stack([height[rows, first], width[rows, first]], axis=1), ~fits.any(1)
+
+
+def _changes(config: AugmentConfig, image: tuple[int, int], seed: int, positions: np.ndarray) -> list[Change]:
+    """RandAugment's operations and the erased rectangle of each picture."""
+    operations = draw(config.randaugment, config.magnitude, config.magnitude_std, seed, positions)
+    return [Change(*both) for both in zip(operations, _erasures(config.erase, image, seed, positions), strict=True)]
+
+
+def _erasures(chance: float, image: tuple[int, int], seed: int, positions: np.ndarray) -> list[Erasure | None]:
+    """The rectangles that a share of the pictures lose, none where no try is smaller than the picture."""
+    if not chance:
+        return [None] * len(positions)
+    draws = uniform(3 + 2 * TRIES, seed, positions, ERASING)  # (b, ...): whether, place; tries
+    sizes = np.tile(image, (len(positions), 1))
+    box, none = _box(sizes, sizes - 1, ERASED_AREA, ERASED_ASPECT, draws[:, 3:].reshape(-1, TRIES, 2))
+    corner = np.floor(draws[:, 1:3] * (sizes - box + 1))
+    boxes = np.concatenate([corner, box], axis=1).astype(np.int64).tolist()
+    keys = mix(seed, positions, NOISE).tolist()
+    erased = (draws[:, 0] < chance) & ~none
+    return [Erasure(*row[:2]) if row[2] else None for row in zip(boxes, keys, erased.tolist(), strict=True)]
+
+
+def apply(
+    pixels: np.ndarray,
+    box: Sequence[int],
+    flip: bool,
+    shift: Sequence[int],
+    out: np.ndarray,
+    change: Change | None = None,
+) -> None:
+    """Writes the box of `pixels` (h, w, c) into `out` (h', w', c), resized, shifted, flipped and changed."""
     top, left, height, width = box
     cut = pixels[top : top + height, left : left + width]
     down, right = shift
@@ -107,6 +185,27 @@ def apply(pixels: np.ndarray, box: Sequence[int], flip: bool, shift: Sequence[in
         cv2.flip(resize(cut, np.empty_like(out)), 1, out)  # NumPy needs five times as long to mirror a small image
     else:
         resize(cut, out)
+    if change is not None:
+        if change.operations:
+            out[:] = operate(out, change.operations)
+        if change.erasure is not None:
+            _erase(out, change.erasure)
+
+
+def _erase(out: np.ndarray, erasure: Erasure) -> None:
+    """Fills a rectangle of (h, w, c) with noise that depends on the key alone."""
+    top, left, height, width = erasure.box
+    count = height * width * out.shape[2]
+    words = mix(erasure.key, np.arange(-(-count // 4))).view(np.uint16)  # four draws a word
+    out[top : top + height, left : left + width] = _noise()[words[:count]].reshape(height, width, -1)
+
+
+@functools.cache
+def _noise() -> np.ndarray:
+    """Normal noise, rounded and clipped to uint8, by the share of it that is smaller: (65536,)."""
+    normal = NormalDist(NOISE_MEAN, NOISE_STD)
+    ends = [round(65536 * normal.cdf(value + 0.5)) for value in range(255)]
+    return np.repeat(np.arange(256, dtype=np.uint8), np.diff([0, *ends, 65536]))
 
 
 def resize(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:

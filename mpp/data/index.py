@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,13 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    def select(self, numbers: np.ndarray) -> "Index":
+        """The same split with these images (k,) alone, in that order."""
+        keys = [self.key_bytes[self.key_ends[i - 1] if i else 0 : self.key_ends[i]] for i in numbers.tolist()]
+        rows = {name: getattr(self, name)[numbers] for name in ARRAYS if not name.startswith("key_")}
+        ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
+        return replace(self, **rows, key_bytes=np.concatenate([self.key_bytes[:0], *keys]), key_ends=ends)
 
     def key(self, i: int) -> str:
         start = self.key_ends[i - 1] if i else 0

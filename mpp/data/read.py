@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from mpp.batch import Batch
-from mpp.data.augment import AugmentConfig, Plan, apply, evaluation_plan, training_plan
+from mpp.data.augment import AugmentConfig, Change, Plan, apply, evaluation_plan, training_plan
 from mpp.data.decode import DamagedImage, decode
 from mpp.data.index import Index, ShardError, read_index
+from mpp.data.subset import SubsetConfig
 from mpp.errors import cause
 from mpp.seeds import permutation
 
@@ -42,6 +43,7 @@ class DataConfig:
     source: str | None = None  # what `mpp shards make` fills `path` from if it is not there yet
     train: str = "train"  # split
     val: str | None = None  # split that the objective is scored on while training
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     reader: Literal["auto", "resident", "indexed"] = "auto"
     memory: float = 4.0  # GiB of decoded images up to which "auto" keeps them
@@ -68,6 +70,7 @@ def read_shards(
     reader: Literal["auto", "resident", "indexed"] = "auto",
     memory: float = 4.0,
     threads: int | None = None,
+    numbers: np.ndarray | None = None,
 ) -> "Batches":
     """Opens a split of a folder of shards for reading in batches.
 
@@ -75,6 +78,7 @@ def read_shards(
     train: shuffled, augmented and endless; otherwise in order, centred, and each good image once.
     reader: "resident" keeps what it has decoded in memory, "indexed" decodes every time, "auto" is resident for up to
         `memory` GiB. Both give the same batches, bit for bit.
+    numbers: of the only images to read, as the index counts them.
 
     Raises `ShardError`, a ValueError of one line, if the shards are not there, not whole or not as their index says.
     """
@@ -83,6 +87,8 @@ def read_shards(
     index = read_index(Path(path), split)
     if not len(index):
         raise ShardError(f"{path}: split {split} holds no images")
+    if numbers is not None:
+        index = index.select(numbers)
     if image is None:
         image = _common_size(index)
     if reader == "auto":
@@ -276,13 +282,14 @@ class Batches:
         plan = self._plan(positions[rows], numbers[rows])
         # Plain lists: taking single elements out of arrays would cost as much as a small image's crop.
         boxes, flips, shifts = plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist()
-        todo = list(zip(rows.tolist(), numbers[rows].tolist(), boxes, flips, shifts, strict=True))
+        changes = plan.changes or [None] * len(rows)
+        todo = list(zip(rows.tolist(), numbers[rows].tolist(), boxes, flips, shifts, changes, strict=True))
 
-        def work(part: list[tuple[int, int, list[int], bool, list[int]]]) -> list[int]:
+        def work(part: list[tuple[int, int, list[int], bool, list[int], Change | None]]) -> list[int]:
             damaged = []
-            for row, number, box, flip, shift in part:
+            for row, number, box, flip, shift, change in part:
                 try:
-                    apply(self._images[number], box, flip, shift, out[row])
+                    apply(self._images[number], box, flip, shift, out[row], change)
                 except DamagedImage as error:
                     damaged.append(row)
                     self._report(number, str(error))

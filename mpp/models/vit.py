@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpp.models.encoder import Encoder, EncoderConfig
 from mpp.models.mixers import MIXERS, Attention
 from mpp.models.positions import POSITIONS, Grid, Learned
 from mpp.models.stems import STEMS
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(EncoderConfig):
     """The shape of an encoder. The defaults are the paper's ViT-B/16 (table 1)."""
 
-    image: tuple[int, int] = (224, 224)  # (h, w) pixels
+    name: str = "vit"
     patch: int = 16  # side, pixels
-    channels: int = 3
     width: int = 768
     depth: int = 12  # blocks
     heads: int = 12
@@ -32,10 +32,13 @@ class ViTConfig:
     pool: Literal["cls", "avg"] = "cls"  # class token, or average of the patches
     gelu: Literal["erf", "tanh"] = "erf"  # the paper's code computes tanh, which costs 3 times as much on a CPU
     norm_eps: float = 1e-6  # flax's default, hence the paper's
-    mean: tuple[float, ...] = (0.5,)  # of each channel, on [0, 1]; a single number serves all channels
-    std: tuple[float, ...] = (0.5,)
+    dropout: float = 0.0  # after positions and after every linear layer but q, k, v (ViT paper, appendix B.1)
+    drop_path: float = (
+        0.0  # chance that the last block's branches leave out an image; falls linearly to the first block
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         height, width = self.image
         if self.patch < 1 or height % self.patch or width % self.patch or min(height, width) < self.patch:
             raise ValueError(f"model.image ({height}, {width}) must be a multiple of model.patch ({self.patch})")
@@ -43,17 +46,18 @@ class ViTConfig:
             raise ValueError(f"model.width ({self.width}) must be a multiple of model.heads ({self.heads})")
         if self.positions == "sincos2d" and self.width % 4:
             raise ValueError(f"model.positions sincos2d needs a model.width that 4 divides, got {self.width}")
-        for name, most in {"channels": 1000, "depth": 1000, "hidden": 10**6, "width": 10**6}.items():
+        for name, most in {"depth": 1000, "hidden": 10**6, "width": 10**6}.items():
             if not 1 <= getattr(self, name) <= most:
                 name_in_recipe = "mlp" if name == "hidden" else name
                 raise ValueError(f"model.{name_in_recipe} must be 1 to {most}, got {getattr(self, name)}")
         if self.norm_eps <= 0:
             raise ValueError(f"model.norm_eps must be above 0, got {self.norm_eps}")
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (1, self.channels):
-                raise ValueError(f"model.{name} needs 1 or {self.channels} numbers, got {len(getattr(self, name))}")
-        if min(self.std) <= 0:
-            raise ValueError(f"model.std must be positive, got {self.std}")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be in [0, 1), got {getattr(self, name)}")
+
+    def describe(self) -> str:
+        return f"ViT, patch {self.patch}, width {self.width}, depth {self.depth}, {self.heads} heads"
 
     @property
     def grid(self) -> Grid:
@@ -74,57 +78,79 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 class MLP(nn.Module):
     """Two linear maps with a GELU between them."""
 
-    def __init__(self, width: int, hidden: int, gelu: str) -> None:
+    def __init__(self, width: int, hidden: int, gelu: str, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout_of(dropout)
         self.approximate = "tanh" if gelu == "tanh" else "none"
         self.expand = nn.Linear(width, hidden)
         self.contract = nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(tokens), approximate=self.approximate))
+        hidden = F.gelu(self.expand(tokens), approximate=self.approximate)
+        return self.contract(self.dropout(hidden))
+
+
+def dropout_of(share: float) -> nn.Module:
+    """Dropout, or nothing at all where the share is 0: PyTorch's would copy the tokens."""
+    return nn.Dropout(share) if share else nn.Identity()
+
+
+class DropPath(nn.Module):
+    """Leaves out a residual branch for some images in training (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.chance
+        return branch * (kept / (1 - self.chance)).to(branch.dtype)
 
 
 class Block(nn.Module):
     """A pre-norm Transformer block (ViT paper, equations 2 and 3)."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
         self.mixer = MIXERS[config.mixer](config.width, config.heads)
         self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
-        self.mlp = MLP(config.width, config.hidden, config.gelu)
+        self.mlp = MLP(config.width, config.hidden, config.gelu, config.dropout)
+        path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop = nn.Sequential(dropout_of(config.dropout), path)  # of both branches
 
     def forward(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
         """Maps tokens (b, n, d) to (b, n, d), or only those at `at` (b, k) to (b, k, d)."""
         normed = self.norm1(tokens)
         if at is None:
-            tokens = tokens + self.mixer(normed)
+            tokens = tokens + self.drop(self.mixer(normed))
         else:
-            tokens = take(tokens, at) + self.mixer(normed, take(normed, at))
-        return tokens + self.mlp(self.norm2(tokens))
+            tokens = take(tokens, at) + self.drop(self.mixer(normed, take(normed, at)))
+        return tokens + self.drop(self.mlp(self.norm2(tokens)))
 
 
-class ViT(nn.Module):
+class ViT(Encoder):
     """A Vision Transformer encoder.
 
     `forward(images)` is `pool(encode(embed(images)))`. Images are uint8 (b, c, h, w), of any h and w that the patch
     divides, or float if they are normalised already.
     """
 
-    mean: Tensor
-    std: Tensor
+    config: ViTConfig
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        self.width, self.layers = config.width, config.depth
         self.prefix = 1 if config.pool == "cls" else 0  # tokens in front of the patches
-        for name in ("mean", "std"):
-            value = torch.tensor(getattr(config, name)).expand(config.channels).reshape(-1, 1, 1)
-            self.register_buffer(name, value.contiguous(), persistent=False)  # kept in the config
+        self.tokens = self.prefix + math.prod(config.grid)
         self.stem = STEMS[config.stem](config.patch, config.channels, config.width)
         self.positions = POSITIONS[config.positions](config.grid, config.width, self.prefix, config.resize)
         self.class_token = nn.Parameter(torch.empty(config.width)) if self.prefix else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.dropout = dropout_of(config.dropout)
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.initialise()
 
@@ -158,14 +184,10 @@ class ViT(nn.Module):
             raise ValueError(f"image sides must be multiples of the patch ({self.config.patch}), got {height}x{width}")
         return height // self.config.patch, width // self.config.patch
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Maps uint8 images to float32 with the encoder's mean and std."""
-        return (images.float() - 255 * self.mean) / (255 * self.std)
-
     def embed(self, images: Tensor) -> Tensor:
         """Maps images (b, c, h, w) to patch tokens (b, n, d), still without positions."""
         self.grid(images)
-        return self.stem(self.normalise(images) if images.dtype == torch.uint8 else images)
+        return self.stem(self.normalise(images))
 
     def encode(
         self,
@@ -195,6 +217,7 @@ class ViT(nn.Module):
         if self.class_token is not None:
             prefix = (self.class_token + self.positions.prefixes()).expand(len(tokens), -1, -1)
             tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
+        tokens = self.dropout(tokens)
         if layers is not None:
             return self._outputs(tokens, layers)
         for block in self.blocks[:-1]:
@@ -219,6 +242,34 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.pool(self.encode(self.embed(images), grid=self.grid(images)))
+
+    def layer_of(self, parameter: str) -> int:
+        """MAE's and BEiT's numbering: stem, positions and class token 0, then the blocks, then the final norm."""
+        part, *rest = parameter.split(".")
+        if part == "blocks":
+            return 1 + int(rest[0])
+        return self.layers + 1 if part == "norm" else 0
+
+    @torch.no_grad()
+    def adopt(self, given: Encoder) -> None:
+        """Takes another encoder's weights; positions are interpolated for this one's grid as `given` does it.
+
+        Raises ValueError if a setting that decides the weights' shapes or meaning differs. A class token that this
+        encoder does not have is left aside.
+        """
+        if not isinstance(given, ViT):
+            raise ValueError(f"model: name {given.config.name} there, {self.config.name} here")
+        fixed = ["patch", "channels", "width", "depth", "heads", "hidden", "stem", "mixer", "positions", "gelu"]
+        fixed += ["norm_eps", "mean", "std"]
+        pairs = {name: (getattr(given.config, name), getattr(self.config, name)) for name in fixed}
+        if self.prefix > given.prefix:
+            pairs["pool"] = (given.config.pool, self.config.pool)
+        self._refuse(pairs)
+        found = given.state_dict()
+        if isinstance(given.positions, Learned):
+            rows = [given.positions.prefixes()[: self.prefix], given.positions.patches(self.config.grid)]
+            found["positions.table"] = torch.cat(rows)
+        self.load_state_dict({name: found[name] for name in self.state_dict()})
 
 
 def lecun_normal_(weight: Tensor) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mpp.batch import Batch
-from mpp.models.vit import ViT
+from mpp.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Objective(nn.Module):
     global generator, which the loop seeds before every micro-batch.
     """
 
-    def __init__(self, encoder: ViT) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 

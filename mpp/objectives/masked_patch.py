@@ -57,9 +57,14 @@ class MaskedPatchPrediction(Objective):
     embedding, 10 % the embedding of another patch of the image, and 10 % stay. The loss counts them all, no others.
     """
 
+    encoder: ViT
     order: Tensor  # (n, n), each patch's distances to all; empty for long sequences
 
     def __init__(self, encoder: ViT, config: MaskedPatchConfig | None = None) -> None:
+        if not isinstance(encoder, ViT):
+            raise ValueError(
+                f"objective.name mpp needs an encoder of patches (model.name vit), got {encoder.config.name}"
+            )
         super().__init__(encoder)
         self.config = config = config or MaskedPatchConfig()
         shape = encoder.config

@@ -7,50 +7,108 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from mpp import checkpoint
 from mpp.errors import UserError
 from mpp.files import write_atomically
-from mpp.models.vit import ViT, ViTConfig
+from mpp.models.classifier import Classifier, Head
+from mpp.models.encoder import Encoder
+from mpp.models.encoders import ENCODERS, build_encoder
 
 
 class WeightsError(UserError):
     """A file of weights is not there, not whole or not of a kind this library knows."""
 
 
-def save_encoder(encoder: ViT, path: Path) -> None:
+def save_encoder(encoder: Encoder, path: Path) -> None:
     """Writes an encoder with its config, whole or not at all; FileError on a full disk."""
-    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    write_atomically(path, save(tensors, {"encoder": json.dumps(asdict(encoder.config))}))
+    _save(encoder, path, {"encoder": json.dumps(asdict(encoder.config))})
 
 
-def load_encoder(path: str | Path) -> ViT:
+def save_classifier(classifier: Classifier, path: Path) -> None:
+    """The same for an encoder with its head and the names of its classes."""
+    about = {"encoder": json.dumps(asdict(classifier.encoder.config)), "classes": json.dumps(classifier.classes)}
+    _save(classifier, path, about)
+
+
+def _save(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    write_atomically(path, save(tensors, metadata))
+
+
+def load_encoder(path: str | Path) -> Any:
     """Loads an encoder from a run folder, a checkpoint folder or an `encoder.safetensors`, in float32 on the CPU.
 
-    Of a run that is not at its end, the last checkpoint counts, and of one with a running average that average.
-    Nothing in a file is run. Raises WeightsError, one line that names the file.
+    Of a run that is not at its end, the last checkpoint counts, and of one with a running average that average. A
+    `classifier.safetensors` gives its encoder. Nothing in a file is run. Raises WeightsError, one line that names the
+    file.
     """
     path = Path(path)
     if path.is_dir():
         path = _file_in(path)
+    metadata, tensors = _read(path)
+    encoder = _built(metadata, path)
+    prefix = "encoder." if any(name.startswith("encoder.") for name in tensors) else ""
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    _fill(encoder, found, path)
+    return encoder
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """Loads what a finished run of training with labels left in its folder, or its `classifier.safetensors`.
+
+    Raises WeightsError, one line that names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "classifier.safetensors").exists():
+            raise WeightsError(f"{path}: holds no classifier.safetensors, which a finished run with labels leaves")
+        path = path / "classifier.safetensors"
+    metadata, tensors = _read(path)
+    if "classes" not in metadata:
+        raise WeightsError(f"{path}: holds no classifier of mpp (its metadata has no 'classes')")
+    encoder = _built(metadata, path)
+    try:
+        classes = [str(name) for name in json.loads(metadata["classes"])]
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{path}: its classes are not readable ({error})") from error
+    if not classes:
+        raise WeightsError(f"{path}: names no classes")
+    classifier = Classifier(encoder, Head(encoder.width, len(classes), "head.hidden.weight" in tensors), classes)
+    _fill(classifier, tensors, path)
+    return classifier.eval()
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        tensors = load_file(path)
+        return metadata, load_file(path)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path}: not readable as weights ({error})") from error
+
+
+def _built(metadata: dict[str, str], path: Path) -> Encoder:
     if "encoder" not in metadata:
         raise WeightsError(f"{path}: holds no encoder of mpp (its metadata has no 'encoder')")
-    encoder = ViT(_config(metadata["encoder"], path))
-    prefix = "encoder." if path.name != "encoder.safetensors" and any(k.startswith("encoder.") for k in tensors) else ""
-    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    expected = encoder.state_dict()
+    try:
+        values = json.loads(metadata["encoder"])
+        _, kind = ENCODERS[values.get("name", "vit")]
+        names = {field.name for field in fields(kind)}
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        return build_encoder(kind(**known))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise WeightsError(f"{path}: its encoder's config does not fit ({error})") from error
+
+
+def _fill(module: nn.Module, found: dict[str, Tensor], path: Path) -> None:
+    expected = module.state_dict()
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
     if wrong:
         raise WeightsError(f"{path}: {', '.join(wrong[:5])} missing, unexpected or of another shape")
-    encoder.load_state_dict(found)
-    return encoder
+    module.load_state_dict(found)
 
 
 def _file_in(folder: Path) -> Path:
@@ -61,13 +119,3 @@ def _file_in(folder: Path) -> Path:
         if path.exists():
             return path
     raise WeightsError(f"{folder}: holds neither encoder.safetensors nor a checkpoint")
-
-
-def _config(text: str, path: Path) -> ViTConfig:
-    try:
-        values = json.loads(text)
-        names = {field.name for field in fields(ViTConfig)}
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
-        return ViTConfig(**known)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: its encoder's config does not fit ({error})") from error

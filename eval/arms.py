@@ -1,0 +1,167 @@
+"""What a comparison compares: arms, seeds, label fractions and protocols, as the `compare` section of a recipe says."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mpp.objectives.labels import LabelsConfig
+from mpp.recipe import Recipe, RecipeError, load_recipe, load_section
+
+Protocol = Literal["finetune", "linear", "few-shot", "knn"]
+PROTOCOLS: tuple[Protocol, ...] = ("finetune", "linear", "few-shot", "knn")
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """One way to a classifier. An arm with neither `pretrain` nor `weights` trains from scratch."""
+
+    finetune: str  # recipe with labels, by name or by path beside the comparison's file
+    pretrain: str | None = None  # recipe that each seed pretrains by
+    weights: str | None = None  # encoder that somebody has pretrained already
+    title: str | None = None  # for the report
+    upper_bound: bool = False  # pretrained with all labels of the same images, whatever the fraction
+    total_of: str | None = None  # an arm whose pretraining images this one adds to its own fine-tuning budget
+    fractions: tuple[float, ...] = ()  # of the comparison's, at which it is fine-tuned; all where not given
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison. A seed is a whole chain: initial weights, pretraining, draw of the labels, fine-tuning."""
+
+    arms: dict[str, ArmConfig]
+    baseline: str = "scratch"  # the arm that differences are taken to
+    seeds: tuple[int, ...] = (0, 1, 2)
+    fractions: tuple[float, ...] = (1.0,)  # of each class's labels
+    images: tuple[int, ...] = ()  # that fine-tuning sees at each fraction; the recipes' own lengths where not given
+    protocols: tuple[Protocol, ...] = PROTOCOLS
+    lrs: tuple[float, ...] = ()  # fine-tuning rates that each arm chooses from; the recipe's own where not given
+    choose_at: float | None = None  # fraction at which it chooses, for all; at each fraction where not given
+    hold_out: float = 0.2  # share of the labels that it chooses by, with the first seed
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ValueError("compare.arms must name at least one arm")
+        if self.baseline not in self.arms:
+            raise ValueError(f"compare.baseline must be one of {', '.join(self.arms)}, got {self.baseline}")
+        for name in ("seeds", "fractions", "protocols"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"compare.{name} must be different values, at least one, got {list(values)}")
+        if not all(0 < fraction <= 1 for fraction in self.fractions):
+            raise ValueError(f"compare.fractions must be in (0, 1], got {list(self.fractions)}")
+        if self.images and len(self.images) != len(self.fractions):
+            raise ValueError(
+                f"compare.images needs {len(self.fractions)} numbers, one a fraction, got {len(self.images)}"
+            )
+        if min(self.images, default=1) < 1 or min(self.seeds) < 0 or min(self.lrs, default=1) <= 0:
+            raise ValueError("compare.images and lrs must be above 0, and seeds at least 0")
+        if self.choose_at is not None and self.choose_at not in self.fractions:
+            raise ValueError(f"compare.choose_at must be one of compare.fractions, got {self.choose_at}")
+        if not 0 < self.hold_out < 1:
+            raise ValueError(f"compare.hold_out must be in (0, 1), got {self.hold_out}")
+        if unknown := [name for name in self.protocols if name not in PROTOCOLS]:
+            raise ValueError(f"compare.protocols must be of {', '.join(PROTOCOLS)}, got {', '.join(unknown)}")
+        for name, arm in self.arms.items():
+            self._check_arm(f"compare.arms.{name}", arm)
+
+    def fractions_of(self, arm: str) -> tuple[float, ...]:
+        """The fractions at which an arm is fine-tuned."""
+        return self.arms[arm].fractions or self.fractions
+
+    def _check_arm(self, place: str, arm: ArmConfig) -> None:
+        if not place.removeprefix("compare.arms.").replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"{place}: an arm's name is made of letters, digits, - and _")
+        if not set(arm.fractions) <= set(self.fractions):
+            raise ValueError(f"{place}.fractions must be some of compare.fractions, got {list(arm.fractions)}")
+        if arm.pretrain and arm.weights:
+            raise ValueError(f"{place}: pretrain ({arm.pretrain}) or weights ({arm.weights}), not both")
+        if arm.total_of is not None and (arm.total_of not in self.arms or not self.arms[arm.total_of].pretrain):
+            raise ValueError(f"{place}.total_of must name an arm that pretrains, got {arm.total_of}")
+
+    def images_at(self, fraction: float) -> int | None:
+        """Images that fine-tuning sees at a fraction; None for what the recipe says."""
+        return self.images[self.fractions.index(fraction)] if self.images else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison with the recipes of its arms, which `base` and the command line have settled."""
+
+    name: str
+    out: Path
+    config: CompareConfig
+    pretrain: dict[str, Recipe]  # by arm, of those that pretrain
+    finetune: dict[str, Recipe]  # by arm
+
+    @property
+    def data(self) -> tuple[Path, str, str]:
+        """The shards that are fine-tuned on, and their train and test splits."""
+        data = self.finetune[self.config.baseline].data
+        assert data.val is not None
+        return Path(data.path), data.train, data.val
+
+    def title(self, arm: str) -> str:
+        return self.config.arms[arm].title or arm.replace("_", " ")
+
+    def with_labels(self, arm: str) -> bool:
+        """Whether an arm's pretraining takes labels of the images that it is then fine-tuned on."""
+        recipe = self.pretrain.get(arm)
+        same = recipe is not None and recipe.data.path == self.finetune[arm].data.path
+        return same and recipe is not None and isinstance(recipe.objective, LabelsConfig)
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Loads the `compare` section of a recipe and the recipes that its arms name.
+
+    Overrides of `compare.*` and `out` are the comparison's; all others go to every run of it. Raises RecipeError.
+    """
+    own = [text for text in overrides if text.startswith("compare.")]
+    others = [text for text in overrides if not text.startswith(("compare.", "out="))]
+    name, folder, values, source = load_section(path, "compare", CompareConfig, own)
+    try:
+        config = _config(values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{source}: {error}") from None
+    out = next((text.removeprefix("out=") for text in reversed(overrides) if text.startswith("out=")), f"runs/{name}")
+    pretrain, finetune = {}, {}
+    for arm, settings in config.arms.items():
+        finetune[arm] = _recipe(settings.finetune, folder, others)
+        if not isinstance(finetune[arm].objective, LabelsConfig) or finetune[arm].data.val is None:
+            raise RecipeError(
+                f"{source}: compare.arms.{arm}.finetune: {settings.finetune} must train with labels and "
+                "name the split to score on as data.val"
+            )
+        if settings.pretrain:
+            pretrain[arm] = _recipe(settings.pretrain, folder, others)
+    comparison = Comparison(name, Path(out), config, pretrain, finetune)
+    places = {arm: (recipe.data.path, recipe.data.train, recipe.data.val) for arm, recipe in finetune.items()}
+    if len(set(places.values())) > 1:
+        raise RecipeError(f"{source}: compare.arms: all must be fine-tuned on the same data, found {places}")
+    for arm, settings in config.arms.items():
+        if settings.upper_bound and not comparison.with_labels(arm):
+            raise RecipeError(f"{source}: compare.arms.{arm}.upper_bound: its pretraining takes no labels of this data")
+    return comparison
+
+
+def _config(values: dict[str, Any]) -> CompareConfig:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    arms = {}
+    for name, arm in (values.pop("arms", None) or {}).items():
+        if arm is not None:  # an arm of a base is left out by `NAME: null`
+            arms[str(name)] = ArmConfig(**{**arm, "fractions": tuple(map(float, arm.get("fractions", ())))})
+    for key in ("fractions", "lrs"):
+        if key in values:
+            values[key] = tuple(map(float, values[key]))
+    return CompareConfig(arms=arms, **values)
+
+
+def _recipe(name: str, folder: Path, overrides: Sequence[str]) -> Recipe:
+    """A recipe by its path beside the comparison's file, or by its bundled name."""
+    beside = [folder / name, folder / f"{name}.yaml"]
+    return load_recipe(next((path for path in beside if path.is_file()), name), overrides)
+
+
+def plain(config: CompareConfig) -> dict[str, Any]:
+    """The section as plain values, for JSON."""
+    return asdict(config)

@@ -1,0 +1,199 @@
+"""The runs that a comparison is made of: what each needs, where it lies, and what says that it is done.
+
+OUT/pretrain/RECIPE/seed-0             shared by the arms that pretrain alike
+OUT/choose/ARM/0.1/lr-0.001            fine-tuning that a learning rate is chosen by
+OUT/finetune/ARM/0.1/seed-0
+OUT/probe/ARM/seed-0                   what is read off frozen features
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mpp.data.index import read_index
+from mpp.data.subset import SubsetConfig, drawn
+from mpp.eval.arms import Comparison
+from mpp.eval.finetune import finetune
+from mpp.eval.probe import probe_encoder
+from mpp.eval.summary import shown
+from mpp.files import claimed, write_atomically
+from mpp.recipe import Recipe
+from mpp.run import build, run
+from mpp.weights import load_encoder
+
+ENCODER, SCORES, ROWS = "encoder.safetensors", "scores.json", "rows.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a comparison."""
+
+    name: str  # for people, and unique
+    stage: str  # pretrain, choose, finetune or probe
+    arm: str
+    seed: int
+    fraction: float | None
+    needs: tuple[str, ...]  # names of the jobs that come first
+    result: Path  # the file that says it is done
+    work: Callable[[], object]
+    recipe: Callable[[], Recipe] | None = None  # of the run, known once what it needs is done
+
+    @property
+    def done(self) -> bool:
+        return self.result.exists()
+
+
+class Chains:
+    """All jobs of a comparison, one seed after the other."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison, self.config, self.out = comparison, comparison.config, comparison.out
+
+    def jobs(self) -> list[Job]:
+        """All jobs, each after those that it needs; one that several arms share stands once."""
+        found: dict[str, Job] = {}
+        for seed in self.config.seeds:
+            for arm in self.config.arms:
+                for job in self.of_arm(arm, seed):
+                    found.setdefault(job.name, job)
+        return list(found.values())
+
+    def of_arm(self, arm: str, seed: int) -> Iterator[Job]:
+        """The jobs that a seed's figures of an arm rest on."""
+        for fraction in self.config.fractions_of(arm):
+            pretraining = self.pretraining(arm, seed, fraction)
+            yield from pretraining
+            if "finetune" in self.config.protocols:
+                trials = self.trials(arm, fraction)
+                yield from trials
+                yield self.finetuning(arm, seed, fraction, needs=(*pretraining, *trials))
+        own = self.config.arms[arm]
+        if set(self.config.protocols) - {"finetune"} and (own.pretrain or own.weights or arm == self.config.baseline):
+            yield self.probing(arm, seed, needs=self.pretraining(arm, seed, max(self.config.fractions)))
+
+    def pretraining(self, arm: str, seed: int, fraction: float) -> list[Job]:
+        """The pretraining of an arm, if it has one; with labels of the same images it gets the fraction's alone."""
+        recipe = self.comparison.pretrain.get(arm)
+        if recipe is None:
+            return []
+        name = recipe.name
+        if self.comparison.with_labels(arm) and not self.config.arms[arm].upper_bound:
+            name = f"{name}-{fraction:g}"
+            recipe = replace(recipe, data=replace(recipe.data, subset=replace(recipe.data.subset, share=fraction)))
+        out = self.out / "pretrain" / name / f"seed-{seed}"
+        recipe = replace(recipe, seed=seed, out=str(out))
+        title = f"{name} pretraining, seed {seed}"
+        return [Job(title, "pretrain", arm, seed, None, (), out / ENCODER, partial(run, recipe), lambda: recipe)]
+
+    def trials(self, arm: str, fraction: float) -> list[Job]:
+        """Fine-tuning with the first seed on part of its labels, once with each learning rate."""
+        if len(self.config.lrs) < 2:
+            return []
+        arm, fraction, seed = self.chooser(arm), self.config.choose_at or fraction, self.config.seeds[0]
+        before = self.pretraining(arm, seed, fraction)
+        jobs = []
+        for lr in self.config.lrs:
+            out = self._trial(arm, fraction, lr)
+            recipe = partial(self.tuned, arm, seed, fraction, out, lr, self.config.hold_out)
+            name = f"{arm} trial of learning rate {lr:g}, {shown(fraction)}"
+            needs = tuple(job.name for job in before)
+            work = partial(_run, recipe)
+            jobs.append(Job(name, "choose", arm, seed, fraction, needs, out / ENCODER, work, recipe))
+        return [*before, *jobs]
+
+    def chooser(self, arm: str) -> str:
+        """The arm whose choice of a learning rate an arm takes: the first that differs in its budget at most."""
+        arms = self.config.arms
+        way = (arms[arm].pretrain, arms[arm].weights, arms[arm].finetune)
+        return next(name for name, other in arms.items() if (other.pretrain, other.weights, other.finetune) == way)
+
+    def _trial(self, arm: str, fraction: float, lr: float) -> Path:
+        return self.out / "choose" / arm / f"{fraction:g}" / f"lr-{lr:g}"
+
+    def chosen(self, arm: str, fraction: float) -> dict[str, Any] | None:
+        """The learning rate of an arm and the held-out accuracy that each one tried gave; None if none was tried."""
+        arm, fraction = self.chooser(arm), self.config.choose_at or fraction
+        if len(self.config.lrs) < 2:
+            return None
+        tried = []
+        for lr in self.config.lrs:
+            lines = (self._trial(arm, fraction, lr) / "metrics.jsonl").read_text().splitlines()
+            accuracy = next(row["val/accuracy"] for row in map(json.loads, reversed(lines)) if "val/accuracy" in row)
+            tried.append({"lr": lr, "accuracy": accuracy})
+        best = max(tried, key=lambda trial: trial["accuracy"])
+        return {"arm": arm, "fraction": fraction, "lr": best["lr"], "tried": tried}
+
+    def finetuning(self, arm: str, seed: int, fraction: float, needs: tuple[Job, ...]) -> Job:
+        """Training with a fraction's labels, from what the arm pretrained."""
+        out = self.out / "finetune" / arm / f"{fraction:g}" / f"seed-{seed}"
+
+        def recipe() -> Recipe:
+            chosen = self.chosen(arm, fraction)
+            lr = chosen["lr"] if chosen else next(iter(self.config.lrs), None)
+            return self.tuned(arm, seed, fraction, out, lr)
+
+        name = f"{arm} fine-tuning, seed {seed}, {shown(fraction)}"
+        names = tuple(job.name for job in needs)
+        return Job(name, "finetune", arm, seed, fraction, names, out / SCORES, lambda: finetune(recipe()), recipe)
+
+    def tuned(self, arm: str, seed: int, fraction: float, out: Path, lr: float | None, hold_out: float = 0.0) -> Recipe:
+        """An arm's fine-tuning recipe with all that the comparison decides."""
+        recipe, own = self.comparison.finetune[arm], self.config.arms[arm]
+        before = self.pretraining(arm, seed, fraction)
+        weights = str(before[0].result.parent) if before else own.weights
+        data = replace(recipe.data, subset=SubsetConfig(share=fraction, hold_out=hold_out))
+        train = replace(recipe.train, lr=lr or recipe.train.lr)
+        recipe = replace(recipe, seed=seed, out=str(out), weights=weights, data=data, train=train)
+        labels = len(drawn(read_index(data.path, data.train), replace(data.subset, hold_out=0.0), seed)[0])
+        images = self.config.images_at(fraction) or images_of(recipe, labels)
+        if own.total_of and not hold_out:
+            before_it = self.comparison.pretrain[own.total_of]
+            images += images_of(before_it, len(read_index(before_it.data.path, before_it.data.train)))
+        return recipe.lasting(images)
+
+    def probing(self, arm: str, seed: int, needs: list[Job]) -> Job:
+        """Frozen-feature protocols: of the pretrained encoder, or of the baseline's initial one."""
+        out = self.out / "probe" / arm / f"seed-{seed}"
+        names = tuple(job.name for job in needs)
+        return Job(
+            f"{arm} probing, seed {seed}",
+            "probe",
+            arm,
+            seed,
+            None,
+            names,
+            out / ROWS,
+            partial(self.probe, arm, seed, out),
+        )
+
+    def probe(self, arm: str, seed: int, out: Path) -> None:
+        """Writes rows of an arm's frozen features, the labels drawn as for fine-tuning."""
+        recipe = self.tuned(arm, seed, max(self.config.fractions), out, None)
+        shards, train, test = self.comparison.data
+        with claimed(out, "in use by a comparison that is still going"):
+            encoder = load_encoder(recipe.weights) if recipe.weights else build(recipe).encoder
+            index, rows = read_index(shards, train), []
+            # few-shot draws its own labels from all of train
+            wanted: list[tuple[float, list[str]]] = [(1.0, ["few-shot"])] if "few-shot" in self.config.protocols else []
+            linear: list[str] = [name for name in self.config.protocols if name in ("linear", "knn")]
+            wanted += [(fraction, linear) for fraction in self.config.fractions]
+            for fraction, protocols in wanted:
+                numbers, _ = drawn(index, SubsetConfig(share=fraction), seed)
+                for row in probe_encoder(encoder, shards, protocols, train, test, numbers, cache=out / "features"):
+                    place = {"protocol": row.protocol, "fraction": fraction, "metric": row.metric}
+                    rows.append({**place, "value": row.value, "detail": row.detail})
+            shutil.rmtree(out / "features", ignore_errors=True)
+            write_atomically(out / ROWS, json.dumps(rows).encode())
+
+
+def _run(recipe: Callable[[], Recipe]) -> None:
+    run(recipe())
+
+
+def images_of(recipe: Recipe, train: int) -> int:
+    """Images that a run sees, for a train split of so many."""
+    return (recipe.in_steps(train).train.steps or 0) * recipe.train.batch

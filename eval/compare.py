@@ -1,0 +1,95 @@
+"""`mpp compare`: carries out the runs of a comparison, and leaves what they show in one page."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpp import checkpoint
+from mpp.errors import UserError, cause
+from mpp.eval.arms import load_comparison
+from mpp.eval.chains import Chains, Job
+from mpp.eval.gather import gather
+from mpp.eval.report import write_report
+from mpp.files import BusyError, write_atomically
+from mpp.recipe import load_recipe
+from mpp.run import as_chosen, changes, open_train, resolved
+
+POLL = 2.0  # seconds between looks at runs that other processes are doing
+FAILURES = (UserError, torch.OutOfMemoryError, MemoryError)  # of a run, that the others survive
+
+
+class CompareError(UserError):
+    """A comparison can't go on in its folder."""
+
+
+def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
+    """Carries out a comparison, or goes on with it: its folder and its results, which stand there as results.json.
+
+    Runs that are done are never repeated; one that fails is reported, and the rest go on. Several processes may share a
+    folder, on one machine or on several with a common disk: each takes runs that no other is doing. Raises CompareError
+    if the folder holds runs of other recipes.
+    """
+    comparison = load_comparison(path, overrides)
+    open_train(comparison.finetune[comparison.config.baseline])  # makes the shards if the recipe says from what
+    chains = Chains(comparison)
+    jobs, failures = chains.jobs(), dict[str, str]()
+    check_folder(jobs)
+    try:
+        carry_out(jobs, failures)
+    finally:  # what is known so far, also of a comparison that was stopped
+        results = gather(chains, jobs, failures, shlex.join(["mpp", "compare", str(path), *overrides]))
+        comparison.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(comparison.out / "results.json", json.dumps(results, indent=1).encode())
+        write_report(results, comparison.out / "report.html")
+    return comparison.out, results
+
+
+def check_folder(jobs: Sequence[Job]) -> None:
+    """Raises CompareError if a run that has begun is of another recipe than the one that is wanted."""
+    done = {job.name for job in jobs if job.done}
+    for job in jobs:
+        folder = job.result.parent
+        if job.recipe is None or not done.issuperset(job.needs) or not checkpoint.steps(folder / "checkpoints"):
+            continue
+        before, recipe = load_recipe(folder / "recipe.yaml"), job.recipe()
+        if changed := changes(before, as_chosen(before, resolved(recipe, open_train(recipe).index))):
+            raise CompareError(
+                f"{folder}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out="
+            )
+
+
+def carry_out(jobs: Sequence[Job], failures: dict[str, str]) -> None:
+    """Does all jobs, each after those that it needs; `failures` gets the name and cause of each that can't be done."""
+    todo = list(jobs)
+    while todo:
+        before = len(todo)
+        for job in list(todo):
+            failed = next((name for name in job.needs if name in failures), None)
+            if failed:
+                failures[job.name] = f"needs what failed: {failed}"
+            elif not job.done:
+                waits = any(other.name in job.needs for other in todo)
+                if waits or not attempt(job, f"{len(jobs) - len(todo) + 1} of {len(jobs)}", failures):
+                    continue
+            todo.remove(job)
+        if len(todo) == before:
+            time.sleep(POLL)
+
+
+def attempt(job: Job, place: str, failures: dict[str, str]) -> bool:
+    """Does a job, unless another process is doing it; whether there is nothing left to do."""
+    print(f"mpp: {place}: {job.name}", file=sys.stderr)
+    try:
+        job.work()
+    except BusyError:
+        return False
+    except FAILURES as error:
+        failures[job.name] = cause(error)
+        print(f"mpp: {job.name} failed: {cause(error)}", file=sys.stderr)
+    return True

@@ -1,0 +1,53 @@
+"""Vectors of images for use elsewhere: `mpp embed`."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpp.errors import UserError
+from mpp.eval.images import open_images, outputs
+from mpp.files import write_atomically
+from mpp.weights import load_encoder
+
+
+class EmbedError(UserError):
+    """A file that vectors can't be written to."""
+
+
+def embed(
+    weights: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    split: str | None = None,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Writes the encoder's vector of each image of shards or of a plain folder to an .npz file, whole or not at all.
+
+    Its arrays: `features` float32 (n, d), `keys` (n,), and where images have labels `labels` int64 (n,), -1 for none,
+    with `classes`, their names. Damaged images are named and left out.
+    """
+    out = Path(out)
+    if out.suffix != ".npz":
+        raise EmbedError(f"{out}: expected a name that ends in .npz")
+    if not out.absolute().parent.is_dir():
+        raise EmbedError(f"{out}: its folder does not exist")
+    encoder = load_encoder(weights)
+    features, keys, labels = [], [], []
+    with open_images(data, encoder.config, split) as images:
+        for vectors, numbers, names in outputs(encoder, images, "features"):
+            features.append(vectors)
+            keys += names
+            if numbers is not None:
+                labels.append(numbers)
+        classes = images.classes
+    arrays: dict[str, Any] = {"features": torch.cat(features).numpy(), "keys": np.array(keys)}
+    if labels:
+        arrays |= {"labels": torch.cat(labels).numpy(), "classes": np.array(classes)}
+    np.savez(packed := io.BytesIO(), **arrays)
+    write_atomically(out, packed.getvalue())
+    report(f"{out}: {len(keys)} vectors of {arrays['features'].shape[1]} numbers")

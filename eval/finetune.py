@@ -1,0 +1,35 @@
+"""Training with labels, and what came of it on a split that was not trained on."""
+
+import json
+from pathlib import Path
+
+from mpp.errors import UserError
+from mpp.eval.predict import score_split
+from mpp.eval.scores import Scores
+from mpp.files import write_atomically
+from mpp.objectives.labels import LabelsConfig
+from mpp.recipe import Recipe
+from mpp.run import run
+from mpp.weights import load_classifier
+
+
+class FinetuneError(UserError):
+    """A recipe that does not train with labels."""
+
+
+def finetune(recipe: Recipe) -> tuple[Path, Scores | None]:
+    """Carries out a recipe with labels and scores its last weights on `data.val`, if it has one.
+
+    Leaves scores.json in the run folder. Without `recipe.weights` this is training from scratch.
+    """
+    if not isinstance(recipe.objective, LabelsConfig):
+        raise FinetuneError(
+            f"{recipe.name}: objective.name is {recipe.objective.name}, expected labels; "
+            "`mpp pretrain` is for recipes without labels"
+        )
+    out = run(recipe)
+    if recipe.data.val is None:
+        return out, None
+    scores = score_split(load_classifier(out), Path(recipe.data.path), recipe.data.val, augment=recipe.data.augment)
+    write_atomically(out / "scores.json", json.dumps(scores.to_json()).encode())
+    return out, scores

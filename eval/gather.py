@@ -1,0 +1,193 @@
+"""What the finished runs of a comparison show, as one dictionary: results.json, from which the report is made."""
+
+import base64
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpp.data.index import read_index
+from mpp.eval.arms import Comparison
+from mpp.eval.chains import ROWS, Chains, Job
+from mpp.eval.summary import Row, conclusions, summarise
+from mpp.models.encoders import build_encoder
+from mpp.plan import cost
+from mpp.recipe import load_recipe
+
+FORMAT = 1
+PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn", "omegaconf")
+
+
+def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], command: str) -> dict[str, Any]:
+    """All figures of what is done, and the names of what failed or is not done yet."""
+    comparison, config = chains.comparison, chains.config
+    done = [job for job in jobs if job.done]
+    rows = [row for job in done for row in _rows(job)]
+    titles = {arm: comparison.title(arm) for arm in config.arms}
+    return {
+        "format": FORMAT,
+        "name": comparison.name,
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "hardware": _hardware(),
+        "data": _data(comparison),
+        "baseline": config.baseline,
+        "compare": asdict(config),
+        "recipes": _recipes(done),
+        "arms": [_arm(comparison, arm) for arm in config.arms],
+        "rows": [row._asdict() for row in rows],
+        "summary": summarise(rows, config.baseline),
+        "conclusions": conclusions(rows, titles, config.arms, config.baseline),
+        "per_class": [_per_class(job) for job in done if job.stage == "finetune"],
+        "costs": [entry for arm in config.arms for entry in _costs(chains, arm)],
+        "chosen": _chosen(chains, {job.name for job in done}),
+        "curves": [curve for job in done if job.stage in ("pretrain", "finetune") for curve in _curves(job)],
+        "pictures": [picture for arm in config.arms for picture in _pictures(chains, arm)],
+        "failures": [{"run": name, "error": error} for name, error in failures.items()],
+        "unfinished": [job.name for job in jobs if not job.done and job.name not in failures],
+    }
+
+
+def _rows(job: Job) -> list[Row]:
+    if job.stage == "finetune":
+        scores = json.loads(job.result.read_text())
+        assert job.fraction is not None
+        figures = {name: scores[name] for name in ("top1", "top5", "ece", "loss") if scores[name] is not None}
+        return [Row(job.arm, job.seed, "finetune", job.fraction, name, value) for name, value in figures.items()]
+    if job.stage == "probe":
+        found = json.loads((job.result.parent / ROWS).read_text())
+        return [Row(job.arm, job.seed, r["protocol"], r["fraction"], r["metric"], r["value"]) for r in found]
+    return []
+
+
+def _per_class(job: Job) -> dict[str, Any]:
+    accuracy = json.loads(job.result.read_text())["per_class"]
+    return {"arm": job.arm, "seed": job.seed, "fraction": job.fraction, "accuracy": accuracy}
+
+
+def _arm(comparison: Comparison, arm: str) -> dict[str, Any]:
+    settings, recipe = comparison.config.arms[arm], comparison.finetune[arm]
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_encoder(recipe.model).parameters())
+    return {
+        "name": arm,
+        "title": comparison.title(arm),
+        "pretrain": settings.pretrain or settings.weights,
+        "upper_bound": settings.upper_bound,
+        "total_budget": settings.total_of is not None,
+        "parameters": parameters,
+        "encoder": recipe.model.describe(),
+    }
+
+
+def _costs(chains: Chains, arm: str) -> list[dict[str, Any]]:
+    """Images, FLOPs and seconds of each finished run that an arm rests on, runs shared with other arms included."""
+    found = {}
+    for seed in chains.config.seeds:
+        for job in chains.of_arm(arm, seed):
+            if job.done and job.stage in ("pretrain", "finetune"):
+                images, flops, seconds = _cost(job.result.parent)
+                entry = {"arm": arm, "seed": seed, "stage": job.stage, "fraction": job.fraction}
+                found[job.name] = {**entry, "images": images, "flops": flops, "seconds": seconds}
+    return list(found.values())
+
+
+def _cost(folder: Path) -> tuple[int, int, float]:
+    """Of a finished run: images seen, FLOPs, and seconds of training by its log, interruptions left out."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    images = (recipe.train.steps or 0) * recipe.train.batch
+    seconds, before = 0.0, 0
+    for row in _metrics(folder):
+        if "images/s" in row:
+            seconds += (row["step"] - before) * recipe.train.batch / row["images/s"]
+            before = row["step"]
+    return images, images * cost(recipe)[0], seconds
+
+
+def _chosen(chains: Chains, done: set[str]) -> list[dict[str, Any]]:
+    """The learning rate that each arm chose, where all that it tried is done."""
+    found = []
+    shards, train, _ = chains.comparison.data
+    for arm in chains.config.arms:
+        fractions = [chains.config.choose_at] if chains.config.choose_at else chains.config.fractions
+        for fraction in fractions:
+            if chains.chooser(arm) != arm or not all(job.name in done for job in chains.trials(arm, fraction)):
+                continue
+            if choice := chains.chosen(arm, fraction):
+                held = round(fraction * chains.config.hold_out * len(read_index(shards, train)))
+                found.append({**choice, "images_held_out": held})
+    return found
+
+
+def _curves(job: Job) -> list[dict[str, Any]]:
+    """Each figure on the scored split against the images seen."""
+    folder = job.result.parent
+    batch = load_recipe(folder / "recipe.yaml").train.batch
+    points: dict[str, list[list[float]]] = {}
+    for row in _metrics(folder):
+        for name, value in row.items():
+            if name.startswith("val/"):
+                points.setdefault(name, []).append([row["step"] * batch, value])
+    place = {"arm": job.arm, "seed": job.seed, "stage": job.stage, "fraction": job.fraction}
+    return [{**place, "metric": name, "points": found} for name, found in points.items()]
+
+
+def _pictures(chains: Chains, arm: str) -> list[dict[str, Any]]:
+    """What the first seed's pretraining painted last."""
+    for job in chains.pretraining(arm, chains.config.seeds[0], max(chains.config.fractions)):
+        found = sorted((job.result.parent / "pictures").glob("step-*.png"))
+        if job.done and found:
+            png = base64.b64encode(found[-1].read_bytes()).decode()
+            rows = ["input", "corrupted", "predicted", "truth"]
+            return [{"arm": arm, "seed": job.seed, "png": png, "rows": rows}]
+    return []
+
+
+def _recipes(done: Sequence[Job]) -> dict[str, str]:
+    """The recipe of one run of each stage of each arm, with every setting; seeds and fractions differ, no more."""
+    found: dict[str, str] = {}
+    for job in done:
+        if job.stage in ("pretrain", "finetune"):
+            found.setdefault(f"{job.arm} {job.stage}", (job.result.parent / "recipe.yaml").read_text())
+    return found
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _data(comparison: Comparison) -> dict[str, Any]:
+    shards, train, test = comparison.data
+    index, scored = read_index(shards, train), read_index(shards, test)
+    sizes = {"train_images": len(index), "test_images": len(scored)}
+    return {"path": str(shards), **sizes, "test_split": test, "classes": list(index.classes)}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    """This machine, as far as it decides speed."""
+    processor = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processor": processor, "cores": os.cpu_count(), "memory_gib": round(memory), "gpu": gpu}

@@ -1,0 +1,149 @@
+"""MAE's linear probe as published (arXiv 2111.06377, appendix A.1; main_linprobe.py, util/lars.py).
+
+Batch norm without affine parameters, which stays in training mode, then a linear head, trained by LARS without weight
+decay for 90 epochs on random crops and flips. The crops differ in every epoch, so features cannot be kept: the frozen
+encoder runs 90 times over the images. Where MAE reports the best epoch on the test images, this reports the last.
+Crops follow the same shares (0.08 to 1), drawn as GoogLeNet's, which tries again where MAE's takes what it gets.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mpp.batch import Batch
+from mpp.data.augment import AugmentConfig
+from mpp.data.read import Batches, read_shards
+from mpp.eval.features import BATCH, Features, ProbeError, autocast, output_part, vectors
+from mpp.hardware import device_of
+from mpp.models.encoder import Encoder
+from mpp.seeds import seed_of
+
+AREA = (0.08, 1.0)  # share of the picture that a crop holds; RandomResizedCrop's default
+MOMENTUM = 0.9  # of LARS
+TRUST = 0.001  # LARS's trust coefficient
+NORM_EPS = 1e-6
+HEAD_STD = 0.01  # of the head's truncated normal
+
+
+@dataclass(frozen=True)
+class SGDConfig:
+    """The published settings (table 10)."""
+
+    epochs: int = 90
+    warmup: int = 10  # epochs
+    batch: int = 16384  # images, or the whole split where it has fewer
+    blr: float = 0.1  # base learning rate; times batch / 256
+    seed: int = 0
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888) as MAE's: vectors such as biases are not scaled."""
+
+    def __init__(self, params: Sequence[nn.Parameter], lr: float, momentum: float = MOMENTUM, trust: float = TRUST):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    size, change = parameter.norm(), update.norm()
+                    both = (size > 0) & (change > 0)
+                    update = update * torch.where(both, group["trust"] * size / change, 1.0)
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].mul_(group["momentum"]).add_(update)
+                parameter.sub_(group["lr"] * state["momentum"])
+
+
+def rate(epoch: float, peak: float, config: SGDConfig) -> float:
+    """The learning rate at a fraction of an epoch (util/lr_sched.py): linear from 0, then half a cosine to 0."""
+    if epoch < config.warmup:
+        return peak * epoch / config.warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - config.warmup) / (config.epochs - config.warmup)))
+
+
+def build_head(width: int, classes: int, seed: int) -> nn.Sequential:
+    """Batch norm without affine parameters and a linear map."""
+    linear = nn.Linear(width, classes)
+    generator = torch.Generator().manual_seed(seed_of(seed))
+    nn.init.trunc_normal_(linear.weight, std=HEAD_STD, generator=generator)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=NORM_EPS), linear)
+
+
+def linear_sgd(
+    encoder: Encoder,
+    shards: Path,
+    train: str,
+    numbers: np.ndarray,
+    classes: int,
+    test: Features,
+    config: SGDConfig | None = None,
+) -> float:
+    """The accuracy on `test` of a head trained on the images `numbers` of split `train`, all of which have labels.
+
+    It reads the encoder's own output vector: the class token where there is one, else the average patch.
+    """
+    config = config or SGDConfig()
+    if len(numbers) < 2:
+        raise ProbeError(f"linear-sgd: batch norm needs at least 2 training images, split {train} has {len(numbers)}")
+    device, training = device_of("auto"), encoder.training
+    encoder.to(device).eval()
+    micro = min(BATCH, len(numbers))
+    parts = max(1, min(config.batch, len(numbers)) // micro)  # micro-batches a batch; what does not fill one is dropped
+    batches = read_shards(
+        shards,
+        micro,
+        split=train,
+        image=encoder.config.image,
+        seed=config.seed,
+        train=True,
+        augment=AugmentConfig(crop="inception", area=AREA),
+        numbers=numbers,
+    )
+    head = build_head(encoder.width, classes, config.seed).to(device)
+    _train(head, encoder, batches, parts, max(1, len(numbers) // (parts * micro)), config)
+    encoder.train(training)
+    head.eval()
+    with torch.no_grad():
+        guess = head(test.parts[test.output].float().to(device)).argmax(1).cpu()
+    return (guess == test.labels).double().mean().item()
+
+
+def _train(
+    head: nn.Sequential, encoder: Encoder, batches: Batches, parts: int, steps_per_epoch: int, config: SGDConfig
+) -> None:
+    """Trains the head on batches of so many micro-batches; the batch norm sees each whole."""
+    peak = config.blr * parts * batches.batch / 256
+    optimizer = LARS(list(head.parameters()), lr=peak)
+    steps = tqdm(range(config.epochs * steps_per_epoch), "linear-sgd", unit="step")
+    stream = batches.iterate()
+    for step in steps:
+        found = [_output(encoder, next(stream)) for _ in range(parts)]  # images of one micro-batch at a time
+        features, labels = (torch.cat(both) for both in zip(*found, strict=True))
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step / steps_per_epoch, peak, config)
+        loss = F.cross_entropy(head(features), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def _output(encoder: Encoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The encoder's own output vectors (b, d) and the labels (b,), on the encoder's device."""
+    device = encoder.mean.device
+    assert batch.labels is not None, "the caller chose images with labels"
+    with autocast(device):
+        found = vectors(encoder, batch.images.to(device), [encoder.config.depth])
+    return found[output_part(encoder)], batch.labels.to(device)

@@ -1,0 +1,185 @@
+"""What a classifier says of images, and how often it is right where they have labels: `mpp predict`."""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpp.data.augment import AugmentConfig
+from mpp.errors import UserError, shown
+from mpp.eval.images import Images, open_images, outputs
+from mpp.eval.scores import Scores, scores
+from mpp.files import write_atomically
+from mpp.models.classifier import Classifier
+from mpp.weights import load_classifier
+
+logger = logging.getLogger("mpp.eval")
+
+
+class PredictError(UserError):
+    """Labels that do not fit the classifier, or a file that predictions can't be written to."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the classifier says of one image."""
+
+    key: str  # of the sample in shards, or the path in a folder
+    top: list[tuple[str, float]]  # the likeliest classes with their probabilities, falling
+    label: str | None  # the true class, where it is known
+
+    def __str__(self) -> str:
+        [first, *rest] = [f"{shown(name)} {100 * score:.1f} %" for name, score in self.top]
+        others = f" ({', '.join(rest)})" if rest else ""
+        wrong = f"; it is {shown(self.label)}" if self.label not in (None, self.top[0][0]) else ""
+        return f"{shown(self.key)}: {first}{others}{wrong}"
+
+
+def predict(
+    weights: str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    out: str | Path | None = None,
+    top: int = 5,
+    scores_out: str | Path | None = None,
+    report: Callable[[str], None] = print,
+) -> Scores | None:
+    """Predicts the class of each image of shards or of a plain folder; the scores, if any image has a label.
+
+    out: a .jsonl or .csv file with a line for each image; without it `report` gets the lines.
+    top: classes named for each image.
+    scores_out: a JSON file for the scores.
+    """
+    if top < 1:
+        raise PredictError(f"--top must be at least 1, got {top}")
+    out, scores_out = (None if path is None else Path(path) for path in (out, scores_out))
+    if out is not None and out.suffix not in FORMATS:
+        raise PredictError(f"{out}: expected a name that ends in {' or '.join(FORMATS)}")
+    for path in (out, scores_out):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise PredictError(f"{path}: its folder does not exist")
+    classifier = load_classifier(weights)
+    with open_images(data, classifier.encoder.config, split) as images:
+        numbers = label_numbers(images, classifier.classes)
+        labelled = bool((numbers[images.labels] >= 0).any())
+        if scores_out is not None and not labelled:
+            raise PredictError(f"{images.place}: no image has a label, so there are no scores for {scores_out}")
+        made: list[Prediction] = []
+        seen: list[tuple[Tensor, Tensor]] = []  # logits and labels, which only scores need
+        for logits, labels, keys in outputs(classifier, images, "predictions", progress=out is not None):
+            truth = _renumbered(labels, numbers, len(keys))
+            for prediction in _predictions(logits, truth, keys, classifier.classes, top):
+                made.append(prediction) if out is not None else report(str(prediction))
+            if labelled:
+                seen.append((logits, truth))
+    if out is not None:
+        write_atomically(out, FORMATS[out.suffix](made).encode("utf-8", "surrogateescape"))
+        report(f"{out}: the predictions for {len(made)} images")
+    return _scored(seen, classifier.classes, scores_out, report) if seen else None
+
+
+def _scored(
+    seen: Sequence[tuple[Tensor, Tensor]], classes: Sequence[str], out: Path | None, report: Callable[[str], None]
+) -> Scores | None:
+    """Scores what was seen, says so and writes it; None if all images with labels were damaged."""
+    logits, labels = (torch.cat(part) for part in zip(*seen, strict=True))
+    if not (labels >= 0).any():
+        return None
+    found = scores(logits, labels)
+    report(found.table(classes))
+    if out is not None:
+        write_atomically(out, json.dumps({"classes": list(classes), **found.to_json()}).encode())
+    return found
+
+
+def logits_of(
+    classifier: Classifier, shards: str | Path, split: str, *, augment: AugmentConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits float32 (n, classes) and labels (n,), as the classifier numbers them, of all good images of a split.
+
+    Images are centred and in the shards' order; those without a label have -1.
+    """
+    with open_images(shards, classifier.encoder.config, split, augment) as images:
+        numbers = label_numbers(images, classifier.classes)
+        found = [
+            (logits, _renumbered(labels, numbers, len(keys)))
+            for logits, labels, keys in outputs(classifier, images, f"predictions for {split}")
+        ]
+    logits, labels = (torch.cat(part) for part in zip(*found, strict=True))
+    return logits, labels
+
+
+def score_split(
+    classifier: Classifier, shards: str | Path, split: str, *, augment: AugmentConfig | None = None
+) -> Scores:
+    """Scores a classifier on the images of a split that have labels."""
+    logits, labels = logits_of(classifier, shards, split, augment=augment)
+    if not (labels >= 0).any():
+        raise PredictError(f"{shards}: split {split} holds no image with a label; scores need some")
+    return scores(logits, labels)
+
+
+def label_numbers(images: Images, classes: Sequence[str]) -> Tensor:
+    """The classifier's number for each label of `images`, by name, and for -1 (no label) the last entry: -1.
+
+    Folders that are not named as a class give no label; a class of shards that the classifier lacks is an error.
+    """
+    if images.classes == tuple(classes):  # names may occur twice, as in ImageNet
+        return torch.tensor([*range(len(classes)), -1])
+    known = {name: number for number, name in enumerate(classes) if classes.count(name) == 1}
+    numbers = torch.tensor([*(known.get(name, -1) for name in images.classes), -1])
+    present = sorted(set(images.labels.tolist()) - {-1})
+    if unknown := [images.classes[label] for label in present if numbers[label] < 0]:
+        of = f"{images.place} has images of {_listed(unknown)}"
+        if not images.guessed:
+            raise PredictError(f"{of}; the classifier's classes are {_listed(classes)}")
+        logger.info("%s, which the classifier does not know; they count as images without labels", of)
+    return numbers
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(shown(name) for name in names[:5]) + ", ..." * (len(names) > 5)
+
+
+def _renumbered(labels: Tensor | None, numbers: Tensor, count: int) -> Tensor:
+    return torch.full((count,), -1) if labels is None else numbers[labels]
+
+
+def _predictions(
+    logits: Tensor, labels: Tensor, keys: Sequence[str], classes: Sequence[str], top: int
+) -> list[Prediction]:
+    best, which = logits.softmax(1).topk(min(top, len(classes)), dim=1)  # (b, k)
+    made = []
+    for key, shares, numbers, label in zip(keys, best.tolist(), which.tolist(), labels.tolist(), strict=True):
+        ranked = [(classes[number], share) for number, share in zip(numbers, shares, strict=True)]
+        made.append(Prediction(key, ranked, classes[label] if label >= 0 else None))
+    return made
+
+
+def _jsonl(made: Sequence[Prediction]) -> str:
+    lines = []
+    for one in made:
+        [name, score], label = one.top[0], {} if one.label is None else {"label": one.label}
+        lines.append(json.dumps({"key": one.key, "class": name, "score": score, **label, "top": one.top}))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _csv(made: Sequence[Prediction]) -> str:
+    """Columns key, label (empty where not known), class, score, class_2, score_2, ..."""
+    places = range(1, len(made[0].top) + 1)
+    names = [f"{kind}_{place}" if place > 1 else kind for place in places for kind in ("class", "score")]
+    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
+    writer.writerow(["key", "label", *names])
+    for one in made:
+        writer.writerow([one.key, one.label or "", *(value for pair in one.top for value in pair)])
+    return text.getvalue()
+
+
+FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {".jsonl": _jsonl, ".csv": _csv}

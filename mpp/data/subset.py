@@ -1,0 +1,72 @@
+"""Parts of a split: a share of each class's labels, and images held out from training.
+
+An image's place in the draw is a hash of its key and the seed, so a part is the same however the shards are cut, and
+smaller shares lie within larger ones.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpp.data.index import Index, ShardError
+from mpp.seeds import mix
+
+SHARE, HELD_OUT = 1, 2  # what a draw is for
+
+
+@dataclass(frozen=True)
+class SubsetConfig:
+    """Which images of the train split are trained on; only labelled ones as soon as anything here is set."""
+
+    share: float = 1.0  # of each class's images, at least one
+    per_class: int | None = None  # images of each class, or all where it has fewer; then `share` stays 1
+    hold_out: float = 0.0  # share of each class, of those drawn, that is not trained on but scored in data.val's place
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"data.subset.share must be in (0, 1], got {self.share}")
+        if self.per_class is not None and (self.per_class < 1 or self.share != 1):
+            raise ValueError(f"data.subset.per_class must be at least 1, with share 1, got {self.per_class}")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"data.subset.hold_out must be in [0, 1), got {self.hold_out}")
+
+
+def drawn(index: Index, config: SubsetConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the images to train on, and of those held out, each rising; only images with a label.
+
+    Raises ShardError where no image has one, or nothing could be held out.
+    """
+    labelled = np.flatnonzero(index.label >= 0)
+    if not len(labelled):
+        raise ShardError(f"{index.folder}: split {index.split} has no labels; training with labels needs some")
+    most = config.per_class or len(index)
+    chosen = _first(index, labelled, config.share, most, seed, SHARE)
+    if not config.hold_out:
+        return chosen, chosen[:0]
+    held = _first(index, chosen, config.hold_out, len(index), seed, HELD_OUT, leave=1)
+    if not len(held):
+        raise ShardError(
+            f"{index.folder}: split {index.split}: data.subset.hold_out needs a class of at least 2 images, "
+            f"found {len(chosen)} images in as many classes"
+        )
+    return np.setdiff1d(chosen, held), held
+
+
+def _first(
+    index: Index, numbers: np.ndarray, share: float, most: int, seed: int, purpose: int, leave: int = 0
+) -> np.ndarray:
+    """Of each class the share of images, rounded but at least one and at most `most`, whose hashes come first."""
+    keys = np.array([zlib.crc32(index.key(number).encode("utf-8", "surrogateescape")) for number in numbers])
+    order = np.lexsort([mix(seed, purpose, keys), index.label[numbers]])  # class by class, each in hashed order
+    _, counts = np.unique(index.label[numbers], return_counts=True)
+    wanted = np.maximum(1, np.rint(share * counts)).astype(np.int64)
+    wanted = np.minimum(np.minimum(wanted, most), counts - leave)
+    rank = np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(numbers[order[rank < np.repeat(wanted, counts)]])
+
+
+def lacking(train: Index, test: Index) -> list[str]:
+    """Names of the classes that images of `test` have and none of `train` has."""
+    missing = np.setdiff1d(np.unique(test.label[test.label >= 0]), np.unique(train.label))
+    return [test.classes[label] if label < len(test.classes) else str(label) for label in missing.tolist()]

@@ -1,0 +1,38 @@
+"""An encoder with a head that tells classes apart."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpp.models.encoder import Encoder
+
+
+class Head(nn.Module):
+    """A linear map to classes that starts at zero, as every head of the ViT paper's code.
+
+    hidden: puts a tanh layer of the encoder's width in front: the paper's head for pretraining (section 3.1).
+    """
+
+    def __init__(self, width: int, classes: int, hidden: bool = False) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, width) if hidden else None
+        self.linear = nn.Linear(width, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Maps vectors (b, width) to logits (b, classes), float32."""
+        vectors = vectors if self.hidden is None else torch.tanh(self.hidden(vectors))
+        return self.linear(vectors.to(self.linear.weight.dtype)).float()
+
+
+class Classifier(nn.Module):
+    """What training with labels leaves: `classifier(images)` gives logits (b, classes), float32, one for each name."""
+
+    def __init__(self, encoder: Encoder, head: Head, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.encoder, self.head, self.classes = encoder, head, tuple(classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))

@@ -1,0 +1,77 @@
+"""What every encoder has in common: images of any kind in, one vector an image out."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What images an encoder takes, and the name of its kind."""
+
+    name: str
+    image: tuple[int, int] = (224, 224)  # (h, w) pixels
+    channels: int = 3
+    mean: tuple[float, ...] = (0.5,)  # of each channel, on [0, 1]; a single number serves all channels
+    std: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self) -> None:
+        if min(self.image) < 1:
+            raise ValueError(f"model.image must be at least 1x1 pixels, got {self.image}")
+        if not 1 <= self.channels <= 1000:
+            raise ValueError(f"model.channels must be 1 to 1000, got {self.channels}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.channels):
+                raise ValueError(f"model.{name} needs 1 or {self.channels} numbers, got {len(getattr(self, name))}")
+        if min(self.std) <= 0:
+            raise ValueError(f"model.std must be positive, got {self.std}")
+
+    def describe(self) -> str:
+        """The encoder in a few words, for tables."""
+        return self.name
+
+
+class Encoder(nn.Module):
+    """`forward(images)` maps images (b, c, h, w) to vectors (b, width).
+
+    Images are uint8, which the encoder normalises with the mean and std of its config, or float if they are already.
+    """
+
+    mean: Tensor
+    std: Tensor
+    width: int  # of the vectors
+    layers: (
+        int  # that layer-wise learning-rate decay counts; what comes before them is layer 0, what follows layers + 1
+    )
+    tokens: int  # of an image: what a CPU's micro-batch is measured by
+    looks_across_batch = False  # whether an image's vector depends, in training, on the others of its micro-batch
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        for name in ("mean", "std"):
+            value = torch.tensor(getattr(config, name)).expand(config.channels).reshape(-1, 1, 1)
+            self.register_buffer(name, value.contiguous(), persistent=False)  # kept in the config
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Maps uint8 images to float32 with the encoder's mean and std; leaves float images as they are."""
+        if images.dtype != torch.uint8:
+            return images
+        return (images.float() - 255 * self.mean) / (255 * self.std)
+
+    def layer_of(self, parameter: str) -> int:
+        """The layer, 0 to layers + 1, that a parameter of this name belongs to."""
+        raise NotImplementedError
+
+    def adopt(self, given: "Encoder") -> None:
+        """Takes another encoder's weights, for images of any size; ValueError says which settings differ."""
+        there, here = asdict(replace(given.config, image=self.config.image)), asdict(self.config)
+        self._refuse({name: (there.get(name), here.get(name)) for name in {**there, **here}})
+        self.load_state_dict(given.state_dict())
+
+    def _refuse(self, pairs: dict[str, tuple[Any, Any]]) -> None:
+        """Raises ValueError if the settings of another encoder and of this one, by name, are not alike."""
+        if wrong := [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]:
+            raise ValueError(f"model: {'; '.join(wrong)}")

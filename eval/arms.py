@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mpp.objectives.labels import LabelsConfig
 from mpp.recipe import Recipe, RecipeError, load_recipe, load_section
+from mpp.run import changes
 
 Protocol = Literal["finetune", "linear", "few-shot", "knn"]
 PROTOCOLS: tuple[Protocol, ...] = ("finetune", "linear", "few-shot", "knn")
@@ -134,6 +135,12 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             )
         if settings.pretrain:
             pretrain[arm] = _recipe(settings.pretrain, folder, others)
+    for arm, recipe in pretrain.items():
+        for other in pretrain.values():
+            if recipe.name == other.name and changes(recipe, other):
+                raise RecipeError(
+                    f"{source}: compare.arms.{arm}.pretrain: two recipes are called {recipe.name}; rename one"
+                )
     comparison = Comparison(name, Path(out), config, pretrain, finetune)
     places = {arm: (recipe.data.path, recipe.data.train, recipe.data.val) for arm, recipe in finetune.items()}
     if len(set(places.values())) > 1:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mpp.data.index import read_index
 from mpp.data.subset import SubsetConfig, drawn
-from mpp.eval.arms import Comparison
+from mpp.eval.arms import ArmConfig, Comparison
 from mpp.eval.finetune import finetune
 from mpp.eval.probe import probe_encoder
 from mpp.eval.summary import shown
@@ -71,9 +71,8 @@ class Chains:
                 trials = self.trials(arm, fraction)
                 yield from trials
                 yield self.finetuning(arm, seed, fraction, needs=(*pretraining, *trials))
-        own = self.config.arms[arm]
-        if set(self.config.protocols) - {"finetune"} and (own.pretrain or own.weights or arm == self.config.baseline):
-            yield self.probing(arm, seed, needs=self.pretraining(arm, seed, max(self.config.fractions)))
+        if set(self.config.protocols) - {"finetune"}:
+            yield from self.probings(arm, seed)
 
     def pretraining(self, arm: str, seed: int, fraction: float) -> list[Job]:
         """The pretraining of an arm, if it has one; with labels of the same images it gets the fraction's alone."""
@@ -107,9 +106,12 @@ class Chains:
 
     def chooser(self, arm: str) -> str:
         """The arm whose choice of a learning rate an arm takes: the first that differs in its budget at most."""
+
+        def way(own: ArmConfig) -> tuple[object, ...]:
+            return own.pretrain, own.weights, own.upper_bound, own.finetune
+
         arms = self.config.arms
-        way = (arms[arm].pretrain, arms[arm].weights, arms[arm].finetune)
-        return next(name for name, other in arms.items() if (other.pretrain, other.weights, other.finetune) == way)
+        return next(name for name, other in arms.items() if way(other) == way(arms[arm]))
 
     def _trial(self, arm: str, fraction: float, lr: float) -> Path:
         return self.out / "choose" / arm / f"{fraction:g}" / f"lr-{lr:g}"
@@ -155,32 +157,37 @@ class Chains:
             images += images_of(before_it, len(read_index(before_it.data.path, before_it.data.train)))
         return recipe.lasting(images)
 
-    def probing(self, arm: str, seed: int, needs: list[Job]) -> Job:
-        """Frozen-feature protocols: of the pretrained encoder, or of the baseline's initial one."""
-        out = self.out / "probe" / arm / f"seed-{seed}"
-        names = tuple(job.name for job in needs)
-        return Job(
-            f"{arm} probing, seed {seed}",
-            "probe",
-            arm,
-            seed,
-            None,
-            names,
-            out / ROWS,
-            partial(self.probe, arm, seed, out),
-        )
+    def probings(self, arm: str, seed: int) -> list[Job]:
+        """Frozen-feature protocols: of the pretrained encoder, or of the baseline's initial one.
 
-    def probe(self, arm: str, seed: int, out: Path) -> None:
+        An arm that pretrains with a fraction's labels is another encoder at each fraction.
+        """
+        own, fractions = self.config.arms[arm], self.config.fractions
+        if not (own.pretrain or own.weights or arm == self.config.baseline):
+            return []
+        parts = [fractions]
+        if self.comparison.with_labels(arm) and not own.upper_bound:
+            parts = [(fraction,) for fraction in self.config.fractions_of(arm)]
+        jobs = []
+        for part in parts:
+            place = "" if len(parts) == 1 else f"-{part[0]:g}"
+            out = self.out / "probe" / f"{arm}{place}" / f"seed-{seed}"
+            names = tuple(job.name for job in self.pretraining(arm, seed, part[-1]))
+            work = partial(self.probe, arm, seed, part, out)
+            jobs.append(Job(f"{arm}{place} probing, seed {seed}", "probe", arm, seed, None, names, out / ROWS, work))
+        return jobs
+
+    def probe(self, arm: str, seed: int, fractions: tuple[float, ...], out: Path) -> None:
         """Writes rows of an arm's frozen features, the labels drawn as for fine-tuning."""
-        recipe = self.tuned(arm, seed, max(self.config.fractions), out, None)
+        recipe = self.tuned(arm, seed, fractions[-1], out, None)
         shards, train, test = self.comparison.data
+        linear: list[str] = [name for name in self.config.protocols if name in ("linear", "knn")]
+        wanted = [(fraction, linear) for fraction in fractions]
+        if "few-shot" in self.config.protocols and fractions in (self.config.fractions, (1.0,)):
+            wanted.insert(0, (1.0, ["few-shot"]))  # it draws its own labels from all of train
         with claimed(out, "in use by a comparison that is still going"):
             encoder = load_encoder(recipe.weights) if recipe.weights else build(recipe).encoder
             index, rows = read_index(shards, train), []
-            # few-shot draws its own labels from all of train
-            wanted: list[tuple[float, list[str]]] = [(1.0, ["few-shot"])] if "few-shot" in self.config.protocols else []
-            linear: list[str] = [name for name in self.config.protocols if name in ("linear", "knn")]
-            wanted += [(fraction, linear) for fraction in self.config.fractions]
             for fraction, protocols in wanted:
                 numbers, _ = drawn(index, SubsetConfig(share=fraction), seed)
                 for row in probe_encoder(encoder, shards, protocols, train, test, numbers, cache=out / "features"):

@@ -5,12 +5,14 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mpp import checkpoint
+from mpp.data.index import read_index
 from mpp.errors import UserError, cause
 from mpp.eval.arms import load_comparison
 from mpp.eval.chains import Chains, Job
@@ -18,7 +20,8 @@ from mpp.eval.gather import gather
 from mpp.eval.report import write_report
 from mpp.files import BusyError, write_atomically
 from mpp.recipe import load_recipe
-from mpp.run import as_chosen, changes, open_train, resolved
+from mpp.run import as_chosen, changes, check_classes, open_train, resolved
+from mpp.watch import sigterm_as_ctrl_c
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing
 FAILURES = (UserError, torch.OutOfMemoryError, MemoryError)  # of a run, that the others survive
@@ -36,12 +39,15 @@ def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict
     if the folder holds runs of other recipes.
     """
     comparison = load_comparison(path, overrides)
-    open_train(comparison.finetune[comparison.config.baseline])  # makes the shards if the recipe says from what
+    train = open_train(comparison.finetune[comparison.config.baseline])  # made here if the recipe says from what
+    shards, _, test = comparison.data
+    check_classes(train.index, read_index(shards, test))
     chains = Chains(comparison)
     jobs, failures = chains.jobs(), dict[str, str]()
     check_folder(jobs)
     try:
-        carry_out(jobs, failures)
+        with sigterm_as_ctrl_c():
+            carry_out(jobs, failures)
     finally:  # what is known so far, also of a comparison that was stopped
         results = gather(chains, jobs, failures, shlex.join(["mpp", "compare", str(path), *overrides]))
         comparison.out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +64,10 @@ def check_folder(jobs: Sequence[Job]) -> None:
         if job.recipe is None or not done.issuperset(job.needs) or not checkpoint.steps(folder / "checkpoints"):
             continue
         before, recipe = load_recipe(folder / "recipe.yaml"), job.recipe()
-        if changed := changes(before, as_chosen(before, resolved(recipe, open_train(recipe).index))):
+        recipe = as_chosen(before, resolved(recipe, open_train(recipe).index))
+        if job.needs:
+            recipe = replace(recipe, weights=before.weights)  # which is in this folder, wherever that was moved from
+        if changed := changes(before, recipe):
             raise CompareError(
                 f"{folder}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out="
             )

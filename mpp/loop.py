@@ -287,7 +287,8 @@ def save(
     """Writes a checkpoint; the encoder's config goes with the weights, so that they can be loaded alone."""
     state = {"model": objective.state_dict(), "optimizer": checkpoint.optimizer_state(objective, optimizer)}
     if ema:
-        state["ema"] = dict(zip(averaged(objective), ema, strict=True))
+        # With what is not averaged, batch norm's counters, so that an encoder can be loaded from this file alone.
+        state["ema"] = state["model"] | dict(zip(averaged(objective), ema, strict=True))
     metadata = {"encoder": json.dumps(asdict(objective.encoder.config))}
     checkpoint.save(folder, step, state, metadata, keep)
 

@@ -316,7 +316,8 @@ def _check(values: dict[str, Any], hints: dict[str, Any], source: str, above: st
             _check(value, sections[key], source, f"{dotted}.")
         elif get_origin(hints[key]) is dict and isinstance(value, dict):
             for name, part in value.items():
-                _check({name: part}, {name: get_args(hints[key])[1]}, source, f"{dotted}.")
+                if part is not None:  # null leaves out what a base names
+                    _check({name: part}, {name: get_args(hints[key])[1]}, source, f"{dotted}.")
         elif not _fits(value, hints[key]):
             raise RecipeError(f"{source}: {dotted}: expected {_expected(hints[key])}, found {_shown(value)}")
 

@@ -1,52 +1,32 @@
 import json
 import math
-import os
-import signal
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import digests, finished, metrics, run, start, write_recipe
+from tiny_runs import FEW, Brightness, Cut, PowerCut, digests, fit, losses, masked, metrics
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mpp.batch import Batch
 from mpp.checkpoint import CheckpointError
 from mpp.data.read import read_shards
 from mpp.hardware import multiplies_bfloat16
 from mpp.log import LogConfig
-from mpp.loop import TrainConfig, forward_pass, settled, train, update
+from mpp.loop import TrainConfig, build_optimizer, forward_pass, settled, train, update
+from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.vit import ViT
-from mpp.objectives import Objective
+from mpp.objectives.labels import Classification, LabelsConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction
-from mpp.watch import Interrupted, TrainingError
 
 CPU = torch.device("cpu")
 NO_BFLOAT16 = pytest.mark.skipif(not multiplies_bfloat16(CPU), reason="this CPU does not multiply bfloat16")
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
 PRECISIONS = ["float32", pytest.param("bfloat16", marks=NO_BFLOAT16)]
-FEW = TrainConfig(
-    steps=6, warmup=2, batch=20, micro_batch=10, lr=1e-3, precision="float32", device="cpu", save_every=3, keep=9
-)
-
-
-class Brightness(Objective):
-    """Predicts an image's mean colour. It draws a number, for tests to look at, that plays no part in the loss."""
-
-    def __init__(self, encoder: ViT) -> None:
-        super().__init__(encoder)
-        self.head = nn.Linear(encoder.config.width, 3)
-        self.drawn: list[float] = []
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        self.drawn.append(torch.rand(()).item())
-        truth = batch.images.float().mean((2, 3)) / 255
-        error = F.mse_loss(self.head(self.encoder(batch.images)).float(), truth)
-        return error, {"red": truth[:, 0].mean()}
 
 
 class Gradients(torch.optim.SGD):
@@ -60,46 +40,9 @@ def gradients_of(objective) -> Gradients:
     return Gradients([{"params": list(objective.parameters()), "scale": 1.0}])
 
 
-class PowerCut(Exception):
-    pass
-
-
-class Cut:
-    """Batches that end with a power cut: what was not saved before is lost."""
-
-    def __init__(self, batches, after: int) -> None:
-        self.batches, self.after = batches, after
-
-    def at(self, step):
-        return self.batches.at(step)
-
-    def iterate(self, start):
-        for step in range(start, self.after):
-            yield self.batches.at(step)
-        raise PowerCut
-
-
-def masked(**changes) -> MaskedPatchPrediction:
-    torch.manual_seed(7)
-    return MaskedPatchPrediction(ViT(tiny_config(image=(16, 16), patch=4, width=32, depth=1, **changes)))
-
-
 @pytest.fixture
 def images(small_shards):
     return read_shards(small_shards, 20, seed=5)
-
-
-def fit(out: Path, images, config: TrainConfig = FEW, **options) -> MaskedPatchPrediction:
-    objective = masked()
-    train(objective, images, config, out=out, log=LogConfig(every=1, pictures=0, tensorboard=False), **options)
-    return objective
-
-
-def losses(out: Path) -> dict[int, float]:
-    lines = [line for line in metrics(out) if "loss" in line]
-    found = {line["step"]: line["loss"] for line in lines}
-    assert len(found) == len(lines), "each step is logged once"
-    return found
 
 
 # Accumulation and randomness
@@ -151,11 +94,42 @@ def test_a_draw_depends_on_seed_step_and_place_alone(tiny_vit):
     assert len(draws) == len(set(draws)) == 18
 
 
-def test_the_learning_rate_of_a_step_is_that_of_the_schedule(images, tmp_path):
-    fit(tmp_path, images, replace(FEW, lr=0.02))
+@pytest.mark.parametrize("low", [0.0, 0.004])
+def test_the_learning_rate_of_a_step_is_that_of_the_schedule(low, images, tmp_path):
+    fit(tmp_path, images, replace(FEW, lr=0.02, min_lr=low))
     rates = [line["lr"] for line in metrics(tmp_path)]
-    cosine = [0.02 * 0.5 * (1 + math.cos(math.pi * part / 4)) for part in range(4)]
+    cosine = [low + (0.02 - low) * 0.5 * (1 + math.cos(math.pi * part / 4)) for part in range(4)]
     assert rates == pytest.approx([0, 0.01, *cosine])
+
+
+def test_the_rate_ends_at_its_lowest(tiny_vit, batch):
+    objective = Brightness(tiny_vit)
+    config = replace(FEW, batch=4, micro_batch=4, steps=1001, warmup=1, lr=1e-2, min_lr=3e-3)
+    optimizer = gradients_of(objective)
+    update(objective, objective, optimizer, batch, config, seed=0, step=1001)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(3e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_sgd_is_momentum_with_weight_decay_in_the_gradient(decay, tiny_vit, batch):
+    objective = Brightness(tiny_vit)
+    config = replace(FEW, steps=3, warmup=0, lr=0.5, clip=None, optimizer="sgd", betas=(0.8, 0.999), weight_decay=decay)
+    config = replace(config, batch=4, micro_batch=4)
+    plain = {name: value.detach().clone() for name, value in objective.named_parameters()}
+    speed = {name: torch.zeros_like(value) for name, value in plain.items()}
+    kernels = {f"{name}.weight" for name, part in objective.named_modules() if isinstance(part, nn.Linear)}
+    optimizer = build_optimizer(objective, config)
+    for step in range(3):
+        for value in plain.values():
+            value.requires_grad_().grad = None
+        functional_call(objective, plain, (batch,))[0].backward()
+        for name, value in plain.items():
+            gradient = value.grad + decay * value.detach() * (name in kernels)
+            speed[name] = 0.8 * speed[name] + gradient
+            plain[name] = value.detach() - 0.5 * 0.5 * (1 + math.cos(math.pi * step / 3)) * speed[name]
+        update(objective, objective, optimizer, batch, config, seed=0, step=step + 1)
+    for name, value in objective.named_parameters():
+        torch.testing.assert_close(value.detach(), plain[name], rtol=1e-4, atol=1e-5)
 
 
 # Restart
@@ -201,8 +175,6 @@ def test_the_running_average_is_the_result_and_is_one(images, tmp_path):
     final = fit(tmp_path, images, config)
 
     def saved(step: int, name: str) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
         return load_file(tmp_path / f"checkpoints/step-{step:08d}/{name}.safetensors")
 
     average = saved(1, "ema")
@@ -215,90 +187,28 @@ def test_the_running_average_is_the_result_and_is_one(images, tmp_path):
     assert not torch.equal(final.head.weight, saved(6, "model")["head.weight"])
 
 
-def test_signals_save_and_say_how_to_go_on(small_shards, tmp_path):
-    recipe, steps = write_recipe(tmp_path, small_shards), 300
-    settings = [f"train.steps={steps}", "train.save_every=1000", "train.ema=0.9", "eval.every=1000"]
-    assert run("pretrain", recipe, *settings, f"out={tmp_path / 'whole'}").code == 0
-    out, stopped = tmp_path / "stopped", []
-    for number, least in [(signal.SIGTERM, 5), (signal.SIGINT, 20)]:
-        process = start("pretrain", recipe, *settings, f"out={out}")
-        deadline = time.monotonic() + 60
-        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < least:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(number)
-        result = finished(process)
-        assert result.code == 128 + number
-        step = max(line["step"] for line in metrics(out))
-        assert step < steps
-        expected = f"mpp: stopped by {number.name} after step {step}; run the same command again to go on"
-        assert result.line == expected
-        assert (out / f"checkpoints/step-{step:08d}/state.json").exists()
-        stopped.append(step)
-        least = step + 20
-    assert run("pretrain", recipe, *settings, f"out={out}").code == 0
-    assert stopped[0] < stopped[1]
-    assert losses(out) == losses(tmp_path / "whole")
-    assert sorted(losses(out)) == list(range(1, steps + 1)), "each step once, however often it was done"
-    assert digests(out, steps) == digests(tmp_path / "whole", steps)
-    name = "encoder.safetensors"
-    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    scalars = EventAccumulator(str(out), {"scalars": 0}).Reload()
-    assert {event.step for event in scalars.Scalars("loss")} == set(range(1, steps + 1))
+def labelled(norm: str = "batch") -> Classification:
+    torch.manual_seed(7)
+    encoder = ResNet(ResNetConfig(image=(16, 16), depth=18, width=4, stem="small", norm=norm))
+    return Classification(encoder, LabelsConfig(classes=("a", "b")))
 
 
-def test_a_signal_while_scoring_stops_after_a_step_that_is_saved(images, tmp_path):
-    def evaluate() -> dict[str, float]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return {"val/loss": 1.0}
+def test_the_running_average_is_also_one_of_batch_norms_statistics(images, tmp_path):
+    objective, config = labelled(), replace(FEW, micro_batch=20, ema=0.5, save_every=1)
+    train(objective, images, config, out=tmp_path, log=LogConfig(pictures=0, tensorboard=False))
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="SIGTERM after step 3") as caught:
-        fit(tmp_path, images, replace(FEW, save_every=100), evaluate=evaluate, evaluate_every=2)
-    assert caught.value.number == signal.SIGTERM
-    assert digests(tmp_path, 3)
-    assert signal.getsignal(signal.SIGTERM) is before
+    def saved(step: int, name: str) -> dict[str, Tensor]:
+        return load_file(tmp_path / f"checkpoints/step-{step:08d}/{name}.safetensors")
 
-
-# What goes wrong
-
-
-class Diverges(Brightness):
-    """Its loss is not a number from the fifth forward pass on."""
-
-    def forward(self, batch):
-        loss, _ = super().forward(batch)
-        return loss * (math.nan if len(self.drawn) >= 5 else 1.0), {}
-
-
-@pytest.mark.parametrize("every", [1, 2, 100])
-def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(every, images, tmp_path):
-    config = replace(FEW, steps=8, micro_batch=20, save_every=2)
-    encoder = ViT(tiny_config(image=(16, 16), patch=4, width=32, depth=1))
-    log = LogConfig(every=every, pictures=0, tensorboard=False)
-    with pytest.raises(
-        TrainingError, match="step 5: the loss is nan .*lower train.lr .it is 0.001.*train.clip"
-    ) as caught:
-        train(Diverges(encoder), images, config, out=tmp_path, log=log)
-    assert "\n" not in str(caught.value)
-    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert saved == ["step-00000002", "step-00000004"]
-    assert all(math.isfinite(value) for line in metrics(tmp_path) for value in line.values())
-
-
-def test_a_run_that_diverges_exits_with_one_line(small_shards, tmp_path):
-    recipe = write_recipe(tmp_path, small_shards)
-    result = run("pretrain", recipe, "train.lr=1e30", "train.clip=null", "train.warmup=0", f"out={tmp_path / 'run'}")
-    assert result.code == 2
-    assert "train.lr" in result.line
-    assert not list((tmp_path / "run").glob("checkpoints/step-*")) or digests(tmp_path / "run", 2)
-
-
-def test_batches_that_end_too_soon_are_an_error(small_shards, tmp_path):
-    once = read_shards(small_shards, 20, train=False)  # three batches
-    with pytest.raises(TrainingError, match="batches ended before train.steps"):
-        fit(tmp_path, once)
+    statistics = [name for name in objective.state_dict() if name.endswith(("running_mean", "running_var"))]
+    assert len(statistics) == 2 * 20
+    for name in [*statistics, "encoder.conv1.weight"]:
+        average = saved(1, "ema")[name]
+        for step in range(2, 7):
+            decay = min(0.5, (1 + step) / (10 + step))
+            average = decay * average + (1 - decay) * saved(step, "model")[name]
+        torch.testing.assert_close(objective.state_dict()[name], average)
+        assert not torch.equal(average, saved(6, "model")[name]), name
 
 
 # Precision
@@ -333,6 +243,19 @@ def test_all_that_is_kept_is_float32_after_training_in_bfloat16(images, tmp_path
     for name, tensors in state.items():
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}, name
         assert len(tensors) >= len(list(objective.parameters()))
+
+
+@NO_BFLOAT16
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_resnet_trains_in_bfloat16(norm, images, tmp_path):
+    objective, before = labelled(norm), labelled(norm).state_dict()
+    config = replace(FEW, precision="bfloat16", micro_batch=20, ema=0.9)
+    train(objective, images, config, out=tmp_path, log=LogConfig(every=1, pictures=0, tensorboard=False))
+    assert all(math.isfinite(loss) for loss in losses(tmp_path).values())
+    after = objective.state_dict()
+    assert {value.dtype for value in after.values()} <= {torch.float32, torch.int64}
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved >= {name for name in after if name.endswith(("running_mean", "running_var", "conv2.weight"))}
 
 
 # Looking on
@@ -376,30 +299,6 @@ def test_every_line_of_metrics_tells_all_there_is(images, tmp_path):
         assert events == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
 
 
-def test_waiting_is_the_share_of_time_without_data(images, tmp_path):
-    class Slow(Cut):
-        def iterate(self, start):
-            for batch in super().iterate(start):
-                time.sleep(0.2)
-                yield batch
-
-    fit(tmp_path, Slow(images, 99), replace(FEW, steps=3))
-    assert all(line["waiting"] > 0.5 for line in metrics(tmp_path))
-    assert all(line["images/s"] < 100 for line in metrics(tmp_path)), "20 images in 0.2 s at best"
-
-
-def test_the_time_of_scoring_is_not_counted_as_training(images, tmp_path):
-    def evaluate() -> dict[str, float]:
-        time.sleep(1)
-        return {"val/loss": 1.0}
-
-    config = replace(FEW, steps=4)
-    log = LogConfig(every=2, pictures=0, tensorboard=False)
-    train(masked(), images, config, out=tmp_path, log=log, evaluate=evaluate, evaluate_every=3)
-    [speed] = [line["images/s"] for line in metrics(tmp_path) if line["step"] == 4 and "loss" in line]
-    assert speed > 40, "two batches of 20 in less than the second that scoring took"
-
-
 def test_a_running_average_can_not_begin_in_the_middle(images, tmp_path):
     fit(tmp_path, images, replace(FEW, steps=3))
     with pytest.raises(CheckpointError, match="no running average.* train.ema"):
@@ -422,6 +321,13 @@ def test_a_micro_batch_that_is_found_divides_the_batch(batch, image, images):
     assert settled(objective, images, found) == found
     if image == (16, 16):
         assert found.micro_batch == {1000: 250, 4096: 256}.get(batch, batch)
+
+
+@pytest.mark.parametrize(("norm", "micro_batch"), [("batch", 4096), ("group", 512)])
+def test_an_encoder_that_looks_across_the_batch_gets_the_whole_of_it(norm, micro_batch, images):
+    config = TrainConfig(steps=1, batch=4096, device="cpu")
+    assert settled(labelled(norm), images, config).micro_batch == micro_batch
+    assert settled(labelled(norm), images, replace(config, micro_batch=64)).micro_batch == 64
 
 
 def test_what_a_recipe_chooses_is_left_alone(images):

@@ -200,3 +200,91 @@ def test_positions_none_make_a_bag_of_patches(batch):
     encoder = shaken(ViT(tiny_config(positions="none")))
     tokens: Tensor = encoder.embed(batch.images)
     torch.testing.assert_close(encoder.encode(tokens)[:, 0], encoder.encode(tokens.flip(1))[:, 0], atol=1e-5, rtol=1e-5)
+
+
+# Regularisation in training
+
+
+def silenced(encoder: ViT, *names: str) -> ViT:
+    """The encoder without what these linear layers of its blocks give."""
+    with torch.no_grad():
+        for block in encoder.blocks:
+            for name in names:
+                for parameter in block.get_submodule(name).parameters():
+                    parameter.zero_()
+    return encoder
+
+
+@pytest.mark.parametrize("branch", ["mixer.project", "mlp.contract"])
+def test_drop_path_leaves_out_images_more_often_the_deeper_and_scales_the_others(branch):
+    encoder = shaken(ViT(tiny_config(depth=4, width=16, drop_path=0.6)))
+    silenced(encoder, *{"mixer.project", "mlp.contract"} - {branch})
+    count, token = 4000, torch.randn(1, 3, 16)
+    for number, block in enumerate(encoder.blocks):
+        chance = 0.6 * number / 3
+        whole = block.eval()(token) - token
+        change = block.train()(token.expand(count, -1, -1)) - token
+        left_out = (change == 0).all(2).all(1)
+        assert left_out.float().mean().item() == pytest.approx(chance, abs=4 * math.sqrt(0.25 / count))
+        kept = change[~left_out]
+        torch.testing.assert_close(kept, (whole / (1 - chance)).expand_as(kept), rtol=1e-4, atol=1e-5)
+
+
+def test_both_branches_of_a_block_draw_for_themselves():
+    block = shaken(ViT(tiny_config(depth=2, width=16, drop_path=0.5))).blocks[1].train()
+    token = torch.randn(1, 3, 16)
+    untouched = (block(token.expand(4000, -1, -1)) == token).all(2).all(1).float().mean().item()
+    assert untouched == pytest.approx(0.25, abs=0.03)
+
+
+def test_dropout_drops_single_values_in_the_mlp_behind_it_and_behind_the_positions():
+    encoder = shaken(ViT(tiny_config(depth=1, width=16, mlp=16, dropout=0.25)))
+    [block] = silenced(encoder, "mixer.project", "mlp.contract").blocks
+    tokens = torch.randn(500, 24, 16)
+    whole = tokens + encoder.positions.patches((4, 6))
+    found = encoder.patches(encoder.train().encode(tokens, layers=[0])[0])
+    left_out = found == 0
+    assert left_out.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(found[~left_out], (whole / 0.75)[~left_out])
+    with torch.no_grad():
+        block.mlp.contract.weight.copy_(torch.eye(16))
+    whole = block.eval()(tokens) - tokens
+    change = block.train()(tokens) - tokens
+    left_out = change == 0
+    assert left_out.float().mean().item() == pytest.approx(1 - 0.75**2, abs=0.01), "once within, once behind"
+    torch.testing.assert_close(change[~left_out], (whole / 0.75**2)[~left_out], rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_drops_nothing(batch):
+    plain, dropping = ViT(tiny_config()), ViT(tiny_config(dropout=0.3, drop_path=0.3))
+    dropping.load_state_dict(shaken(plain).state_dict())
+    assert not torch.allclose(dropping.train()(batch.images), plain(batch.images))
+    assert torch.equal(dropping.eval()(batch.images), plain(batch.images))
+
+
+@pytest.mark.parametrize(("settings", "draws"), [({}, False), ({"drop_path": 0.1}, True), ({"dropout": 0.1}, True)])
+def test_without_regularisation_nothing_is_drawn(settings, draws, batch):
+    encoder = ViT(tiny_config(**settings)).train()
+    before = torch.get_rng_state()
+    encoder(batch.images)
+    assert torch.equal(torch.get_rng_state(), before) != draws
+
+
+@pytest.mark.parametrize("name", ["dropout", "drop_path"])
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_shares_to_drop_lie_below_one(name, value):
+    with pytest.raises(ValueError, match=rf"model\.{name} must be in \[0, 1\), got {value}"):
+        tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_parameter_has_a_layer(pool):
+    encoder = ViT(tiny_config(depth=3, pool=pool))
+    whole = {"positions.table": 0, "stem.project.weight": 0, "stem.project.bias": 0, "norm.weight": 4, "norm.bias": 4}
+    if pool == "cls":
+        whole["class_token"] = 0
+    found = {name: encoder.layer_of(name) for name, _ in encoder.named_parameters()}
+    assert {name: layer for name, layer in found.items() if not name.startswith("blocks.")} == whole
+    blocks = {name: layer for name, layer in found.items() if name.startswith("blocks.")}
+    assert len(blocks) == 3 * 12
+    assert all(layer == int(name.split(".")[1]) + 1 for name, layer in blocks.items())

@@ -2,7 +2,9 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny_runs import run, write_recipe
+from torchvision.models import resnet18
 
 from mpp.plan import cost, duration, parameters, plan
 from mpp.recipe import load_recipe
@@ -59,6 +61,71 @@ def test_activations_grow_with_depth_and_shrink_with_the_patch():
     _, longer = cost(recipe_of("Ti/8", "model.depth=2"))
     assert 2 < deep / shallow < 3.1
     assert longer > 4 * shallow
+
+
+# Labels and ResNets
+
+
+def plan_rows(*arguments: object) -> dict[str, str]:
+    result = run("plan", *arguments)
+    assert result.code == 0, result
+    return dict(re.split(r"  +", line.strip(), maxsplit=1) for line in result.out.splitlines())
+
+
+def label_flops(recipe, classes: int) -> int:
+    """As `flops`, but all tokens go through the last block, and their average to the head."""
+    model = recipe.model
+    d, t = model.width, model.grid[0] * model.grid[1]
+    block = 2 * t * d * 3 * d + 4 * t * t * d + 2 * t * d * d + 4 * t * d * model.hidden
+    return 3 * (model.depth * block + 2 * d * classes) + 2 * 2 * t * model.patch**2 * 3 * d
+
+
+@pytest.mark.parametrize("mixing", [(), ("objective.mixup=0.8", "objective.cutmix=1.0", "model.drop_path=0.1")])
+def test_training_with_labels_is_planned_without_shards(mixing, tmp_path):
+    settings = [f"data.path={tmp_path / 'none'}", "objective.classes=[a, b, c]", *mixing]
+    rows = plan_rows("cifar10/finetune", *settings)
+    recipe = load_recipe("cifar10/finetune", settings)
+    assert rows["head"] == f"{3 * 128 + 3}"
+    blocks = 4 * (12 * 128**2 + 13 * 128)
+    assert rows["encoder.blocks"] == f"{blocks:,}"
+    assert rows["parameters"] == f"{blocks + (48 + 1) * 128 + 64 * 128 + 2 * 128 + 3 * 129:,}"
+    assert float(rows["FLOPs an image"].split()[0]) * 1e9 == pytest.approx(label_flops(recipe, 3), rel=0.01)
+    assert rows["micro-batch"].startswith("128 of 128 images")
+
+
+def resnet18_products(width: int, side: int, classes: int) -> tuple[int, int, int]:
+    """Multiply-adds of the stem, of all other convolutions and of the head, for the stem without stride."""
+    rest, inputs = 0, width
+    for stage in range(4):
+        outputs, pixels = width * 2**stage, (side // 2**stage) ** 2
+        rest += 9 * inputs * outputs * pixels + 3 * 9 * outputs * outputs * pixels
+        rest += inputs * outputs * pixels if stage else 0  # the shortcut
+        inputs = outputs
+    return 9 * 3 * width * side**2, rest, inputs * classes
+
+
+@pytest.mark.parametrize(("width", "side"), [(4, 16), (16, 32)])
+def test_a_resnets_flops_and_parameters_are_those_counted_by_hand(width, side, tmp_path):
+    settings = [f"model.width={width}", f"model.image={side}", "objective.classes=[a, b]", f"data.path={tmp_path}"]
+    recipe = load_recipe("cifar10/cnn", settings)
+    stem, rest, head = resnet18_products(width, side, 2)
+    counted, _ = cost(recipe)
+    assert counted == 2 * (2 * stem + 3 * rest + 3 * head), "backward twice forward, but for the stem's images"
+    with torch.device("meta"):
+        reference = resnet18()  # of width 64
+    counts = parameters(recipe)
+    for stage in range(1, 5):
+        sizes = [(value.ndim, value.numel()) for value in reference.get_submodule(f"layer{stage}").parameters()]
+        kernels, norms = (sum(size for ndim, size in sizes if ndim == wanted) for wanted in (4, 1))
+        assert counts[f"encoder.layer{stage}"] == kernels * width**2 // 64**2 + norms * width // 64
+    assert counts["encoder.conv1"] == 3 * 3 * 3 * width
+    assert counts["encoder.bn1"] == 2 * width
+    assert counts["head"] == 8 * width * 2 + 2
+
+
+def test_a_resnet_with_batch_norm_takes_its_batch_whole(tmp_path):
+    rows = plan_rows("cifar10/cnn", f"data.path={tmp_path / 'none'}", "train.batch=4096", "train.precision=float32")
+    assert rows["micro-batch"] == "4096 of 4096 images, float32"
 
 
 @pytest.fixture

@@ -1,21 +1,30 @@
+import math
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mpp.errors import UserError
+from mpp.models.cnn import ResNetConfig
 from mpp.models.presets import presets
 from mpp.objectives import OBJECTIVES
-from mpp.recipe import Recipe, RecipeError, differences, list_recipes, load_recipe, save_recipe
+from mpp.recipe import Recipe, RecipeError, differences, list_recipes, load_recipe, load_section, save_recipe
 
 WHOLE = """
 objective: {name: mpp}
 data: {path: shards}
 train: {steps: 10}
 model: {image: 8, patch: 2, width: 8, heads: 2}
+"""
+
+RESNET = """
+objective: {name: labels}
+data: {path: shards}
+train: {steps: 10}
+model: {name: resnet, image: 8, depth: 18, width: 4, stem: small}
 """
 
 
@@ -105,6 +114,35 @@ def test_one_number_is_a_square_image():
 def test_micro_batch_is_a_number_or_auto():
     assert load("").train.micro_batch == "auto"
     assert load("train: {batch: 8, micro_batch: 4}").train.micro_batch == 4
+
+
+# Kinds of encoder
+
+
+def test_an_encoder_has_the_keys_of_its_kind():
+    model = load("model: {norm: group}", "model.depth=34", whole=RESNET).model
+    assert model == ResNetConfig(image=(8, 8), depth=34, width=4, stem="small", norm="group")
+    assert load("").model.name == "vit"
+
+
+@pytest.mark.parametrize("key", ["patch", "heads", "mlp", "pool", "positions", "drop_path"])
+def test_keys_of_another_kind_of_encoder_are_refused_by_name(key):
+    value = {"pool": "avg", "positions": "none"}.get(key, "2")
+    assert refusal(f"model: {{{key}: {value}}}", whole=RESNET).startswith(f"r.yaml: model.{key}: unknown key. ")
+    assert refusal("", f"model.{key}={value}", whole=RESNET).startswith(f"command line: model.{key}: unknown key. ")
+    found = refusal("objective: {name: labels}", "model.name=resnet")
+    assert found.startswith("whole.yaml: model.patch: unknown key. "), "a layer below that was for another kind"
+    assert refusal("model: {norm: batch}").startswith("r.yaml: model.norm: unknown key. ")
+
+
+def test_an_unknown_kind_of_encoder_is_refused_with_near_names():
+    assert refusal("model: {name: resnt}") == 'r.yaml: model.name: unknown "resnt". Did you mean: resnet?'
+
+
+def test_patches_can_not_be_masked_without_patches():
+    expected = "objective.name mpp needs an encoder of patches (model.name vit), got resnet"
+    assert refusal("objective: {name: mpp}", whole=RESNET) == f"r.yaml: {expected}"
+    assert refusal("", "objective.name=mpp", whole=RESNET) == f"command line: {expected}"
 
 
 # Presets
@@ -317,9 +355,117 @@ def test_another_unit_needs_a_warm_up_in_that_unit():
     assert load("train: {epochs: 2}", "train.steps=50").duration == ("steps", 50)  # no warm-up, no doubt
 
 
+@pytest.mark.parametrize(
+    ("duration", "images", "warmup"),
+    [
+        ("epochs: 20, warmup: 2", 15_000, 1500),
+        ("steps: 100, warmup: 25", 4000, 1000),
+        ("images: 10, warmup: 3", 1001, 300),
+        ("epochs: 1, warmup: 0", 7, 0),
+    ],
+)
+def test_a_length_in_images_keeps_the_warm_ups_share(duration, images, warmup):
+    before = load(f"train: {{batch: 10, lr: 0.5, {duration}}}")
+    recipe = before.lasting(images)
+    assert recipe.duration == ("images", images)
+    assert (recipe.train.steps, recipe.train.epochs, recipe.train.warmup) == (None, None, warmup)
+    lengths = {"steps", "epochs", "images", "warmup"}
+    changed = {line.split(":")[0] for line in differences(before, recipe)}
+    assert changed <= {f"train.{name}" for name in lengths}
+    assert recipe.in_steps(10**6).train.steps == math.ceil(images / 10), "whatever the number of images"
+
+
 def test_an_empty_split_has_no_steps():
     with pytest.raises(ValueError, match=r"^data\.train \(train\) must hold at least 1 image, found 0$"):
         load("train: {epochs: 1}").in_steps(0)
+
+
+# Sections that are not part of a run
+
+
+@dataclass(frozen=True)
+class Arm:
+    title: str = "none"
+    lr: float = 1.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...] = (0,)
+    baseline: str | None = None
+
+
+COMPARE = "compare: {arms: {a: {title: A}, b: {lr: 2}}, seeds: [1, 2]}\n"
+
+
+def section(text: str, *overrides: str, base: str = COMPARE) -> dict:
+    write("whole.yaml", WHOLE + base)
+    write("deep/r.yaml", f"base: ../whole.yaml\n{text}")
+    name, folder, values, source = load_section("deep/r.yaml", "compare", Comparison, overrides)
+    assert (name, folder, source) == ("r", Path("deep").resolve(), "deep/r.yaml")
+    return values
+
+
+def section_refusal(text: str, *overrides: str, base: str = COMPARE) -> str:
+    with pytest.raises(RecipeError) as caught:
+        section(text, *overrides, base=base)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_section_is_read_through_its_bases_and_the_command_line():
+    both = {"a": {"title": "A"}, "b": {"lr": 2}}
+    assert section("") == {"arms": both, "seeds": [1, 2]}
+    assert section("compare: {seeds: [3]}") == {"arms": both, "seeds": [3]}
+    more = {"a": {"title": "A", "lr": 3}, "b": {"lr": 0.5}, "c": {}}
+    assert section("compare: {arms: {a: {lr: 3}, c: {}}}", "compare.arms.b.lr=0.5") == {"arms": more, "seeds": [1, 2]}
+    assert section("", "compare.baseline=a")["baseline"] == "a"
+
+
+def test_null_leaves_an_arm_of_a_base_out():
+    assert section("compare: {arms: {b: null}}")["arms"] == {"a": {"title": "A"}, "b": None}
+    assert section("", "compare.arms.a=null")["arms"] == {"a": None, "b": {"lr": 2}}
+
+
+SECTION_REFUSED = {
+    "compare: {seds: [1]}": "deep/r.yaml: compare.seds: unknown key. Did you mean: seeds?",
+    "compare: {arms: {a: {titel: A}}}": "deep/r.yaml: compare.arms.a.titel: unknown key. Did you mean: title?",
+    "compare: {seeds: 3}": "deep/r.yaml: compare.seeds: expected [a whole number, ...], found 3",
+    "compare: {seeds: [1.5]}": "deep/r.yaml: compare.seeds: expected [a whole number, ...], found [1.5]",
+    "compare: {arms: {a: {lr: fast}}}": 'deep/r.yaml: compare.arms.a.lr: expected a number, found "fast"',
+    "compare: {arms: {a: 3}}": "deep/r.yaml: compare.arms.a: expected a section of keys, found 3",
+    "compare: {arms: [a]}": 'deep/r.yaml: compare.arms: expected a section of keys, found ["a"]',
+    "compare: 3": "deep/r.yaml: compare: expected a section of keys, found 3",
+    "compare:": "deep/r.yaml: compare: expected a section of keys, found null",
+}
+
+
+@pytest.mark.parametrize("text", SECTION_REFUSED)
+def test_a_wrong_key_or_value_of_a_section_is_refused_in_one_line(text):
+    assert section_refusal(text) == SECTION_REFUSED[text]
+
+
+def test_an_error_in_a_section_names_its_layer():
+    expected = "whole.yaml: compare.seds: unknown key. Did you mean: seeds?"
+    assert section_refusal("", base="compare: {seds: [1]}") == expected
+    expected = "command line: compare.arms.a.titel: unknown key. Did you mean: title?"
+    assert section_refusal("", "compare.arms.a.titel=A") == expected
+
+
+def test_a_section_that_is_not_there_is_named():
+    found = section_refusal("", base="")
+    assert found == "deep/r.yaml: compare: missing; this recipe has nothing to compare"
+
+
+def test_a_comparison_does_not_disturb_the_run_of_its_recipe():
+    plain = load("train: {lr: 0.5}")
+    write("r.yaml", f"base: whole.yaml\ntrain: {{lr: 0.5}}\n{COMPARE}")
+    assert load_recipe("r.yaml") == plain
+    write("whole.yaml", WHOLE + COMPARE)
+    assert load_recipe("r.yaml") == plain
+    with pytest.raises(RecipeError, match=r"^command line: compare: unknown key\. "):
+        load_recipe("r.yaml", ["compare.seeds=[1]"])
 
 
 # Saving and comparing
@@ -371,7 +517,9 @@ def test_what_a_run_chose_agrees_with_auto():
 def test_every_bundled_recipe_loads_and_tells_its_source_and_result():
     recipes = dict(list_recipes())
     assert {"quickstart", "cifar10/mpp", "cifar10/mpp_colour_grid", "cifar10/mpp_pixels"} <= set(recipes)
-    assert {"imagenet/vit_b16_mpp", "paper/vit_b16_mpp"} <= set(recipes)
+    kinds = {"finetune", "labels", "cnn", "compare"}
+    assert {f"{folder}/{kind}" for folder in ("cifar10", "imagenet", "transfer32") for kind in kinds} <= set(recipes)
+    assert {"imagenet/vit_b16_mpp", "paper/vit_b16_mpp", "paper/vit_b16_finetune", "digits/finetune"} <= set(recipes)
     for name, comment in recipes.items():
         assert load_recipe(name) == load_recipe(f"{name}.yaml")
         assert load_recipe(name).name == name.replace("/", "-")

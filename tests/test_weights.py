@@ -7,11 +7,14 @@ import pytest
 import torch
 from conftest import shaken, tiny_config
 from safetensors.torch import load_file, save_file
-from tiny_runs import run, small_disk, write_recipe
+from tiny_runs import RESNET, run, small_disk, write_recipe
+from torch import nn
 
 from mpp.errors import UserError
+from mpp.models.classifier import Classifier, Head
+from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.vit import ViT
-from mpp.weights import WeightsError, load_encoder, save_encoder
+from mpp.weights import WeightsError, load_classifier, load_encoder, save_classifier, save_encoder
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +33,27 @@ def encoder_file(tiny_vit, tmp_path):
     return tmp_path / "encoder.safetensors"
 
 
-def refused(path) -> str:
+def refused(path, load=load_encoder) -> str:
     """The one line with which a path is refused, which names it."""
     with pytest.raises(WeightsError) as caught:
-        load_encoder(path)
+        load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def equal(encoder: ViT, tensors: dict[str, torch.Tensor]) -> bool:
+def resnet(**changes) -> ResNet:
+    """A small ResNet whose statistics, like its parameters, are not those at its start."""
+    encoder = shaken(ResNet(ResNetConfig(**{"image": (32, 48), "depth": 18, "width": 4, "stem": "small"} | changes)))
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            module.num_batches_tracked.fill_(17)
+    return encoder
+
+
+def equal(encoder: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
     own = encoder.state_dict()
     return own.keys() == tensors.keys() and all(torch.equal(own[name], tensors[name]) for name in own)
 
@@ -64,6 +78,36 @@ def test_an_encoder_is_loaded_as_it_was_saved(changes, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["my.safetensors"]
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_resnet_is_loaded_as_it_was_saved_with_its_statistics(norm, tmp_path):
+    encoder = resnet(norm=norm)
+    save_encoder(encoder, tmp_path / "my.safetensors")
+    loaded = load_encoder(tmp_path / "my.safetensors")
+    assert loaded.config == encoder.config
+    assert equal(loaded, encoder.state_dict())
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    assert torch.equal(loaded.eval()(images), encoder.eval()(images))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("make", [lambda: shaken(ViT(tiny_config())), resnet, lambda: resnet(norm="group")])
+def test_a_classifier_is_loaded_as_it_was_saved(make, hidden, tmp_path):
+    path, names = tmp_path / "classifier.safetensors", ("cat", "dög", '"', "cat")
+    encoder = make()
+    classifier = Classifier(encoder, shaken(Head(encoder.width, 4, hidden)), names)
+    save_classifier(classifier, path)
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    for place in (path, str(path), tmp_path):
+        loaded = load_classifier(place)
+        assert loaded.classes == names
+        assert not loaded.training
+        assert torch.equal(loaded(images), classifier.eval()(images))
+    assert loaded(images).abs().min() > 0
+    found = load_encoder(path)
+    assert found.config == encoder.config
+    assert equal(found, encoder.state_dict())
+
+
 def test_an_encoder_comes_from_a_run_a_checkpoint_or_a_file(trained):
     last = load_file(trained / "plain/checkpoints/step-00000006/model.safetensors")
     expected = {name.removeprefix("encoder."): value for name, value in last.items() if name.startswith("encoder.")}
@@ -82,6 +126,18 @@ def test_of_a_run_with_a_running_average_that_average_counts(trained):
         assert torch.equal(load_encoder(trained / path).state_dict()[name], average[f"encoder.{name}"]), path
 
 
+def test_a_resnets_running_average_is_loaded_from_a_checkpoint(small_shards, tmp_path):
+    recipe, out = write_recipe(tmp_path, small_shards, RESNET), tmp_path / "run"
+    settings = ["data.val=null", "train.steps=2", "train.warmup=0", "train.ema=0.9", f"out={out}"]
+    assert run("finetune", recipe, *settings).code == 0
+    expected = load_encoder(out)
+    for name in ("encoder.safetensors", "classifier.safetensors"):
+        (out / name).unlink()
+    found = {name: value for name, value in load_encoder(out).state_dict().items() if "num_batches" not in name}
+    assert found
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.items())
+
+
 def test_of_a_run_that_is_not_at_its_end_the_last_checkpoint_counts(trained, tmp_path):
     stopped = shutil.copytree(trained / "plain", tmp_path / "run")
     (stopped / "encoder.safetensors").unlink()
@@ -95,10 +151,11 @@ def test_what_is_not_there_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 5, 100, 0.5, -1])
-def test_a_cut_file_is_refused(left, encoder_file):
+@pytest.mark.parametrize("load", [load_encoder, load_classifier])
+def test_a_cut_file_is_refused(left, load, encoder_file):
     data = encoder_file.read_bytes()
     encoder_file.write_bytes(data[: int(len(data) * left) if isinstance(left, float) else left])
-    refused(encoder_file)
+    refused(encoder_file, load)
 
 
 class Bomb:
@@ -110,9 +167,10 @@ class Bomb:
     "write", [lambda path: path.write_bytes(pickle.dumps(Bomb())), lambda path: torch.save(Bomb(), path)]
 )
 @pytest.mark.parametrize("name", ["weights.pt", "encoder.safetensors", "weights.npz"])
-def test_nothing_is_unpickled(write, name, tmp_path):
+@pytest.mark.parametrize("load", [load_encoder, load_classifier])
+def test_nothing_is_unpickled(write, name, load, tmp_path):
     write(tmp_path / name)
-    refused(tmp_path / name)
+    refused(tmp_path / name, load)
 
 
 def test_files_of_other_programs_are_refused(tmp_path):
@@ -144,6 +202,37 @@ def test_tensors_that_do_not_fit_the_config_are_named(change, expected, encoder_
 def test_a_config_that_can_not_be_is_refused(config, encoder_file):
     save_file(load_file(encoder_file), encoder_file, {"encoder": config})
     refused(encoder_file)
+
+
+def test_a_run_without_labels_has_no_classifier(trained, encoder_file):
+    folder = trained / "plain"
+    assert refused(folder, load_classifier) == (
+        f"{folder}: holds no classifier.safetensors, which a finished run with labels leaves"
+    )
+    refused(folder / "none", load_classifier)
+    found = refused(encoder_file, load_classifier)
+    assert found == f"{encoder_file}: holds no classifier of mpp (its metadata has no 'classes')"
+
+
+@pytest.mark.parametrize("classes", ["", "[", "3", "null", "[]", '["one", "two", "three"]'])
+def test_classes_that_can_not_be_are_refused(classes, tmp_path):
+    path, encoder = tmp_path / "classifier.safetensors", ViT(tiny_config())
+    save_classifier(Classifier(encoder, Head(encoder.width, 2), ["a", "b"]), path)
+    save_file(load_file(path), path, {"encoder": json.dumps(asdict(encoder.config)), "classes": classes})
+    refused(path, load_classifier)
+
+
+@pytest.mark.parametrize("name", ["alexnet", 3, None, ["vit"], {}])
+def test_an_encoder_of_an_unknown_kind_is_refused(name, encoder_file):
+    config = {**asdict(tiny_config()), "name": name}
+    save_file(load_file(encoder_file), encoder_file, {"encoder": json.dumps(config)})
+    refused(encoder_file)
+
+
+def test_a_file_from_before_encoders_had_names_holds_a_vit(encoder_file, tiny_vit):
+    config = {key: value for key, value in asdict(tiny_vit.config).items() if key != "name"}
+    save_file(load_file(encoder_file), encoder_file, {"encoder": json.dumps(config)})
+    assert equal(load_encoder(encoder_file), tiny_vit.state_dict())
 
 
 def test_weights_in_half_precision_become_float32(encoder_file, tiny_vit):

@@ -1,4 +1,4 @@
-"""A tiny recipe, ways to run it, and a small disk, that the tests of runs share."""
+"""Tiny recipes and objectives, ways to run them, and a small disk, that the tests of runs share."""
 
 import contextlib
 import io
@@ -11,10 +11,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import picture_folder
+import torch
+import torch.nn.functional as F
+from conftest import picture_folder, tiny_config
+from torch import Tensor, nn
 
+from mpp.batch import Batch
 from mpp.cli import main
 from mpp.data.write import make_shards
+from mpp.log import LogConfig
+from mpp.loop import TrainConfig, train
+from mpp.models.vit import ViT
+from mpp.objectives import Objective
+from mpp.objectives.masked_patch import MaskedPatchPrediction
 
 RECIPE = """\
 seed: 3
@@ -24,6 +33,21 @@ data: {path: PATH, augment: {crop: shift, pad: 2}}
 train: {steps: 6, warmup: 2, batch: 8, micro_batch: 4, lr: 1e-3, precision: float32, device: cpu, save_every: 2}
 log: {every: 1, pictures: 0}
 """
+LABELS = """\
+seed: 3
+model: {image: 16, patch: 4, width: 32, depth: 2, heads: 2, pool: avg}
+objective: {name: labels}
+data: {path: PATH, val: test, augment: {crop: shift, pad: 2}}
+train: {steps: 6, warmup: 2, batch: 8, micro_batch: 4, lr: 1e-2, precision: float32, device: cpu}
+eval: {every: 2}
+log: {every: 1, pictures: 0, tensorboard: false}
+"""
+RESNET = LABELS.replace(
+    "patch: 4, width: 32, depth: 2, heads: 2, pool: avg", "name: resnet, depth: 18, width: 4, stem: small"
+)
+FEW = TrainConfig(
+    steps=6, warmup=2, batch=20, micro_batch=10, lr=1e-3, precision="float32", device="cpu", save_every=3, keep=9
+)
 
 
 class Finished(NamedTuple):
@@ -42,9 +66,48 @@ class Finished(NamedTuple):
         return lines[0]
 
 
-def write_recipe(folder: Path, shards: Path) -> Path:
+class Brightness(Objective):
+    """Predicts an image's mean colour. It draws a number, for tests to look at, that plays no part in the loss."""
+
+    def __init__(self, encoder: ViT) -> None:
+        super().__init__(encoder)
+        self.head = nn.Linear(encoder.config.width, 3)
+        self.drawn: list[float] = []
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        self.drawn.append(torch.rand(()).item())
+        truth = batch.images.float().mean((2, 3)) / 255
+        error = F.mse_loss(self.head(self.encoder(batch.images)).float(), truth)
+        return error, {"red": truth[:, 0].mean()}
+
+
+class PowerCut(Exception):
+    pass
+
+
+class Cut:
+    """Batches that end with a power cut: what was not saved before is lost."""
+
+    def __init__(self, batches, after: int) -> None:
+        self.batches, self.after = batches, after
+
+    def at(self, step):
+        return self.batches.at(step)
+
+    def iterate(self, start):
+        for step in range(start, self.after):
+            yield self.batches.at(step)
+        raise PowerCut
+
+
+def masked(**changes) -> MaskedPatchPrediction:
+    torch.manual_seed(7)
+    return MaskedPatchPrediction(ViT(tiny_config(image=(16, 16), patch=4, width=32, depth=1, **changes)))
+
+
+def write_recipe(folder: Path, shards: Path, text: str = RECIPE) -> Path:
     path = folder / "tiny.yaml"
-    path.write_text(RECIPE.replace("PATH", str(shards)))
+    path.write_text(text.replace("PATH", str(shards)))
     return path
 
 
@@ -73,6 +136,20 @@ def finished(process: subprocess.Popen) -> Finished:
 
 def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def fit(out: Path, images, config: TrainConfig = FEW, **options) -> MaskedPatchPrediction:
+    """Trains a tiny objective, which is always the same at its start."""
+    objective = masked()
+    train(objective, images, config, out=out, log=LogConfig(every=1, pictures=0, tensorboard=False), **options)
+    return objective
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = [line for line in metrics(out) if "loss" in line]
+    found = {line["step"]: line["loss"] for line in lines}
+    assert len(found) == len(lines), "each step is logged once"
+    return found
 
 
 def digests(out: Path, step: int) -> dict[str, str]:

@@ -1,0 +1,293 @@
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.metrics import accuracy_score
+from test_eval_report import chromium, opened
+from tiny_runs import finished, run, small_splits, start
+
+from mpp.data.read import read_shards
+from mpp.weights import load_classifier
+
+BASE = """\
+data: {path: PATH, val: test, augment: {crop: shift, pad: 1}}
+train: {steps: 4, warmup: 1, batch: 8, micro_batch: 4, lr: 1e-3, precision: float32, threads: 1, save_every: 2}
+eval: {every: 2}
+log: {every: 1, pictures: 2, tensorboard: false}
+"""
+VIT = "model: {image: 16, patch: 4, width: 32, depth: 1, heads: 2, pool: avg}\n"
+RECIPES = {
+    "pre": VIT + "objective: {name: mpp}\n",
+    "sup": VIT + "objective: {name: labels}\n",
+    "tune": VIT + "objective: {name: labels}\n",
+    "cnn": "model: {name: resnet, image: 16, depth: 18, width: 4, stem: small}\nobjective: {name: labels}\n",
+}
+COMPARE = """\
+compare:
+  arms:
+    scratch: {finetune: tune}
+    mpp: {pretrain: pre, finetune: tune}
+    labels: {pretrain: sup, finetune: tune, upper_bound: true}
+    few: {pretrain: sup, finetune: tune, fractions: [0.5]}
+    cnn: {finetune: cnn, fractions: [0.5]}
+    scratch_total: {finetune: tune, total_of: mpp, fractions: [0.5]}
+  seeds: [0, 1]
+  fractions: [0.5, 1.0]
+  images: [16, 24]
+  lrs: [1e-3, 1e-2]
+  choose_at: 0.5
+"""
+
+
+def recipes(folder: Path, shards: Path) -> Path:
+    """The files of a comparison; gives the one that names the others."""
+    (folder / "base.yaml").write_text(BASE.replace("PATH", str(shards)))
+    for name, text in RECIPES.items():
+        (folder / f"{name}.yaml").write_text("base: base.yaml\n" + text)
+    path = folder / "comparison.yaml"
+    path.write_text("base: pre.yaml\n" + COMPARE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return small_splits(tmp_path_factory.mktemp("splits"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, shards):
+    """A comparison that is done: its folder, its recipe and its results."""
+    folder = tmp_path_factory.mktemp("done")
+    recipe = recipes(folder, shards)
+    result = run("compare", recipe, f"out={folder / 'out'}")
+    assert result.code == 0, result.err
+    assert "report.html" in result.out
+    return folder / "out", recipe, json.loads((folder / "out/results.json").read_text())
+
+
+def rows(results: dict, **wanted) -> list[dict]:
+    return [row for row in results["rows"] if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_every_arm_seed_fraction_and_protocol_has_its_figures(done):
+    _, _, results = done
+    assert not results["failures"]
+    assert not results["unfinished"]
+    found = {(row["arm"], row["seed"], row["fraction"]) for row in rows(results, protocol="finetune", metric="top1")}
+    both = {(arm, seed, share) for arm in ("scratch", "mpp", "labels") for seed in (0, 1) for share in (0.5, 1.0)}
+    assert found == both | {(arm, seed, 0.5) for arm in ("few", "cnn", "scratch_total") for seed in (0, 1)}
+    for protocol in ("linear", "knn"):
+        found = {(row["arm"], row["fraction"]) for row in rows(results, protocol=protocol)}
+        assert found == {(arm, share) for arm in ("scratch", "mpp", "labels") for share in (0.5, 1.0)} | {("few", 0.5)}
+    assert not rows(results, arm="few", protocol="few-shot"), "whose draw would hold labels it has been trained with"
+    assert {row["metric"] for row in rows(results, protocol="few-shot", arm="mpp")} >= {"1-shot", "5-shot"}
+
+
+def test_accuracies_are_those_of_the_last_weights_on_all_test_images(done, shards):
+    out, _, results = done
+    batch = read_shards(shards, 20, split="test", train=False).at(0)
+    for arm in ("mpp", "cnn"):
+        classifier = load_classifier(out / f"finetune/{arm}/0.5/seed-1")
+        with torch.no_grad():
+            guess = classifier(batch.images).argmax(1)
+        [row] = rows(results, arm=arm, seed=1, protocol="finetune", fraction=0.5, metric="top1")
+        assert row["value"] == accuracy_score(batch.labels, guess)
+
+
+def test_means_deviations_and_intervals_are_those_of_scipy(done):
+    _, _, results = done
+    assert len(results["summary"]) > 20
+    for entry in results["summary"]:
+        place = {key: entry[key] for key in ("protocol", "fraction", "metric")}
+        values = {row["seed"]: row["value"] for row in rows(results, arm=entry["arm"], **place)}
+        numbers = np.array([values[seed] for seed in sorted(values)])
+        assert entry["n"] == len(numbers) == 2
+        assert (entry["mean"], entry["sd"]) == (pytest.approx(numbers.mean()), pytest.approx(numbers.std(ddof=1)))
+        if entry["arm"] == "scratch":
+            assert entry["difference"] is None
+        elif entry["difference"]:
+            base = [row["value"] for row in sorted(rows(results, arm="scratch", **place), key=lambda row: row["seed"])]
+            difference = entry["difference"]
+            assert difference["mean"] == pytest.approx((numbers - base).mean())
+            if (numbers - base).std() > 1e-9:
+                low, high = stats.ttest_rel(numbers, base).confidence_interval(0.95)
+                assert (difference["low"], difference["high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_all_arms_fine_tune_on_the_same_budget_but_the_one_that_has_pretrainings_too(done):
+    _, _, results = done
+    images = {}
+    for cost in results["costs"]:
+        images.setdefault((cost["arm"], cost["stage"], cost["fraction"]), set()).add(cost["images"])
+    assert {images[arm, "finetune", 0.5].pop() for arm in ("scratch", "mpp", "labels", "few", "cnn")} == {16}
+    assert {images[arm, "finetune", 1.0].pop() for arm in ("scratch", "mpp", "labels")} == {24}
+    assert images["mpp", "pretrain", None] == {32}
+    assert images["scratch_total", "finetune", 0.5] == {16 + 32}
+
+
+def test_seeds_differ_in_weights_and_labels_and_arms_of_a_seed_share_their_labels(done):
+    out, _, _ = done
+    recipe = "finetune/{}/0.5/seed-{}/recipe.yaml"
+    texts = {(arm, seed): (out / recipe.format(arm, seed)).read_text() for arm in ("scratch", "mpp") for seed in (0, 1)}
+    for (_, seed), text in texts.items():
+        assert f"seed: {seed}" in text
+        assert "share: 0.5" in text
+    first, second = (load_classifier(out / f"finetune/scratch/0.5/seed-{seed}") for seed in (0, 1))
+    assert not torch.equal(first.encoder.stem.project.weight, second.encoder.stem.project.weight)
+
+
+def test_labels_of_the_same_images_pretrain_within_the_fraction_unless_all_are_allowed(done):
+    out, _, results = done
+    assert "share: 0.5" in (out / "pretrain/sup-0.5/seed-0/recipe.yaml").read_text()
+    assert "share: 1.0" in (out / "pretrain/sup/seed-0/recipe.yaml").read_text()
+    weights = (out / "finetune/few/0.5/seed-0/recipe.yaml").read_text()
+    assert f"weights: {out / 'pretrain/sup-0.5/seed-0'}" in weights
+    bounds = {arm["name"]: arm["upper_bound"] for arm in results["arms"]}
+    assert bounds == {name: name == "labels" for name in bounds}
+
+
+def test_learning_rates_are_chosen_on_held_out_training_images_never_on_test(done):
+    out, _, results = done
+    arms = {choice["arm"] for choice in results["chosen"]}
+    assert arms == {"scratch", "mpp", "labels", "few", "cnn"}, "scratch_total takes that of scratch"
+    for choice in results["chosen"]:
+        tried = {trial["lr"]: trial["accuracy"] for trial in choice["tried"]}
+        assert tried.keys() == {1e-3, 1e-2}
+        assert tried[choice["lr"]] == max(tried.values())
+        for lr in tried:
+            folder = out / f"choose/{choice['arm']}/0.5/lr-{lr:g}"
+            last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+            assert last["val/accuracy"] == tried[lr]
+            assert (4 * last["val/accuracy"]) % 1 == 0, "of the 4 images, a fifth of half of 40, that were held out"
+    chosen = {choice["arm"]: choice["lr"] for choice in results["chosen"]}
+    for arm, like in {"mpp": "mpp", "cnn": "cnn", "scratch_total": "scratch"}.items():
+        assert f"lr: {chosen[like]}\n" in (out / f"finetune/{arm}/0.5/seed-1/recipe.yaml").read_text()
+
+
+def test_the_report_has_pictures_curves_recipes_and_says_what_follows(done):
+    out, _, results = done
+    assert {picture["arm"] for picture in results["pictures"]} == {"mpp"}
+    curves = {(curve["arm"], curve["stage"], curve["metric"]) for curve in results["curves"]}
+    assert {("mpp", "pretrain", "val/nearest"), ("mpp", "finetune", "val/accuracy")} <= curves
+    assert {"mpp pretrain", "mpp finetune", "scratch finetune"} <= results["recipes"].keys()
+    assert any("upper bound" in sentence for sentence in results["conclusions"])
+    assert any("sees as many images in all" in sentence for sentence in results["conclusions"])
+    page = (out / "report.html").read_text()
+    assert all(arm["title"] in page for arm in results["arms"])
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine (apt-get install chromium)")
+def test_the_report_opens_in_a_real_browser(done, tmp_path):
+    page = (done[0] / "report.html").read_text()
+    found, log = opened(tmp_path, {"narrow": (page, 360), "wide": (page, 1600)})
+    assert "CONSOLE" not in log
+    for width, scroll, pictures, loaded, outside, *_ in found.values():
+        assert int(scroll) <= int(width)
+        assert int(pictures) == int(loaded) > 0
+        assert int(outside) == 0
+
+
+def times(out: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+
+def test_what_is_done_is_not_done_again(done):
+    out, recipe, results = done
+    before = times(out)
+    assert run("compare", recipe, f"out={out}").code == 0
+    assert times(out) == before
+    again = json.loads((out / "results.json").read_text())
+    assert again["rows"] == results["rows"]
+
+
+def test_more_seeds_add_to_what_is_done_wherever_the_folder_was_moved(done, tmp_path):
+    out, recipe, results = done
+    copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy2)
+    before = times(copy)
+    less = ["compare.protocols=[finetune]", *(f"compare.arms.{name}=null" for name in ("labels", "few", "cnn"))]
+    assert run("compare", recipe, f"out={copy}", "compare.seeds=[0, 1, 2]", *less).code == 0
+    assert times(copy).items() > before.items(), "nothing done again, and something added"
+    more = json.loads((copy / "results.json").read_text())
+    old = [row for row in rows(results, protocol="finetune") if row["arm"] in ("scratch", "mpp", "scratch_total")]
+    assert [row for row in more["rows"] if row["seed"] < 2] == old
+    assert {row["seed"] for row in more["rows"]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("change", ["train.weight_decay=0.3", "compare.images=[16, 32]", "data.augment.pad=0"])
+def test_runs_of_other_recipes_are_refused_and_left_alone(done, change):
+    out, recipe, _ = done
+    before = times(out)
+    result = run("compare", recipe, f"out={out}", change)
+    assert result.code == 2
+    assert "holds a run of another recipe" in result.line
+    assert times(out) == before
+
+
+def test_a_failed_arm_is_reported_and_the_rest_finish(shards, tmp_path):
+    recipe = recipes(tmp_path, shards)
+    (tmp_path / "pre.yaml").write_text("base: base.yaml\n" + RECIPES["pre"] + "train: {lr: 1e30, clip: null}\n")
+    few = ["compare.seeds=[0]", "compare.fractions=[0.5]", "compare.images=[16]", "compare.protocols=[finetune]"]
+    arms = [f"compare.arms.{name}=null" for name in ("labels", "few", "cnn", "scratch_total")]
+    result = run("compare", recipe, f"out={tmp_path / 'out'}", *few, *arms)
+    assert result.code == 1
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {row["arm"] for row in results["rows"]} == {"scratch"}
+    failures = {failure["run"]: failure["error"] for failure in results["failures"]}
+    assert "the loss is" in failures["pre pretraining, seed 0"]
+    assert failures["mpp fine-tuning, seed 0, 50 % of the labels"] == "needs what failed: pre pretraining, seed 0"
+    assert "Try a lower train.lr" in (tmp_path / "out/report.html").read_text()
+
+
+def test_two_processes_share_the_work_and_a_stopped_one_goes_on(shards, tmp_path):
+    recipe, out = recipes(tmp_path, shards), tmp_path / "out"
+    arms = [f"compare.arms.{name}=null" for name in ("labels", "few", "cnn", "scratch_total")]
+    command = ["compare", recipe, f"out={out}", "compare.protocols=[finetune]", *arms]
+    stopped = start(*command)
+    while not list(out.rglob("checkpoints/step-*")):
+        assert stopped.poll() is None, finished(stopped).err
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    assert finished(stopped).code in (143, 130, 0), "while training, between runs, or too late"
+    partial = json.loads((out / "results.json").read_text())
+    both = [finished(process) for process in [start(*command), start(*command)]]
+    assert [one.code for one in both] == [0, 0], [one.err for one in both]
+    results = json.loads((out / "results.json").read_text())
+    assert len(rows(results, metric="top1")) == 8
+    assert len(partial["unfinished"]) + len(rows(partial, metric="top1")) > 0
+    alone = tmp_path / "alone"
+    assert run("compare", recipe, f"out={alone}", *command[3:]).code == 0
+    assert json.loads((alone / "results.json").read_text())["rows"] == results["rows"], "however it was done"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("compare.baseline=none", "compare.baseline must be one of scratch"),
+        ("compare.fractions=[0, 1]", "compare.fractions must be in (0, 1]"),
+        ("compare.images=[1]", "compare.images needs 2 numbers"),
+        ("compare.seeds=[]", "compare.seeds must be"),
+        ("compare.seeds=[1, 1]", "compare.seeds must be"),
+        ("compare.choose_at=0.3", "compare.choose_at must be one of"),
+        ("compare.protocols=[finetoon]", "compare.protocols: expected"),
+        ("compare.arms.mpp.pretrain=nothing", "nothing: neither a recipe file nor a bundled recipe"),
+        ("compare.arms.mpp.finetune=pre", "must train with labels"),
+        ("compare.arms.mpp.upper_bound=true", "takes no labels of this data"),
+        ("compare.arms.scratch_total.total_of=cnn", "total_of must name an arm that pretrains"),
+        ("compare.arms.mpp.weights=a", "not both"),
+        ("compare.armz=1", "compare.armz: unknown key. Did you mean: arms?"),
+        ("train.lrr=1", "train.lrr: unknown key"),
+        ("model.width=33", "model.width (33)"),
+        ("data.path=nowhere", "nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(override, said, shards, tmp_path):
+    result = run("compare", recipes(tmp_path, shards), f"out={tmp_path / 'out'}", override)
+    assert result.code == 2
+    assert said in result.line
+    assert not (tmp_path / "out").exists()

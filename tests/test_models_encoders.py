@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import shaken, tiny_config
+from scipy import ndimage
+from torch import nn
+
+from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.encoder import Encoder
+from mpp.models.encoders import ENCODERS, build_encoder
+from mpp.models.vit import ViT
+
+SMALL = {"image": (32, 48), "depth": 18, "width": 4, "stem": "small"}
+
+
+def small(**changes) -> ResNet:
+    """A ResNet whose statistics, like its parameters, are not those at its start."""
+    encoder = shaken(ResNet(ResNetConfig(**SMALL | changes)))
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    return encoder
+
+
+def vit(**changes) -> ViT:
+    return shaken(ViT(tiny_config(**changes)))
+
+
+def images(height: int = 32, width: int = 48) -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, height, width), dtype=torch.uint8)
+
+
+def refusal(encoder: Encoder, given: Encoder) -> str:
+    """Why weights are refused, which leaves the encoder as it was."""
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^model: ") as caught:
+        encoder.adopt(given)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    return str(caught.value)
+
+
+# By name
+
+
+@pytest.mark.parametrize("config", [tiny_config(), ResNetConfig(**SMALL)])
+def test_an_encoder_is_built_by_the_name_of_its_config(config):
+    encoder = build_encoder(config)
+    kind, settings = ENCODERS[config.name]
+    assert (type(encoder), type(encoder.config)) == (kind, settings)
+    assert encoder.config == config
+    assert encoder(images()).shape == (3, encoder.width)
+
+
+def test_every_kind_is_listed_under_the_name_of_its_config():
+    assert {name: settings().name for name, (_, settings) in ENCODERS.items()} == {"vit": "vit", "resnet": "resnet"}
+
+
+# Weights of another encoder
+
+
+@pytest.mark.parametrize("make", [vit, lambda: vit(pool="avg"), small, lambda: small(norm="group")])
+def test_with_another_encoders_weights_it_computes_the_same(make):
+    given, encoder, pixels = make().eval(), make().eval(), images()
+    assert not torch.allclose(encoder(pixels), given(pixels))
+    encoder.adopt(given)
+    assert torch.equal(encoder(pixels), given(pixels))
+    assert encoder.state_dict().keys() == given.state_dict().keys()
+    with torch.no_grad():
+        next(given.parameters()).add_(1)
+    assert not torch.equal(encoder(pixels), given(pixels)), "copies, not the tensors themselves"
+
+
+def resized(table: np.ndarray, rows: int, columns: int, resize: str) -> np.ndarray:
+    """Positions (h, w, d) for another grid: as the ViT paper's code (checkpoint.py) does it, or as MAE's."""
+    if resize == "bilinear":
+        return ndimage.zoom(table, (rows / table.shape[0], columns / table.shape[1], 1), order=1)
+    picture = torch.from_numpy(table).permute(2, 0, 1).unsqueeze(0)
+    picture = F.interpolate(picture, size=(rows, columns), mode="bicubic", align_corners=False)
+    return picture[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("resize", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("image", [(56, 40), (16, 96), (64, 64)])
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+def test_positions_are_interpolated_for_another_image(resize, image, pool):
+    given, encoder = vit(pool=pool, resize=resize), vit(pool=pool, image=image, resize=resize)
+    encoder.adopt(given)
+    table = given.positions.table.detach()
+    rows, columns, prefix = image[0] // 8, image[1] // 8, int(pool == "cls")
+    expected = resized(table[prefix:].reshape(4, 6, 64).numpy(), rows, columns, resize)
+    found = encoder.positions.table.detach()
+    np.testing.assert_allclose(found[prefix:].reshape(rows, columns, 64).numpy(), expected, atol=1e-5)
+    assert torch.equal(found[:prefix], table[:prefix])
+    own, other = encoder.state_dict(), given.state_dict()
+    assert all(torch.equal(own[name], other[name]) for name in own if name != "positions.table")
+
+
+def test_positions_without_parameters_need_no_interpolation():
+    given, encoder = vit(positions="sincos2d"), vit(positions="sincos2d", image=(56, 40))
+    encoder.adopt(given)
+    pixels = images(56, 40)
+    assert torch.equal(encoder(pixels), given(pixels))
+
+
+def test_a_class_token_is_left_aside_where_patches_are_averaged():
+    given, encoder = vit(), vit(pool="avg")
+    encoder.adopt(given)
+    assert "class_token" not in encoder.state_dict()
+    assert torch.equal(encoder.positions.table, given.positions.table[1:])
+    own, other = encoder.state_dict(), given.state_dict()
+    assert own.keys() < other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own if name != "positions.table")
+
+
+def test_a_class_token_can_not_be_made_up():
+    assert refusal(vit(), vit(pool="avg")) == "model: pool avg there, cls here"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"patch": 4}, "patch 8 there, 4 here"),
+        ({"width": 32}, "width 64 there, 32 here; hidden 256 there, 128 here"),
+        ({"depth": 3}, "depth 2 there, 3 here"),
+        ({"heads": 4}, "heads 2 there, 4 here"),
+        ({"mlp": 32}, "hidden 256 there, 32 here"),
+        ({"channels": 1}, "channels 3 there, 1 here"),
+        ({"mean": (0.4,)}, "mean (0.5,) there, (0.4,) here"),
+        ({"std": (0.4,)}, "std (0.5,) there, (0.4,) here"),
+        ({"positions": "none"}, "positions learned there, none here"),
+        ({"gelu": "tanh"}, "gelu erf there, tanh here"),
+        ({"norm_eps": 1e-5}, "norm_eps 1e-06 there, 1e-05 here"),
+    ],
+)
+def test_what_decides_the_weights_must_be_alike(changes, expected):
+    assert refusal(vit(**changes), vit()) == f"model: {expected}"
+
+
+def test_what_is_for_training_alone_may_differ():
+    given, encoder = vit().eval(), vit(dropout=0.1, drop_path=0.2).eval()
+    encoder.adopt(given)
+    pixels = images()
+    assert torch.equal(encoder(pixels), given(pixels))
+
+
+def test_a_resnet_takes_another_ones_weights_for_images_of_another_size():
+    given, encoder = small().eval(), small(image=(64, 40)).eval()
+    encoder.adopt(given)
+    pixels = images(64, 40)
+    assert torch.equal(encoder(pixels), given(pixels))
+    assert torch.equal(encoder.bn1.running_var, given.bn1.running_var)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"width": 8}, "width 4 there, 8 here"),
+        ({"depth": 34}, "depth 18 there, 34 here"),
+        ({"stem": "imagenet"}, "stem small there, imagenet here"),
+        ({"norm": "group"}, "norm batch there, group here"),
+    ],
+)
+def test_a_resnet_of_another_shape_is_refused(changes, expected):
+    assert refusal(small(**changes), small()) == f"model: {expected}"
+
+
+def test_one_kind_does_not_take_anothers_weights():
+    assert refusal(vit(), small()) == "model: name resnet there, vit here"
+    assert refusal(small(), vit()).startswith("model: name vit there, resnet here; ")

@@ -1,0 +1,137 @@
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from conftest import tiny_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import FEW, Brightness, Cut, digests, finished, fit, losses, masked, metrics, run, start, write_recipe
+
+from mpp.data.read import read_shards
+from mpp.log import LogConfig
+from mpp.loop import train
+from mpp.models.vit import ViT
+from mpp.watch import Interrupted, TrainingError
+
+
+@pytest.fixture
+def images(small_shards):
+    return read_shards(small_shards, 20, seed=5)
+
+
+# Signals
+
+
+def test_signals_save_and_say_how_to_go_on(small_shards, tmp_path):
+    recipe, steps = write_recipe(tmp_path, small_shards), 300
+    settings = [f"train.steps={steps}", "train.save_every=1000", "train.ema=0.9", "eval.every=1000"]
+    assert run("pretrain", recipe, *settings, f"out={tmp_path / 'whole'}").code == 0
+    out, stopped = tmp_path / "stopped", []
+    for number, least in [(signal.SIGTERM, 5), (signal.SIGINT, 20)]:
+        process = start("pretrain", recipe, *settings, f"out={out}")
+        deadline = time.monotonic() + 60
+        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < least:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        result = finished(process)
+        assert result.code == 128 + number
+        step = max(line["step"] for line in metrics(out))
+        assert step < steps
+        expected = f"mpp: stopped by {number.name} after step {step}; run the same command again to go on"
+        assert result.line == expected
+        assert (out / f"checkpoints/step-{step:08d}/state.json").exists()
+        stopped.append(step)
+        least = step + 20
+    assert run("pretrain", recipe, *settings, f"out={out}").code == 0
+    assert stopped[0] < stopped[1]
+    assert losses(out) == losses(tmp_path / "whole")
+    assert sorted(losses(out)) == list(range(1, steps + 1)), "each step once, however often it was done"
+    assert digests(out, steps) == digests(tmp_path / "whole", steps)
+    name = "encoder.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    scalars = EventAccumulator(str(out), {"scalars": 0}).Reload()
+    assert {event.step for event in scalars.Scalars("loss")} == set(range(1, steps + 1))
+
+
+def test_a_signal_while_scoring_stops_after_a_step_that_is_saved(images, tmp_path):
+    def evaluate() -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"val/loss": 1.0}
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM after step 3") as caught:
+        fit(tmp_path, images, replace(FEW, save_every=100), evaluate=evaluate, evaluate_every=2)
+    assert caught.value.number == signal.SIGTERM
+    assert digests(tmp_path, 3)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# What goes wrong
+
+
+class Diverges(Brightness):
+    """Its loss is not a number from the fifth forward pass on."""
+
+    def forward(self, batch):
+        loss, _ = super().forward(batch)
+        return loss * (math.nan if len(self.drawn) >= 5 else 1.0), {}
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(every, images, tmp_path):
+    config = replace(FEW, steps=8, micro_batch=20, save_every=2)
+    encoder = ViT(tiny_config(image=(16, 16), patch=4, width=32, depth=1))
+    log = LogConfig(every=every, pictures=0, tensorboard=False)
+    with pytest.raises(
+        TrainingError, match="step 5: the loss is nan .*lower train.lr .it is 0.001.*train.clip"
+    ) as caught:
+        train(Diverges(encoder), images, config, out=tmp_path, log=log)
+    assert "\n" not in str(caught.value)
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["step-00000002", "step-00000004"]
+    assert all(math.isfinite(value) for line in metrics(tmp_path) for value in line.values())
+
+
+def test_a_run_that_diverges_exits_with_one_line(small_shards, tmp_path):
+    recipe = write_recipe(tmp_path, small_shards)
+    result = run("pretrain", recipe, "train.lr=1e30", "train.clip=null", "train.warmup=0", f"out={tmp_path / 'run'}")
+    assert result.code == 2
+    assert "train.lr" in result.line
+    assert not list((tmp_path / "run").glob("checkpoints/step-*")) or digests(tmp_path / "run", 2)
+
+
+def test_batches_that_end_too_soon_are_an_error(small_shards, tmp_path):
+    once = read_shards(small_shards, 20, train=False)  # three batches
+    with pytest.raises(TrainingError, match="batches ended before train.steps"):
+        fit(tmp_path, once)
+
+
+# Where time goes
+
+
+def test_waiting_is_the_share_of_time_without_data(images, tmp_path):
+    class Slow(Cut):
+        def iterate(self, start):
+            for batch in super().iterate(start):
+                time.sleep(0.2)
+                yield batch
+
+    fit(tmp_path, Slow(images, 99), replace(FEW, steps=3))
+    assert all(line["waiting"] > 0.5 for line in metrics(tmp_path))
+    assert all(line["images/s"] < 100 for line in metrics(tmp_path)), "20 images in 0.2 s at best"
+
+
+def test_the_time_of_scoring_is_not_counted_as_training(images, tmp_path):
+    def evaluate() -> dict[str, float]:
+        time.sleep(1)
+        return {"val/loss": 1.0}
+
+    config = replace(FEW, steps=4)
+    log = LogConfig(every=2, pictures=0, tensorboard=False)
+    train(masked(), images, config, out=tmp_path, log=log, evaluate=evaluate, evaluate_every=3)
+    [speed] = [line["images/s"] for line in metrics(tmp_path) if line["step"] == 4 and "loss" in line]
+    assert speed > 40, "two batches of 20 in less than the second that scoring took"

@@ -75,25 +75,28 @@ def check_folder(jobs: Sequence[Job]) -> None:
 
 def carry_out(jobs: Sequence[Job], failures: dict[str, str]) -> None:
     """Does all jobs, each after those that it needs; `failures` gets the name and cause of each that can't be done."""
-    todo = list(jobs)
+    todo, told = list(jobs), set[str]()
     while todo:
-        before = len(todo)
-        for job in list(todo):
+        for job in todo:
             failed = next((name for name in job.needs if name in failures), None)
             if failed:
                 failures[job.name] = f"needs what failed: {failed}"
             elif not job.done:
                 waits = any(other.name in job.needs for other in todo)
-                if waits or not attempt(job, f"{len(jobs) - len(todo) + 1} of {len(jobs)}", failures):
+                if waits or not attempt(job, failures, told):
                     continue
             todo.remove(job)
-        if len(todo) == before:
+            print(f"mpp: {len(jobs) - len(todo)} of {len(jobs)} runs done", file=sys.stderr)
+            break  # what could not be done before may be possible now, and comes first
+        else:
             time.sleep(POLL)
 
 
-def attempt(job: Job, place: str, failures: dict[str, str]) -> bool:
-    """Does a job, unless another process is doing it; whether there is nothing left to do."""
-    print(f"mpp: {place}: {job.name}", file=sys.stderr)
+def attempt(job: Job, failures: dict[str, str], told: set[str]) -> bool:
+    """Does a job, unless another process is doing it; whether nothing of it is left to do. told: jobs already named."""
+    if job.name not in told:
+        print(f"mpp: {job.name}", file=sys.stderr)
+        told.add(job.name)
     try:
         job.work()
     except BusyError:

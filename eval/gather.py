@@ -30,7 +30,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
     comparison, config = chains.comparison, chains.config
     done = [job for job in jobs if job.done]
     rows = [row for job in done for row in _rows(job)]
-    titles = {arm: comparison.title(arm) for arm in config.arms}
+    titles, known = {arm: comparison.title(arm) for arm in config.arms}, dict[Any, int]()
     return {
         "format": FORMAT,
         "name": comparison.name,
@@ -47,7 +47,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "summary": summarise(rows, config.baseline),
         "conclusions": conclusions(rows, titles, config.arms, config.baseline),
         "per_class": [_per_class(job) for job in done if job.stage == "finetune"],
-        "costs": [entry for arm in config.arms for entry in _costs(chains, arm)],
+        "costs": [entry for arm in config.arms for entry in _costs(chains, arm, known)],
         "chosen": _chosen(chains, {job.name for job in done}),
         "curves": [curve for job in done if job.stage in ("pretrain", "finetune") for curve in _curves(job)],
         "pictures": [picture for arm in config.arms for picture in _pictures(chains, arm)],
@@ -88,19 +88,22 @@ def _arm(comparison: Comparison, arm: str) -> dict[str, Any]:
     }
 
 
-def _costs(chains: Chains, arm: str) -> list[dict[str, Any]]:
-    """Images, FLOPs and seconds of each finished run that an arm rests on, runs shared with other arms included."""
+def _costs(chains: Chains, arm: str, known: dict[Any, int]) -> list[dict[str, Any]]:
+    """Images, FLOPs and seconds of each finished run that an arm rests on, runs shared with other arms included.
+
+    Trials of learning rates are left out. known: FLOPs of an image by model and objective, as counting takes a second.
+    """
     found = {}
     for seed in chains.config.seeds:
         for job in chains.of_arm(arm, seed):
             if job.done and job.stage in ("pretrain", "finetune"):
-                images, flops, seconds = _cost(job.result.parent)
+                images, flops, seconds = _cost(job.result.parent, known)
                 entry = {"arm": arm, "seed": seed, "stage": job.stage, "fraction": job.fraction}
                 found[job.name] = {**entry, "images": images, "flops": flops, "seconds": seconds}
     return list(found.values())
 
 
-def _cost(folder: Path) -> tuple[int, int, float]:
+def _cost(folder: Path, known: dict[Any, int]) -> tuple[int, int, float]:
     """Of a finished run: images seen, FLOPs, and seconds of training by its log, interruptions left out."""
     recipe = load_recipe(folder / "recipe.yaml")
     images = (recipe.train.steps or 0) * recipe.train.batch
@@ -109,7 +112,10 @@ def _cost(folder: Path) -> tuple[int, int, float]:
         if "images/s" in row:
             seconds += (row["step"] - before) * recipe.train.batch / row["images/s"]
             before = row["step"]
-    return images, images * cost(recipe)[0], seconds
+    kind = recipe.model, recipe.objective
+    if kind not in known:
+        known[kind] = cost(recipe)[0]
+    return images, images * known[kind], seconds
 
 
 def _chosen(chains: Chains, done: set[str]) -> list[dict[str, Any]]:

@@ -18,14 +18,15 @@ _HOMES = {
     "load_classifier": "mpp.weights",
     "read_shards": "mpp.data.read",
     "targets": "mpp",
+    "eval": "mpp",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"mpp has no {name!r}; it has {', '.join(sorted(_HOMES))}")
-    if name == "targets":
-        return importlib.import_module("mpp.targets")
+    if _HOMES[name] == "mpp":
+        return importlib.import_module(f"mpp.{name}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

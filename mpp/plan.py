@@ -11,11 +11,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpp.batch import Batch
-from mpp.data.index import read_index, splits
+from mpp.data.index import Index, read_index, splits
 from mpp.hardware import device_of
 from mpp.loop import build_optimizer, forward_pass, settled, update
 from mpp.recipe import Recipe
-from mpp.run import build
+from mpp.run import build, parts, resolved
 
 MEASURED_STEPS = 5  # after one that is not counted
 MIB = 2**20
@@ -39,6 +39,10 @@ class RandomImages:
 
 def plan(recipe: Recipe, *, measure: bool = False) -> str:
     """A table of what the recipe takes; `measure` times a few of its steps on this machine."""
+    index = trained_on(recipe)
+    images, steps = length(recipe, index)
+    if index is not None:
+        recipe = resolved(recipe, index)
     recipe = replace(recipe, train=settled(build(recipe), RandomImages(recipe, recipe.train.batch), recipe.train))
     rows = [("parameters", f"{sum(parameters(recipe).values()):,}")]
     rows += [(f"  {name}", f"{count:,}") for name, count in parameters(recipe).items()]
@@ -46,8 +50,7 @@ def plan(recipe: Recipe, *, measure: bool = False) -> str:
     rows.append(("FLOPs an image", f"{flops / 1e9:.3g} GFLOP (matrix products, forward and backward)"))
     rows.append(("micro-batch", f"{recipe.train.micro_batch} of {recipe.train.batch} images, {recipe.train.precision}"))
     rows.append(("memory", memory(recipe, activations)))
-    images, rest = length(recipe)
-    rows += rest
+    rows += steps
     if images:
         rows.append(("FLOPs in all", f"{flops * images:.3g}"))
     if measure:
@@ -102,17 +105,26 @@ def memory(recipe: Recipe, activations: int) -> str:
     return f"about {state + kept:,.0f} MiB: {state:,.0f} of parameters and optimizer, {kept:,.0f} of activations"
 
 
-def length(recipe: Recipe) -> tuple[int, list[tuple[str, str]]]:
-    """Images seen in all, 0 if the shards that would tell are not there, and how to say it."""
+def trained_on(recipe: Recipe) -> Index | None:
+    """The images to train on, if their shards are there already."""
     path, split = Path(recipe.data.path), recipe.data.train
-    unit, amount = recipe.duration
-    if path.is_dir() and split in splits(path):
-        images = len(read_index(path, split))
-        steps = recipe.in_steps(images).train.steps or 0
+    if not path.is_dir() or split not in splits(path):
+        return None
+    index, (numbers, _) = read_index(path, split), parts(recipe)
+    return index if numbers is None else index.select(numbers)
+
+
+def length(recipe: Recipe, index: Index | None) -> tuple[int, list[tuple[str, str]]]:
+    """Images seen in all, 0 if only shards that are not there would tell, and how to say it."""
+    if index is not None:
+        steps = recipe.in_steps(len(index)).train.steps or 0
         seen = steps * recipe.train.batch
-        return seen, [("steps", f"{steps:,} = {seen / images:,.1f} epochs of {images:,} images")]
+        return seen, [("steps", f"{steps:,} = {seen / len(index):,.1f} epochs of {len(index):,} images")]
+    unit, amount = recipe.duration
     if unit == "epochs":
-        return 0, [("steps", f"{amount:g} epochs; {path} has no shards yet that would tell how many steps that is")]
+        return 0, [
+            ("steps", f"{amount:g} epochs; {recipe.data.path} has no shards yet that would tell how many steps that is")
+        ]
     steps = recipe.in_steps(1).train.steps or 0
     return steps * recipe.train.batch, [("steps", f"{steps:,}")]
 

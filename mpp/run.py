@@ -38,8 +38,8 @@ def run(recipe: Recipe) -> Path:
         batches = open_train(recipe)
         recipe = resolved(recipe, batches.index)
         part = scored_part(recipe)
-        if isinstance(recipe.objective, LabelsConfig) and part:
-            check_classes(batches.index, read_index(recipe.data.path, part[0]))
+        if isinstance(recipe.objective, LabelsConfig) and recipe.data.val:
+            check_classes(batches.index, read_index(recipe.data.path, recipe.data.val))
         objective = build(recipe)
         recipe = same_as_before(recipe, objective, batches, out)
         train(
@@ -63,7 +63,7 @@ def open_train(recipe: Recipe) -> Batches:
     data, folder = recipe.data, Path(recipe.data.path)
     if data.source and (not splits(folder) or (folder / UNFINISHED).exists()):
         make_shards(data.source, folder)
-    return _open(recipe, data.train, recipe.train.batch, _parts(recipe)[0], train=True)
+    return _open(recipe, data.train, recipe.train.batch, parts(recipe)[0], train=True)
 
 
 def scored_part(recipe: Recipe) -> tuple[str, np.ndarray | None] | None:
@@ -71,7 +71,7 @@ def scored_part(recipe: Recipe) -> tuple[str, np.ndarray | None] | None:
 
     The images held out from training if there are any, or else `data.val`.
     """
-    data, (_, held) = recipe.data, _parts(recipe)
+    data, (_, held) = recipe.data, parts(recipe)
     if held is not None and len(held):
         return data.train, held
     if data.val is None:
@@ -81,7 +81,7 @@ def scored_part(recipe: Recipe) -> tuple[str, np.ndarray | None] | None:
     return data.val, None
 
 
-def _parts(recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
+def parts(recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Numbers of the images to train on and to hold out; None for all and none."""
     if recipe.data.subset == SubsetConfig() and not isinstance(recipe.objective, LabelsConfig):
         return None, None
@@ -121,6 +121,8 @@ def resolved(recipe: Recipe, index: Index) -> Recipe:
             f"objective.classes are {len(objective.classes)} ({', '.join(objective.classes)[:60]})"
         )
     weights = objective.weights
+    if weights and len(weights) != len(index.classes):
+        raise RunError(f"objective.weights needs {len(index.classes)} numbers, one a class, got {len(weights)}")
     if objective.balance and not weights:
         counts = np.bincount(index.label, minlength=len(index.classes))
         weights = tuple(round(float(len(index) / count), 6) if count else 0.0 for count in counts)

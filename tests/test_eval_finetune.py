@@ -2,6 +2,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +37,17 @@ EVERYTHING = [
     "train.ema=0.9",
     "train.weight_decay=0.1",
 ]
+SHORT = ["train.steps=3", "train.warmup=0", "eval.every=3"]
 OF_RESNETS = [setting for setting in EVERYTHING if not setting.startswith("model.")]
 TIMES = ("images/s", "waiting", "memory")  # what no two runs share
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def exact() -> Iterator[None]:
     """Scores in float32 on any machine, so that they compare closely."""
-    monkeypatch.setattr(mpp.eval.images, "multiplies_bfloat16", lambda device: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mpp.eval.images, "multiplies_bfloat16", lambda device: False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +199,7 @@ def test_a_share_of_the_labels_is_what_is_trained_on(recipe, splits, tmp_path):
 
 
 def test_held_out_images_are_scored_in_the_place_of_the_test_images(recipe, splits, tmp_path):
-    out = finetune(recipe, tmp_path / "run", "data.subset.hold_out=0.3")
+    out = finetune(recipe, tmp_path / "run", "data.subset.hold_out=0.3", "train.lr=0.1")
     numbers, held = drawn(read_index(splits, "train"), SubsetConfig(hold_out=0.3), seed=3)
     assert len(held) == 12
     assert len(open_train(load_recipe(out / "recipe.yaml")).index) == len(numbers) == 28
@@ -217,27 +221,33 @@ def test_an_interrupted_run_ends_as_one_that_was_not(text, settings, splits, tmp
     halves = shutil.copytree(whole, tmp_path / "halves")
     for step in (4, 6):  # as if it had been killed before it saved step 4
         shutil.rmtree(halves / f"checkpoints/step-{step:08d}")
-    ends = ("classifier.safetensors", "encoder.safetensors", "scores.json")
-    for name in ends:
+    for name in ("classifier.safetensors", *(ends := ("encoder.safetensors", "scores.json"))):
         (halves / name).unlink()
     finetune(recipe, halves, *settings)
     for step in (4, 6):
         assert digests(halves, step) == digests(whole, step)
         assert "ema.safetensors" in digests(whole, step)
     assert [(halves / name).read_bytes() for name in ends] == [(whole / name).read_bytes() for name in ends]
+    own, other = (load_classifier(folder).state_dict() for folder in (halves, whole))
+    assert own.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in own.items())
     lines = [
         [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(folder)] for folder in (whole, halves)
     ]
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize("setting", EVERYTHING)
-def test_each_of_the_settings_above_changes_the_run(setting, recipe, tmp_path):
-    short = ["train.steps=3", "train.warmup=0", "eval.every=3"]
-    if "magnitude_std" in setting:
-        short.append("data.augment.randaugment=2")
-    plain, other = finetune(recipe, tmp_path / "a", *short), finetune(recipe, tmp_path / "b", *short, setting)
-    assert (plain / "classifier.safetensors").read_bytes() != (other / "classifier.safetensors").read_bytes()
+@pytest.fixture(scope="module")
+def plain(splits, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """What three steps without any of those settings leave."""
+    folder = tmp_path_factory.mktemp("plain")
+    return load_classifier(finetune(write_recipe(folder, splits, LABELS), folder / "run", *SHORT)).state_dict()
+
+
+@pytest.mark.parametrize("setting", [setting for setting in EVERYTHING if "magnitude_std" not in setting])
+def test_each_of_those_settings_changes_what_a_run_leaves(setting, recipe, plain, tmp_path):
+    found = load_classifier(finetune(recipe, tmp_path / "run", *SHORT, setting)).state_dict()
+    assert not all(torch.equal(value, plain[name]) for name, value in found.items())
 
 
 # What is left to the machine
@@ -337,6 +347,11 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_is(kind, recipe, re
 def test_classes_of_other_shards_are_refused(recipe, splits, tmp_path):
     line = refused("finetune", recipe, "objective.classes=[cat, dog]", f"out={tmp_path / 'run'}")
     assert f"{splits}: has 3 classes (class0, class1, class2), objective.classes are 2 (cat, dog)" in line
+
+
+def test_weights_of_more_classes_than_there_are_are_refused(recipe, tmp_path):
+    line = refused("finetune", recipe, "objective.weights=[1, 2, 3, 4]", f"out={tmp_path / 'run'}")
+    assert line == "mpp: objective.weights needs 3 numbers, one a class, got 4"
 
 
 def test_without_a_split_to_score_on_there_are_no_scores(recipe, tmp_path):

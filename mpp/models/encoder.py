@@ -73,5 +73,9 @@ class Encoder(nn.Module):
 
     def _refuse(self, pairs: dict[str, tuple[Any, Any]]) -> None:
         """Raises ValueError if the settings of another encoder and of this one, by name, are not alike."""
+        for name in pairs.keys() & {"mean", "std"}:  # one number for all channels, or each its own: the same
+            there, here = pairs[name]
+            if set(there) == set(here) and len(set(here)) == 1:
+                pairs[name] = here, here
         if wrong := [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]:
             raise ValueError(f"model: {'; '.join(wrong)}")

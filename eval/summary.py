@@ -70,10 +70,10 @@ def conclusions(rows: Sequence[Row], titles: dict[str, str], arms: dict[str, Arm
     for arm, settings in arms.items():
         bound = " (an upper bound: it has seen all labels)" if settings.upper_bound else ""
         if arm != baseline:
-            found.append((f"{titles[arm]}{bound} against {_lower(titles[baseline])}", _clauses(top1, arm, baseline)))
+            found.append((f"{titles[arm]}{bound} against “{titles[baseline]}”", _clauses(top1, arm, baseline)))
     for arm, settings in arms.items():
         if settings.total_of:
-            pair = f"{titles[settings.total_of]} against {_lower(titles[arm])}, which sees as many images in all"
+            pair = f"{titles[settings.total_of]} against “{titles[arm]}”, which sees as many images in all"
             found.append((pair, _clauses(top1, settings.total_of, arm)))
     sentences = [f"{pair}: {'; '.join(clauses)}." for pair, clauses in found if clauses]
     if sentences and len({row.seed for row in top1}) == 1:
@@ -108,11 +108,6 @@ def _verdict(points: Sequence[float]) -> str:
     return f"{kind}, {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, n = {len(points)})"
 
 
-def _lower(title: str) -> str:
-    """A title within a sentence: without its capital, but for abbreviations."""
-    return title if title[1:2].isupper() else title[:1].lower() + title[1:]
-
-
 def shown(fraction: float) -> str:
     """A label fraction for people."""
     return "all labels" if fraction == 1 else f"{100 * fraction:g} % of the labels"
@@ -122,7 +117,8 @@ def table(results: dict[str, Any]) -> str:
     """The main figures for a terminal: accuracy in per cent, mean and standard deviation, by protocol and fraction."""
     main = {"finetune": "top1", "linear": "top1", "knn": "top1", "few-shot": "5-shot"}
     entries = [entry for entry in results["summary"] if entry["metric"] == main[entry["protocol"]]]
-    columns = list(dict.fromkeys((entry["protocol"], entry["fraction"]) for entry in entries))
+    found = {(entry["protocol"], entry["fraction"]) for entry in entries}
+    columns = sorted(found, key=lambda column: (list(main).index(column[0]), column[1]))
     cells = {(entry["arm"], entry["protocol"], entry["fraction"]): _cell(entry) for entry in entries}
     lines = [["", *(f"{protocol}, {shown(fraction)}" for protocol, fraction in columns)]]
     for arm in results["arms"]:

@@ -149,3 +149,19 @@ def test_splits_without_labels_or_not_there_are_named(encoder, splits, tmp_path,
     monkeypatch.setattr("mpp.eval.probe.extract", None)
     with pytest.raises(ProbeError, match="no protocol 'lienar'; there are linear, linear-sgd, few-shot, knn"):
         probe_encoder(encoder, splits, ["lienar"])
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path):
+    shards = small_splits(tmp_path)
+    assert run("pretrain", write_recipe(tmp_path, shards), f"out={tmp_path / 'run'}").code == 0
+    for extra in ([], ["--untrained"], ["--protocol", "knn"]):
+        result = run("probe", tmp_path / "run", "--data", shards, "--json", tmp_path / "found.json", *extra)
+        assert result.code == 0, result.err
+        rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+        for row in rows:
+            assert f"{100 * row['value']:.2f} %" in result.out
+        protocols = {"knn"} if "knn" in extra else {"linear", "few-shot", "knn"}
+        assert {row["protocol"] for row in rows} == protocols
+    wrong = run("probe", tmp_path / "run", "--data", shards, "--test", "tset")
+    assert wrong.code == 2
+    assert "no split 'tset'; it holds test, train" in wrong.err

@@ -211,14 +211,15 @@ def test_a_run_without_labels_has_no_classifier(trained, encoder_file):
     )
     refused(folder / "none", load_classifier)
     found = refused(encoder_file, load_classifier)
-    assert found == f"{encoder_file}: holds no classifier of mpp (its metadata has no 'classes')"
+    assert found == f"{encoder_file}: holds no classifier of mpp (its metadata names no classes)"
 
 
 @pytest.mark.parametrize("classes", ["", "[", "3", "null", "[]", '["one", "two", "three"]'])
 def test_classes_that_can_not_be_are_refused(classes, tmp_path):
     path, encoder = tmp_path / "classifier.safetensors", ViT(tiny_config())
     save_classifier(Classifier(encoder, Head(encoder.width, 2), ["a", "b"]), path)
-    save_file(load_file(path), path, {"encoder": json.dumps(asdict(encoder.config)), "classes": classes})
+    about = json.dumps(asdict(encoder.config)).removesuffix("}") + f', "classes": {classes}}}'
+    save_file(load_file(path), path, {"encoder": about})
     refused(path, load_classifier)
 
 

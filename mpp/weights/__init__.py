@@ -27,9 +27,13 @@ def save_encoder(encoder: Encoder, path: Path) -> None:
 
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
-    """The same for an encoder with its head and the names of its classes."""
-    about = {"encoder": json.dumps(asdict(classifier.encoder.config)), "classes": json.dumps(classifier.classes)}
-    _save(classifier, path, about)
+    """The same for an encoder with its head; the names of its classes stand beside the config.
+
+    In one entry of metadata: safetensors writes several in random order, and equal runs are to leave equal files.
+    """
+    _save(
+        classifier, path, {"encoder": json.dumps(asdict(classifier.encoder.config) | {"classes": classifier.classes})}
+    )
 
 
 def _save(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
@@ -66,15 +70,11 @@ def load_classifier(path: str | Path) -> Classifier:
             raise WeightsError(f"{path}: holds no classifier.safetensors, which a finished run with labels leaves")
         path = path / "classifier.safetensors"
     metadata, tensors = _read(path)
-    if "classes" not in metadata:
-        raise WeightsError(f"{path}: holds no classifier of mpp (its metadata has no 'classes')")
     encoder = _built(metadata, path)
-    try:
-        classes = [str(name) for name in json.loads(metadata["classes"])]
-    except (ValueError, TypeError) as error:
-        raise WeightsError(f"{path}: its classes are not readable ({error})") from error
-    if not classes:
-        raise WeightsError(f"{path}: names no classes")
+    classes = json.loads(metadata["encoder"]).get("classes")
+    if not isinstance(classes, list) or not classes:
+        raise WeightsError(f"{path}: holds no classifier of mpp (its metadata names no classes)")
+    classes = [str(name) for name in classes]
     classifier = Classifier(encoder, Head(encoder.width, len(classes), "head.hidden.weight" in tensors), classes)
     _fill(classifier, tensors, path)
     return classifier.eval()

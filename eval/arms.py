@@ -1,7 +1,7 @@
 """What a comparison compares: arms, seeds, label fractions and protocols, as the `compare` section of a recipe says."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +122,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     name, folder, values, source = load_section(path, "compare", CompareConfig, own)
     try:
         config = _config(values)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise RecipeError(f"{source}: {error}") from None
     out = next((text.removeprefix("out=") for text in reversed(overrides) if text.startswith("out=")), f"runs/{name}")
     pretrain, finetune = {}, {}
@@ -156,6 +156,10 @@ def _config(values: dict[str, Any]) -> CompareConfig:
     arms = {}
     for name, arm in (values.pop("arms", None) or {}).items():
         if arm is not None:  # an arm of a base is left out by `NAME: null`
+            if "finetune" not in arm:
+                raise ValueError(
+                    f"compare.arms.{name}.finetune: missing; expected the recipe that trains it with labels"
+                )
             arms[str(name)] = ArmConfig(**{**arm, "fractions": tuple(map(float, arm.get("fractions", ())))})
     for key in ("fractions", "lrs"):
         if key in values:
@@ -167,8 +171,3 @@ def _recipe(name: str, folder: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe by its path beside the comparison's file, or by its bundled name."""
     beside = [folder / name, folder / f"{name}.yaml"]
     return load_recipe(next((path for path in beside if path.is_file()), name), overrides)
-
-
-def plain(config: CompareConfig) -> dict[str, Any]:
-    """The section as plain values, for JSON."""
-    return asdict(config)

@@ -26,16 +26,14 @@ from mpp.data.index import Index, ShardError, read_index
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
 from mpp.files import FileError, write_atomically
-from mpp.hardware import device_of, multiplies_bfloat16
+from mpp.hardware import autocast, device_of, multiplies_bfloat16
 from mpp.models.encoder import Encoder
 from mpp.models.vit import ViT
 
 BATCH = 256  # images
 FORMAT = 1  # of the files; raised when the same key would hold something else
 LAST = 4  # blocks; what DINOv2's linear evaluation reads
-SHALLOW = (
-    12  # blocks up to which all are kept: in small encoders, and after masked pretraining, earlier ones are often best
-)
+SHALLOW = 12  # blocks up to which all are kept: in small encoders, and after masking, earlier ones are often best
 MOST = 8 * 2**30  # bytes; where the features of all blocks would take more, only the last four are kept
 HALF = 6e4  # float16 ends at 65504
 CACHE = "~/.cache/mpp/features"
@@ -153,11 +151,6 @@ def vectors(encoder: Encoder, images: Tensor, blocks: Sequence[int]) -> dict[str
             found[f"class {block}"] = tokens[:, 0].float()
         found[f"average {block}"] = encoder.patches(tokens).float().mean(1)
     return found
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the device multiplies it in hardware."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
 
 
 @torch.no_grad()

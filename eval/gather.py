@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from mpp.data.index import read_index
+from mpp.data.subset import SubsetConfig, drawn
 from mpp.eval.arms import Comparison
 from mpp.eval.chains import ROWS, Chains, Job
 from mpp.eval.summary import Row, conclusions, summarise
@@ -120,17 +122,22 @@ def _cost(folder: Path, known: dict[Any, int]) -> tuple[int, int, float]:
 
 def _chosen(chains: Chains, done: set[str]) -> list[dict[str, Any]]:
     """The learning rate that each arm chose, where all that it tried is done."""
-    found = []
-    shards, train, _ = chains.comparison.data
-    for arm in chains.config.arms:
-        fractions = [chains.config.choose_at] if chains.config.choose_at else chains.config.fractions
-        for fraction in fractions:
+    config, found = chains.config, []
+    held_out = cache(partial(_held_out, chains.comparison))
+    for arm in config.arms:
+        for fraction in [config.choose_at] if config.choose_at else config.fractions:
             if chains.chooser(arm) != arm or not all(job.name in done for job in chains.trials(arm, fraction)):
                 continue
             if choice := chains.chosen(arm, fraction):
-                held = round(fraction * chains.config.hold_out * len(read_index(shards, train)))
-                found.append({**choice, "images_held_out": held})
+                found.append({**choice, "images_held_out": held_out(fraction)})
     return found
+
+
+def _held_out(comparison: Comparison, fraction: float) -> int:
+    """Images that the trials of learning rates were scored on, as `Chains.trials` draws them."""
+    shards, train, _ = comparison.data
+    subset = SubsetConfig(share=fraction, hold_out=comparison.config.hold_out)
+    return len(drawn(read_index(shards, train), subset, comparison.config.seeds[0])[1])
 
 
 def _curves(job: Job) -> list[dict[str, Any]]:

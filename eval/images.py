@@ -24,7 +24,7 @@ from mpp.data.read import read_shards
 from mpp.data.sources import READ_ERRORS, Files, Picture, open_source, understand
 from mpp.data.tar import ShardError
 from mpp.errors import UserError, cause, shown
-from mpp.hardware import device_of, multiplies_bfloat16
+from mpp.hardware import autocast, device_of
 from mpp.models.encoder import EncoderConfig
 
 BATCH = 256  # images
@@ -196,10 +196,9 @@ def outputs(
     """
     device = device_of("auto")
     module.to(device).eval()
-    low = torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
     with tqdm(desc=what, total=len(images.labels), unit="image", disable=not progress) as bar:
         for batch, keys in images.batches():
-            with low:
+            with autocast(device):
                 made = module(batch.images.to(device))
             yield made.float().cpu(), batch.labels, keys
             bar.update(len(keys))

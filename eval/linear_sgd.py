@@ -6,7 +6,6 @@ encoder runs 90 times over the images. Where MAE reports the best epoch on the t
 Crops follow the same shares (0.08 to 1), drawn as GoogLeNet's, which tries again where MAE's takes what it gets.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ from tqdm import tqdm
 from mpp.batch import Batch
 from mpp.data.augment import AugmentConfig
 from mpp.data.read import Batches, read_shards
-from mpp.eval.features import BATCH, Features, ProbeError, autocast, output_part, vectors
-from mpp.hardware import device_of
+from mpp.eval.features import BATCH, Features, ProbeError, output_part, vectors
+from mpp.hardware import autocast, device_of
 from mpp.models.encoder import Encoder
+from mpp.optim import learning_rate
 from mpp.seeds import seed_of
 
 AREA = (0.08, 1.0)  # share of the picture that a crop holds; RandomResizedCrop's default
@@ -63,13 +63,6 @@ class LARS(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].mul_(group["momentum"]).add_(update)
                 parameter.sub_(group["lr"] * state["momentum"])
-
-
-def rate(epoch: float, peak: float, config: SGDConfig) -> float:
-    """The learning rate at a fraction of an epoch (util/lr_sched.py): linear from 0, then half a cosine to 0."""
-    if epoch < config.warmup:
-        return peak * epoch / config.warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - config.warmup) / (config.epochs - config.warmup)))
 
 
 def build_head(width: int, classes: int, seed: int) -> nn.Sequential:
@@ -126,13 +119,13 @@ def _train(
     """Trains the head on batches of so many micro-batches; the batch norm sees each whole."""
     peak = config.blr * parts * batches.batch / 256
     optimizer = LARS(list(head.parameters()), lr=peak)
-    steps = tqdm(range(config.epochs * steps_per_epoch), "linear-sgd", unit="step")
+    steps, warmup = config.epochs * steps_per_epoch, config.warmup * steps_per_epoch
     stream = batches.iterate()
-    for step in steps:
+    for step in tqdm(range(steps), "linear-sgd", unit="step"):
         found = [_output(encoder, next(stream)) for _ in range(parts)]  # images of one micro-batch at a time
         features, labels = (torch.cat(both) for both in zip(*found, strict=True))
         for group in optimizer.param_groups:
-            group["lr"] = rate(step / steps_per_epoch, peak, config)
+            group["lr"] = learning_rate(step, peak=peak, steps=steps, warmup=warmup)
         loss = F.cross_entropy(head(features), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -34,6 +34,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """Operations in bfloat16 where the device multiplies it in hardware, else in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
+
+
 def peak_memory(device: torch.device) -> float:
     """The most memory used so far, MiB: of the device on CUDA, elsewhere of the process."""
     if device.type == "cuda":

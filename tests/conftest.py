@@ -19,6 +19,12 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def inside_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes an empty folder the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def tiny_config(**changes) -> ViTConfig:
     """A 4x6 grid of patches of 8 pixels: neither square nor as wide as it is deep."""
     return ViTConfig(**{"image": (32, 48), "patch": 8, "width": 64, "depth": 2, "heads": 2} | changes)

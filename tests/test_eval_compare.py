@@ -42,6 +42,7 @@ compare:
   images: [16, 24]
   lrs: [1e-3, 1e-2]
   choose_at: 0.5
+  hold_out: 0.25
 """
 
 
@@ -164,7 +165,8 @@ def test_learning_rates_are_chosen_on_held_out_training_images_never_on_test(don
             folder = out / f"choose/{choice['arm']}/0.5/lr-{lr:g}"
             last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
             assert last["val/accuracy"] == tried[lr]
-            assert (4 * last["val/accuracy"]) % 1 == 0, "of the 4 images, a fifth of half of 40, that were held out"
+            assert (4 * last["val/accuracy"]) % 1 == 0
+        assert choice["images_held_out"] == 4, "of 10 images of each class a quarter, rounded to 2"
     chosen = {choice["arm"]: choice["lr"] for choice in results["chosen"]}
     for arm, like in {"mpp": "mpp", "cnn": "cnn", "scratch_total": "scratch"}.items():
         assert f"lr: {chosen[like]}\n" in (out / f"finetune/{arm}/0.5/seed-1/recipe.yaml").read_text()
@@ -282,6 +284,10 @@ def test_two_processes_share_the_work_and_a_stopped_one_goes_on(shards, tmp_path
         ("compare.arms.scratch_total.total_of=cnn", "total_of must name an arm that pretrains"),
         ("compare.arms.mpp.weights=a", "not both"),
         ("compare.armz=1", "compare.armz: unknown key. Did you mean: arms?"),
+        ("compare.arms.mpp.pretrian=pre", "compare.arms.mpp.pretrian: unknown key. Did you mean: pretrain?"),
+        ("compare.arms.mpp.zzz=1", "compare.arms.mpp.zzz: unknown key. Expected one of: finetune, pretrain, weights,"),
+        ("compare.arms.more={pretrain: pre}", "comparison.yaml: compare.arms.more.finetune: missing; expected the rec"),
+        ("compare.arms.more={}", "compare.arms.more.finetune: missing; expected the recipe that trains it with labels"),
         ("train.lrr=1", "train.lrr: unknown key"),
         ("model.width=33", "model.width (33)"),
         ("data.path=nowhere", "nowhere: no such folder"),

@@ -21,7 +21,7 @@ COUNT = 12
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mpp.eval.images, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("mpp.hardware.multiplies_bfloat16", lambda device: False)
     monkeypatch.setattr(mpp.eval.images, "BATCH", 5)
 
 

@@ -13,7 +13,6 @@ from conftest import picture_folder
 from PIL import Image
 from tiny_runs import LABELS, RESNET, digests, metrics, run, small_splits, write_recipe
 
-import mpp.eval.images
 from mpp.data.index import read_index
 from mpp.data.subset import SubsetConfig, drawn
 from mpp.data.write import make_shards
@@ -46,7 +45,7 @@ TIMES = ("images/s", "waiting", "memory")  # what no two runs share
 def exact() -> Iterator[None]:
     """Scores in float32 on any machine, so that they compare closely."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mpp.eval.images, "multiplies_bfloat16", lambda device: False)
+        patch.setattr("mpp.hardware.multiplies_bfloat16", lambda device: False)
         yield
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from mpp.data.augment import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.eval.features import ProbeError, extract
-from mpp.eval.linear_sgd import LARS, SGDConfig, build_head, linear_sgd, rate
+from mpp.eval.linear_sgd import LARS, SGDConfig, build_head, linear_sgd
 from mpp.models.vit import ViT
 
 
@@ -39,18 +39,6 @@ def test_lars_takes_the_steps_of_maes_formula():
             np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_rate_is_maes_schedule():
-    config = SGDConfig()
-    peak = config.blr * config.batch / 256
-    assert peak == pytest.approx(6.4)
-    assert rate(0, peak, config) == 0
-    assert rate(5, peak, config) == pytest.approx(3.2)
-    assert rate(10, peak, config) == pytest.approx(6.4)
-    assert rate(50, peak, config) == pytest.approx(3.2)
-    assert rate(90, peak, config) == pytest.approx(0, abs=1e-12)
-    assert rate(30, peak, config) == pytest.approx(6.4 * (1 + math.cos(math.pi / 4)) / 2)
-
-
 def test_the_head_is_as_published():
     norm, linear = build_head(500, 100, 0)
     assert (norm.affine, norm.eps, norm.momentum) == (False, 1e-6, 0.1)
@@ -70,9 +58,29 @@ def encoder():
     return shaken(ViT(tiny_config(image=(16, 16), patch=4, depth=1)))
 
 
+def test_the_rate_is_maes_schedule(splits, encoder, monkeypatch):
+    published = SGDConfig()
+    assert published.blr * published.batch / 256 == pytest.approx(6.4)
+    rates, step = [], LARS.step
+
+    def noted(self: LARS) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        step(self)
+
+    monkeypatch.setattr(LARS, "step", noted)
+    monkeypatch.setattr("mpp.eval.linear_sgd.BATCH", 10)
+    test = extract(encoder, splits, "test")
+    linear_sgd(encoder, splits, "train", np.arange(25), 2, test, SGDConfig(batch=10))  # 2 steps an epoch
+    assert len(rates) == 2 * 90
+    peak = 0.1 * 10 / 256
+    part = {0: 0, 5: 0.5, 10: 1, 30: (1 + math.cos(math.pi / 4)) / 2, 50: 0.5, 70: (1 - math.cos(math.pi / 4)) / 2}
+    assert {epoch: rates[2 * epoch] for epoch in part} == pytest.approx({epoch: peak * part[epoch] for epoch in part})
+    assert rates[-1] == pytest.approx(peak * (1 - math.cos(math.pi / 160)) / 2, rel=1e-6), "half an epoch from 0"
+
+
 def test_it_trains_as_a_plain_loop_over_whole_batches_does(splits, encoder, monkeypatch):
     monkeypatch.setattr("mpp.eval.linear_sgd.BATCH", 10)  # micro-batches; a batch has three of them
-    monkeypatch.setattr("mpp.eval.features.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("mpp.hardware.multiplies_bfloat16", lambda device: False)
     config, numbers = SGDConfig(epochs=6, warmup=1, batch=36, blr=20.0), np.arange(2, 37)  # 35 images, 30 a batch
     test = extract(encoder, splits, "test")
     found = linear_sgd(encoder, splits, "train", numbers, 2, test, config)

@@ -35,7 +35,7 @@ def classifier_of(classes=("class0", "class1", "class2"), **config) -> Classifie
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 on any machine, so that results compare closely."""
-    monkeypatch.setattr(mpp.eval.images, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("mpp.hardware.multiplies_bfloat16", lambda device: False)
     monkeypatch.setattr(mpp.eval.images, "BATCH", 5)  # so that there are several
 
 
@@ -112,7 +112,7 @@ def test_shards_give_the_predictions_of_the_folder_they_were_made_of(folder, wei
 def test_bfloat16_gives_nearly_the_same_logits_in_float32(folder, weights, tmp_path, monkeypatch):
     shards = shards_of(folder, tmp_path / "shards")
     exact, _ = logits_of(weights[1], shards, "train")
-    monkeypatch.setattr(mpp.eval.images, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("mpp.hardware.multiplies_bfloat16", lambda device: True)
     low, _ = logits_of(weights[1], shards, "train")
     assert low.dtype == torch.float32
     assert not torch.equal(low, exact)

@@ -42,9 +42,7 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
     width: int  # of the vectors
-    layers: (
-        int  # that layer-wise learning-rate decay counts; what comes before them is layer 0, what follows layers + 1
-    )
+    layers: int  # that layer-wise decay counts: what comes before them is layer 0, what follows is layers + 1
     tokens: int  # of an image: what a CPU's micro-batch is measured by
     looks_across_batch = False  # whether an image's vector depends, in training, on the others of its micro-batch
 

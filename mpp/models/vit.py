@@ -33,9 +33,7 @@ class ViTConfig(EncoderConfig):
     gelu: Literal["erf", "tanh"] = "erf"  # the paper's code computes tanh, which costs 3 times as much on a CPU
     norm_eps: float = 1e-6  # flax's default, hence the paper's
     dropout: float = 0.0  # after positions and after every linear layer but q, k, v (ViT paper, appendix B.1)
-    drop_path: float = (
-        0.0  # chance that the last block's branches leave out an image; falls linearly to the first block
-    )
+    drop_path: float = 0.0  # chance that the last block's branches leave out an image; falls linearly to 0 at the first
 
     def __post_init__(self) -> None:
         super().__post_init__()

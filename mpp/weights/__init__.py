@@ -31,9 +31,8 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
 
     In one entry of metadata: safetensors writes several in random order, and equal runs are to leave equal files.
     """
-    _save(
-        classifier, path, {"encoder": json.dumps(asdict(classifier.encoder.config) | {"classes": classifier.classes})}
-    )
+    config = asdict(classifier.encoder.config) | {"classes": classifier.classes}
+    _save(classifier, path, {"encoder": json.dumps(config)})
 
 
 def _save(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:

@@ -60,7 +60,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Bar:
-    """What issue 2 asks of a ratio: at least, or at most, this."""
+    """What an issue asks of a ratio: at least, or at most, this."""
 
     value: float
     most: bool = False
@@ -78,7 +78,7 @@ class Ratio:
 
     ours: str
     peer: str
-    what: str  # "speed" or "peak memory"
+    what: str  # "speed", "CPU time" or "peak memory"
     median: float
     least: float
     most: float
@@ -166,6 +166,13 @@ def speed(timings: Mapping[str, Sequence[Timing]], ours: str, peer: str, bar: Ba
     """Our images/s over the peer's."""
     ratios = [mine.rate / theirs.rate for mine, theirs in zip(timings[ours], timings[peer], strict=True)]
     return Ratio(ours, peer, "speed", statistics.median(ratios), min(ratios), max(ratios), bar)
+
+
+def processor_time(timings: Mapping[str, Sequence[Timing]], ours: str, peer: str) -> Ratio:
+    """The peer's CPU seconds an image over ours: what speed comes to where nobody else uses the cores."""
+    pairs = zip(timings[ours], timings[peer], strict=True)
+    ratios = [theirs.facts["cpu_us"] / mine.facts["cpu_us"] for mine, theirs in pairs]
+    return Ratio(ours, peer, "CPU time", statistics.median(ratios), min(ratios), max(ratios))
 
 
 def memory(timings: Mapping[str, Sequence[Timing]], ours: str, peer: str, bar: Bar | None = None) -> Ratio:

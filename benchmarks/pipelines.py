@@ -60,13 +60,14 @@ def encoded(folder: Path, split: str) -> list[bytes]:
     return images
 
 
-def pillow_crop(data: bytes, box: Box, side: int, flip: bool = False) -> Tensor:
+def pillow_crop(data: bytes, box: Box, side: int, flip: bool = False, upright: bool = False) -> Tensor:
     """A crop scaled to side x side as torchvision's transforms do it, (c, h, w) in [0, 1].
 
-    Turned upright as EXIF says, which torchvision's own loader leaves out: the boxes are those of upright images.
+    upright: turned as EXIF says, for which the boxes are; torchvision's own loader, which is timed, leaves that out.
     """
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    ImageOps.exif_transpose(image, in_place=True)
+    if upright:
+        ImageOps.exif_transpose(image, in_place=True)
     crop = functional.resized_crop(image, *box, [side, side], antialias=True)
     return functional.to_tensor(functional.hflip(crop) if flip else crop)
 

@@ -20,7 +20,7 @@ from mpp.eval.gather import gather
 from mpp.eval.report import write_report
 from mpp.files import BusyError, write_atomically
 from mpp.recipe import load_recipe
-from mpp.run import as_chosen, changes, check_classes, open_train, resolved
+from mpp.run import as_chosen, changes, check_classes, opened, resolved
 from mpp.watch import sigterm_as_ctrl_c
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing
@@ -39,7 +39,7 @@ def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict
     if the folder holds runs of other recipes.
     """
     comparison = load_comparison(path, overrides)
-    train = open_train(comparison.finetune[comparison.config.baseline])  # made here if the recipe says from what
+    _, train, _ = opened(comparison.finetune[comparison.config.baseline])  # made here if the recipe says from what
     shards, _, test = comparison.data
     check_classes(train.index, read_index(shards, test))
     chains = Chains(comparison)
@@ -64,7 +64,8 @@ def check_folder(jobs: Sequence[Job]) -> None:
         if job.recipe is None or not done.issuperset(job.needs) or not checkpoint.steps(folder / "checkpoints"):
             continue
         before, recipe = load_recipe(folder / "recipe.yaml"), job.recipe()
-        recipe = as_chosen(before, resolved(recipe, open_train(recipe).index))
+        recipe, batches, _ = opened(as_chosen(before, recipe))
+        recipe = resolved(recipe, batches.index, batches.epoch)
         if job.needs:
             recipe = replace(recipe, weights=before.weights)  # which is in this folder, wherever that was moved from
         if changed := changes(before, recipe):

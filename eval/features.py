@@ -8,7 +8,6 @@ float16 has no room for (magnitudes of 6e4 and more) stays float32.
 import hashlib
 import json
 import logging
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +35,6 @@ LAST = 4  # blocks; what DINOv2's linear evaluation reads
 SHALLOW = 12  # blocks up to which all are kept: in small encoders, and after masking, earlier ones are often best
 MOST = 8 * 2**30  # bytes; where the features of all blocks would take more, only the last four are kept
 HALF = 6e4  # float16 ends at 65504
-CACHE = "~/.cache/mpp/features"
 NO_CACHE = (SafetensorError, OSError, ValueError, LookupError, TypeError)  # what cut and foreign files cause
 
 logger = logging.getLogger("mpp.eval")
@@ -66,11 +64,6 @@ class Features:
         return replace(self, parts=parts, labels=self.labels[rows], numbers=self.numbers[rows.numpy()])
 
 
-def default_cache() -> Path:
-    """Where features are kept: what MPP_CACHE names, else a folder of the user's."""
-    return Path(os.environ.get("MPP_CACHE") or CACHE).expanduser()
-
-
 def kept_blocks(encoder: Encoder, images: int) -> list[int]:
     """The blocks whose outputs are features, from 1: all of a shallow encoder, else the last four; none of a CNN."""
     if not isinstance(encoder, ViT):
@@ -81,7 +74,7 @@ def kept_blocks(encoder: Encoder, images: int) -> list[int]:
 
 
 def extract(
-    encoder: Encoder, shards: Path, split: str, *, blocks: Sequence[int] | None = None, cache: Path | None = None
+    encoder: Encoder, shards: str | Path, split: str, *, blocks: Sequence[int] | None = None, cache: Path | None = None
 ) -> Features:
     """The features of all images of a split that are whole and have a label, each centred as in evaluation.
 
@@ -94,9 +87,9 @@ def extract(
     index = read_index(shards, split)
     if not (index.label >= 0).any():
         raise ProbeError(f"{shards}: split {split} has no labels, and a probe needs them")
-    channels, expected = 1 if index.mode == "L" else 3, encoder.config.channels
-    if channels != expected:
-        raise ShardError(f"{shards}: images have {channels} channels, the encoder takes {expected}")
+    if index.channels != encoder.config.channels:
+        expected = encoder.config.channels
+        raise ShardError(f"{shards}: images have {index.channels} channels, the encoder takes {expected}")
     chosen = kept_blocks(encoder, len(index)) if blocks is None else list(blocks)
     path = None if cache is None else cache / f"{key(encoder, index, chosen)}.safetensors"
     found = None if path is None else _load(path, len(index))
@@ -154,7 +147,7 @@ def vectors(encoder: Encoder, images: Tensor, blocks: Sequence[int]) -> dict[str
 
 
 @torch.no_grad()
-def _compute(encoder: Encoder, shards: Path, split: str, blocks: Sequence[int]) -> dict[str, Tensor]:
+def _compute(encoder: Encoder, shards: str | Path, split: str, blocks: Sequence[int]) -> dict[str, Tensor]:
     """The parts (n, d) of all whole images of a split, and their numbers."""
     device, training = device_of("auto"), encoder.training
     encoder.to(device).eval()

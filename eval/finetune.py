@@ -30,6 +30,6 @@ def finetune(recipe: Recipe) -> tuple[Path, Scores | None]:
     out = run(recipe)
     if recipe.data.val is None:
         return out, None
-    scores = score_split(load_classifier(out), Path(recipe.data.path), recipe.data.val, augment=recipe.data.augment)
+    scores = score_split(load_classifier(out), recipe.data.path, recipe.data.val, augment=recipe.data.augment)
     write_atomically(out / "scores.json", json.dumps(scores.to_json()).encode())
     return out, scores

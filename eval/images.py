@@ -21,6 +21,7 @@ from mpp.data.augment import AugmentConfig, centre, resize
 from mpp.data.decode import DamagedImage, decode
 from mpp.data.index import UNFINISHED, no_index, read_index, splits
 from mpp.data.read import read_shards
+from mpp.data.remote import is_url
 from mpp.data.sources import READ_ERRORS, Files, Picture, open_source, understand
 from mpp.data.tar import ShardError
 from mpp.errors import UserError, cause, shown
@@ -59,19 +60,24 @@ class Images(Protocol):
 def open_images(
     data: str | Path, config: EncoderConfig, split: str | None = None, augment: AugmentConfig | None = None
 ) -> Iterator[Images]:
-    """Opens shards (a folder with an index) or a plain folder or archive of images, of any depth.
+    """Opens shards (a folder with an index, or its URL) or a plain folder or archive of images, of any depth.
 
     split: which one; it may be left out where there is only one.
     augment: says how much of each image evaluation sees (`centre`).
 
     Raises a UserError of one line if there is nothing to read.
     """
-    data, augment = Path(data), augment or AugmentConfig()
+    augment = augment or AugmentConfig()
     if config.channels not in MODES:
         raise ImagesError(f"{data}: images have 1 or 3 channels, the encoder takes {config.channels}")
+    if is_url(str(data)):
+        yield ShardImages(str(data), config, split or "train", augment)
+        return
+    data = Path(data)
     if not data.exists():
         raise ImagesError(f"{data}: no such folder")
     if splits(data) or (data / UNFINISHED).is_file():
+        split = chosen_split(data, splits(data), split) if splits(data) else split or "train"
         yield ShardImages(data, config, split, augment)
         return
     with tempfile.TemporaryDirectory(prefix="mpp-") as unpacked, open_source(data, Path(unpacked)) as files:
@@ -100,8 +106,7 @@ class ShardImages:
 
     guessed = False
 
-    def __init__(self, data: Path, config: EncoderConfig, split: str | None, augment: AugmentConfig) -> None:
-        split = chosen_split(data, splits(data), split) if splits(data) else split or "train"
+    def __init__(self, data: str | Path, config: EncoderConfig, split: str, augment: AugmentConfig) -> None:
         self.index = read_index(data, split)
         if self.index.mode != MODES[config.channels]:
             kinds = {"L": "grey", "RGB": "colour"}

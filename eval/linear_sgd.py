@@ -76,7 +76,7 @@ def build_head(width: int, classes: int, seed: int) -> nn.Sequential:
 
 def linear_sgd(
     encoder: Encoder,
-    shards: Path,
+    shards: str | Path,
     train: str,
     numbers: np.ndarray,
     classes: int,

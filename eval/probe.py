@@ -14,12 +14,12 @@ import numpy as np
 from mpp.data.index import read_index
 from mpp.data.subset import lacking
 from mpp.errors import shown
-from mpp.eval.features import Features, ProbeError, default_cache, extract, kept_blocks
+from mpp.eval.features import Features, ProbeError, extract, kept_blocks
 from mpp.eval.few_shot import SHOTS, few_shot
 from mpp.eval.knn import KS, knn_predictions
 from mpp.eval.linear import choices, linear_probe
 from mpp.eval.linear_sgd import SGDConfig, linear_sgd
-from mpp.files import write_atomically
+from mpp.files import cache_folder, write_atomically
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
 from mpp.run import build
@@ -78,7 +78,7 @@ class ProbeReport:
 
 def probe(
     weights: Path,
-    shards: Path,
+    shards: str | Path,
     *,
     protocols: Sequence[str] = CHEAP,
     train: str = "train",
@@ -91,7 +91,7 @@ def probe(
     cache: the folder that keeps features; the user's own where not given.
     """
     encoder = _before_training(weights) if untrained else load_encoder(weights)
-    cache = default_cache() if cache is None else cache
+    cache = cache_folder("features") if cache is None else cache
     features = _features(encoder, shards, protocols, train, test, None, cache)
     rows = _rows(encoder, shards, protocols, train, *features, SGDConfig())
     return ProbeReport(str(weights), untrained, str(shards), train, test, len(features[0]), len(features[1]), rows)
@@ -99,7 +99,7 @@ def probe(
 
 def probe_encoder(
     encoder: Encoder,
-    shards: Path,
+    shards: str | Path,
     protocols: Sequence[str] = CHEAP,
     train: str = "train",
     test: str = "test",
@@ -118,7 +118,7 @@ def probe_encoder(
 
 def _features(
     encoder: Encoder,
-    shards: Path,
+    shards: str | Path,
     protocols: Sequence[str],
     train: str,
     test: str,
@@ -148,7 +148,7 @@ def _features(
 
 def _rows(
     encoder: Encoder,
-    shards: Path,
+    shards: str | Path,
     protocols: Sequence[str],
     split: str,
     train: Features,

@@ -37,9 +37,9 @@ def shards_make(options: argparse.Namespace) -> None:
 
 
 def shards_index(options: argparse.Namespace) -> None:
-    from mpp.data.index import index_folder
+    from mpp.data.build import index_folder
 
-    index_folder(options.folder, options.split)
+    index_folder(options.folder, options.split, options.labels)
 
 
 def shards_check(options: argparse.Namespace) -> None:
@@ -47,6 +47,15 @@ def shards_check(options: argparse.Namespace) -> None:
 
     if check_folder(options.folder, mark=options.mark):
         raise SystemExit(1)
+
+
+def shards_stats(options: argparse.Namespace) -> None:
+    from mpp.data.stats import folder_stats
+
+    found = folder_stats(options.folder, options.images)
+    print(found)
+    if options.json:
+        found.save(options.json)
 
 
 def pretrain(options: argparse.Namespace) -> None:
@@ -157,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that `mpp recipes` lists")
         added.add_argument("overrides", metavar="key=value", nargs="*", help="settings that differ from the recipe's")
 
-    shards = verbs.add_parser("shards", help="make, index or check WebDataset shards").add_subparsers(
+    shards = verbs.add_parser("shards", help="make, index, check or measure WebDataset shards").add_subparsers(
         metavar="VERB", required=True
     )
     make = verb(
@@ -177,6 +186,12 @@ def parser() -> argparse.ArgumentParser:
     index = verb(shards, "index", shards_index, "Index WebDataset tars that others wrote.", "mpp shards index laion/")
     index.add_argument("folder", metavar="FOLDER", type=Path)
     index.add_argument("--split", help="name of the split; else what the files' names say, or train")
+    index.add_argument(
+        "--labels",
+        metavar="CHOICE",
+        help="cls, json:FIELD, name (folder of the key, or what stands before its last _), name:REGEX (its first group)"
+        " or none; default: as in the index that is there, or cls",
+    )
     check = verb(
         shards, "check", shards_check, "Decode every image and list the bad ones.", "mpp shards check data/photos"
     )
@@ -184,6 +199,22 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--mark", action="store_true", help="record the bad ones in the index, so that reading skips them"
     )
+
+    stats = verb(
+        shards,
+        "stats",
+        shards_stats,
+        "What shards hold: sizes, colours, classes, exact duplicates.",
+        "mpp shards stats data/cifar10 --json cifar10.json",
+    )
+    stats.add_argument("folder", metavar="FOLDER", type=Path)
+    stats.add_argument(
+        "--images",
+        type=int,
+        metavar="N",
+        help="decode a sample of N of each split for formats and colours (default: all)",
+    )
+    stats.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
 
     pre = verb(
         verbs, "pretrain", pretrain, "Pretrain an encoder; again, go on.", "mpp pretrain cifar10/mpp train.lr=1e-3"
@@ -216,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
         "mpp probe runs/cifar10-mpp --data data/cifar10 --protocol all",
     )
     probed.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, checkpoint or encoder.safetensors")
-    probed.add_argument("--data", required=True, type=Path, metavar="SHARDS")
+    probed.add_argument("--data", required=True, metavar="SHARDS", help="a folder of shards, or its URL")
     probed.add_argument(
         "--protocol",
         choices=("linear", "few-shot", "knn", "linear-sgd", "all"),
@@ -243,7 +274,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for added in (embedded, predicted):
         added.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, or file of weights")
-        added.add_argument("data", metavar="DATA", type=Path, help="folder of shards, or folder or archive of images")
+        added.add_argument("data", metavar="DATA", help="folder of shards, or its URL; folder or archive of images")
         added.add_argument("--split", help="of the shards, where they have several")
     embedded.add_argument("out", metavar="OUT.npz", type=Path)
     predicted.add_argument("--out", type=Path, metavar="FILE", help=".jsonl or .csv; default: print them")

@@ -17,6 +17,11 @@ class BusyError(FileError):
     """Another process holds the folder."""
 
 
+def cache_folder(kind: str) -> Path:
+    """Where things are kept that can be made again: below what MPP_CACHE names, else below ~/.cache/mpp."""
+    return Path(os.environ.get("MPP_CACHE") or "~/.cache/mpp").expanduser() / kind
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers see the old file or the whole new one, also after a power cut."""
     part = path.with_name(f".{path.name}.part")

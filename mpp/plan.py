@@ -11,11 +11,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpp.batch import Batch
-from mpp.data.index import Index, read_index, splits
+from mpp.data.chosen import chosen
+from mpp.data.index import Index, splits
+from mpp.data.read import epoch_of
+from mpp.data.remote import is_url
 from mpp.hardware import device_of
 from mpp.loop import build_optimizer, forward_pass, settled, update
+from mpp.objectives.labels import LabelsConfig
 from mpp.recipe import Recipe
-from mpp.run import build, parts, resolved
+from mpp.run import build, resolved
 
 MEASURED_STEPS = 5  # after one that is not counted
 MIB = 2**20
@@ -42,7 +46,7 @@ def plan(recipe: Recipe, *, measure: bool = False) -> str:
     index = trained_on(recipe)
     images, steps = length(recipe, index)
     if index is not None:
-        recipe = resolved(recipe, index)
+        recipe = resolved(recipe, index, epoch_of(len(index), recipe.data))
     recipe = replace(recipe, train=settled(build(recipe), RandomImages(recipe, recipe.train.batch), recipe.train))
     rows = [("parameters", f"{sum(parameters(recipe).values()):,}")]
     rows += [(f"  {name}", f"{count:,}") for name, count in parameters(recipe).items()]
@@ -106,20 +110,19 @@ def memory(recipe: Recipe, activations: int) -> str:
 
 
 def trained_on(recipe: Recipe) -> Index | None:
-    """The images to train on, if their shards are there already."""
-    path, split = Path(recipe.data.path), recipe.data.train
-    if not path.is_dir() or split not in splits(path):
-        return None
-    index, (numbers, _) = read_index(path, split), parts(recipe)
-    return index if numbers is None else index.select(numbers)
+    """The images of `data.path` to train on, if their shards are there already."""
+    data = recipe.data
+    there = is_url(data.path) or (Path(data.path).is_dir() and data.train in splits(data.path))
+    return chosen(data, recipe.seed, isinstance(recipe.objective, LabelsConfig))[0][0] if there else None
 
 
 def length(recipe: Recipe, index: Index | None) -> tuple[int, list[tuple[str, str]]]:
     """Images seen in all, 0 if only shards that are not there would tell, and how to say it."""
     if index is not None:
-        steps = recipe.in_steps(len(index)).train.steps or 0
+        epoch = epoch_of(len(index), recipe.data)
+        steps = recipe.in_steps(epoch).train.steps or 0
         seen = steps * recipe.train.batch
-        return seen, [("steps", f"{steps:,} = {seen / len(index):,.1f} epochs of {len(index):,} images")]
+        return seen, [("steps", f"{steps:,} = {seen / epoch:,.1f} epochs of {epoch:,} images")]
     unit, amount = recipe.duration
     if unit == "epochs":
         return 0, [

@@ -24,7 +24,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from mpp.data.read import DataConfig
+from mpp.data.batches import batches_of
+from mpp.data.config import DataConfig
 from mpp.errors import UserError
 from mpp.files import write_atomically
 from mpp.log import LogConfig
@@ -100,11 +101,12 @@ class Recipe:
         return replace(self, train=replace(self.train, steps=None, epochs=None, images=images, warmup=warmup))
 
     def in_steps(self, images: int) -> "Recipe":
-        """The same recipe with duration and warm-up in whole steps, for a train split of that many images."""
+        """The same recipe with duration and warm-up in whole steps, for an epoch of that many images."""
         if images < 1:
             raise ValueError(f"data.train ({self.data.train}) must hold at least 1 image, found {images}")
-        (unit, duration), batch = self.duration, self.train.batch
-        steps_of = {"steps": Fraction(1), "epochs": Fraction(images, batch), "images": Fraction(1, batch)}[unit]
+        (unit, duration), batch, last = self.duration, self.train.batch, self.data.last_batch
+        epoch = Fraction(images, batch) if last == "chained" else Fraction(batches_of(images, batch, last))
+        steps_of = {"steps": Fraction(1), "epochs": epoch, "images": epoch / images}[unit]
         # By way of text, so that 0.1 is one tenth and 0.1 epochs of 50,000 images are not one step too many.
         steps, warmup = (math.ceil(Fraction(str(value)) * steps_of) for value in (duration, self.train.warmup))
         return replace(self, train=replace(self.train, steps=steps, epochs=None, images=None, warmup=warmup))
@@ -317,9 +319,14 @@ def _check(values: dict[str, Any], hints: dict[str, Any], source: str, above: st
         elif get_origin(hints[key]) is dict and isinstance(value, dict):
             for name, part in value.items():
                 if part is not None:  # null leaves out what a base names
-                    _check({name: part}, {name: get_args(hints[key])[1]}, source, f"{dotted}.")
+                    _check({name: part}, {name: _required(get_args(hints[key])[1])}, source, f"{dotted}.")
         elif not _fits(value, hints[key]):
             raise RecipeError(f"{source}: {dotted}: expected {_expected(hints[key])}, found {_shown(value)}")
+
+
+def _required(hint: Any) -> Any:
+    """A hint without the None that it may allow."""
+    return next(part for part in get_args(hint) if part is not type(None)) if type(None) in get_args(hint) else hint
 
 
 def _fits(value: Any, hint: Any) -> bool:

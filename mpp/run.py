@@ -1,17 +1,24 @@
 """A run: from a recipe to a folder with metrics, checkpoints and an encoder; started again there, it goes on."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mpp import checkpoint
-from mpp.data.index import UNFINISHED, Index, ShardError, read_index, splits
-from mpp.data.read import Batches, read_shards
-from mpp.data.subset import SubsetConfig, drawn, lacking
+from mpp.data.batches import Batches
+from mpp.data.chosen import chosen
+from mpp.data.config import PrepareName, ShuffleName
+from mpp.data.index import UNFINISHED, Index, ShardError, splits
+from mpp.data.on_device import DeviceBatches, faster
+from mpp.data.read import open_batches, windowed
+from mpp.data.remote import is_url
+from mpp.data.subset import lacking
 from mpp.data.write import make_shards
 from mpp.errors import UserError, shown
 from mpp.files import claimed
@@ -34,14 +41,17 @@ class RunError(UserError):
 def run(recipe: Recipe) -> Path:
     """Carries out a recipe to its end, or on from where it stopped; gives the run folder."""
     out = recipe.folder
-    with claimed(out, "in use by a run that is still going; stop it, or choose another folder with out="):
-        batches = open_train(recipe)
-        recipe = resolved(recipe, batches.index)
-        part = scored_part(recipe)
-        if isinstance(recipe.objective, LabelsConfig) and recipe.data.val:
-            check_classes(batches.index, read_index(recipe.data.path, recipe.data.val))
+    busy = "in use by a run that is still going; stop it, or choose another folder with out="
+    with claimed(out, busy), ExitStack() as stack:
+        if (before := earlier(out)) is not None:
+            recipe = as_chosen(before, recipe)
+        recipe, batches, scored = opened(recipe)
+        stack.callback(batches.close)
+        recipe = resolved(recipe, batches.index, batches.epoch)
+        if isinstance(recipe.objective, LabelsConfig) and scored is not None:
+            check_classes(batches.index, scored)
         objective = build(recipe)
-        recipe = same_as_before(recipe, objective, batches, out)
+        recipe = settle(recipe, before, objective, batches)
         train(
             objective,
             batches,
@@ -49,7 +59,7 @@ def run(recipe: Recipe) -> Path:
             out=out,
             seed=recipe.seed,
             log=recipe.log,
-            evaluate=evaluation(recipe, objective, *part) if part else None,
+            evaluate=None if scored is None else evaluation(recipe, objective, scored),
             evaluate_every=recipe.eval.every,
         )
         if isinstance(objective, Classification):
@@ -58,66 +68,44 @@ def run(recipe: Recipe) -> Path:
     return out
 
 
-def open_train(recipe: Recipe) -> Batches:
-    """The images to train on; makes the shards first if the recipe says from what and they are not there."""
-    data, folder = recipe.data, Path(recipe.data.path)
-    if data.source and (not splits(folder) or (folder / UNFINISHED).exists()):
-        make_shards(data.source, folder)
-    return _open(recipe, data.train, recipe.train.batch, parts(recipe)[0], train=True)
+def opened(recipe: Recipe) -> tuple[Recipe, Batches, Index | None]:
+    """The batches to train on and the images to score on; makes the shards first if the recipe says from what.
 
-
-def scored_part(recipe: Recipe) -> tuple[str, np.ndarray | None] | None:
-    """What the objective is scored on while training: a split and the numbers of its images (None for all).
-
-    The images held out from training if there are any, or else `data.val`.
+    The recipe comes back with a plain value for whatever its `data` section leaves to the machine.
     """
-    data, (_, held) = recipe.data, parts(recipe)
-    if held is not None and len(held):
-        return data.train, held
-    if data.val is None:
-        return None
-    if isinstance(recipe.objective, LabelsConfig):
-        return data.val, drawn(read_index(data.path, data.val), SubsetConfig(), recipe.seed)[0]
-    return data.val, None
-
-
-def parts(recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Numbers of the images to train on and to hold out; None for all and none."""
-    if recipe.data.subset == SubsetConfig() and not isinstance(recipe.objective, LabelsConfig):
-        return None, None
-    return drawn(read_index(recipe.data.path, recipe.data.train), recipe.data.subset, recipe.seed)
-
-
-def _open(recipe: Recipe, split: str, batch: int, numbers: np.ndarray | None, *, train: bool) -> Batches:
     data = recipe.data
-    batches = read_shards(
-        data.path,
-        batch,
-        split=split,
-        image=recipe.model.image,
-        seed=recipe.seed,
-        train=train,
-        augment=data.augment,
-        reader=data.reader,
-        memory=data.memory,
-        threads=data.threads,
-        numbers=numbers,
-    )
-    channels = 1 if batches.index.mode == "L" else 3
-    if channels != recipe.model.channels:
-        raise ShardError(f"{data.path}: images have {channels} channels, model.channels is {recipe.model.channels}")
-    return batches
+    if data.source and not is_url(data.path):
+        folder = Path(data.path)
+        if not splits(folder) or (folder / UNFINISHED).exists():
+            make_shards(data.source, folder)
+    train, scored = chosen(data, recipe.seed, isinstance(recipe.objective, LabelsConfig))
+    batches = _open(recipe, train, recipe.train.batch, train=True)
+    shuffle: ShuffleName = "window" if windowed(batches.index, data) else "all"
+    prepare: PrepareName = "device" if isinstance(batches, DeviceBatches) else "cpu"
+    return replace(recipe, data=replace(data, shuffle=shuffle, prepare=prepare)), batches, scored
 
 
-def resolved(recipe: Recipe, index: Index) -> Recipe:
+def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool) -> Batches:
+    """Batches, prepared on the CPU or the device as the recipe says or, if it leaves that open, as is faster."""
+    found, expected = indexes[0].channels, recipe.model.channels
+    if found != expected:
+        raise ShardError(f"{indexes[0].origin}: images have {found} channels, model.channels is {expected}")
+    data, device, image = recipe.data, device_of(recipe.train.device), recipe.model.image
+    on_cpu = partial(open_batches, indexes, batch, data, image=image, seed=recipe.seed, train=train)
+    if data.prepare == "cpu" or (data.prepare == "auto" and device.type != "cuda"):
+        return on_cpu()
+    return on_cpu(device=device) if data.prepare == "device" else faster(on_cpu(), on_cpu(device=device))
+
+
+def resolved(recipe: Recipe, index: Index, epoch: int) -> Recipe:
     """The recipe with what follows from the images to train on: steps, and with labels classes and their weights."""
-    recipe = recipe.in_steps(len(index))
+    recipe = recipe.in_steps(epoch)
     objective = recipe.objective
     if not isinstance(objective, LabelsConfig):
         return recipe
     if objective.classes and objective.classes != index.classes:
         raise RunError(
-            f"{recipe.data.path}: has {len(index.classes)} classes ({', '.join(index.classes)[:60]}), "
+            f"{index.origin}: has {len(index.classes)} classes ({', '.join(index.classes)[:60]}), "
             f"objective.classes are {len(objective.classes)} ({', '.join(objective.classes)[:60]})"
         )
     weights = objective.weights
@@ -134,7 +122,7 @@ def check_classes(train: Index, scored: Index) -> None:
     if names := lacking(train, scored):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ShardError(
-            f"{scored.folder}: split {scored.split} has images of class {', '.join(map(shown, names[:3]))}{more}, "
+            f"{scored.origin}: split {scored.split} has images of class {', '.join(map(shown, names[:3]))}{more}, "
             f"of which split {train.split} has none to train on"
         )
 
@@ -152,18 +140,22 @@ def build(recipe: Recipe) -> Objective:
     return objective
 
 
-def same_as_before(recipe: Recipe, objective: Objective, batches: Batches, out: Path) -> Recipe:
+def earlier(out: Path) -> Recipe | None:
+    """The recipe that a run folder goes on with; a run that never saved is none to go on with."""
+    path = out / "recipe.yaml"
+    return load_recipe(path) if path.exists() and checkpoint.steps(out / "checkpoints") else None
+
+
+def settle(recipe: Recipe, before: Recipe | None, objective: Objective, batches: Batches) -> Recipe:
     """The recipe with all that is left to the machine chosen: at the first start by measuring, later as it was then.
 
     Raises RunError if the folder belongs to another recipe.
     """
-    path = out / "recipe.yaml"
-    if not path.exists() or not checkpoint.steps(out / "checkpoints"):  # a run that never saved is none to go on with
+    out = recipe.folder
+    if before is None:
         recipe = replace(recipe, train=settled(objective, batches, recipe.train))
-        save_recipe(recipe, path)
+        save_recipe(recipe, out / "recipe.yaml")
         return recipe
-    before = load_recipe(path)
-    recipe = as_chosen(before, recipe)
     if changed := changes(before, recipe):
         raise RunError(f"{out}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out=")
     return recipe
@@ -176,22 +168,21 @@ def as_chosen(before: Recipe, recipe: Recipe) -> Recipe:
         for key in ("precision", "compile", "threads", "micro_batch")
         if getattr(recipe.train, key) in ("auto", None)
     }
-    return replace(recipe, train=replace(recipe.train, **chosen))
+    prepare = before.data.prepare if recipe.data.prepare == "auto" else recipe.data.prepare
+    return replace(recipe, train=replace(recipe.train, **chosen), data=replace(recipe.data, prepare=prepare))
 
 
 def changes(before: Recipe, recipe: Recipe) -> list[str]:
     """What differs between two recipes that decides a run's results, a line each."""
-    free = ("out", "log.", "data.threads", "data.reader", "data.memory", "train.save_every", "train.keep")
+    free = ("out", "log.", "data.threads", "data.reader", "data.memory", "data.cache", "train.save_every", "train.keep")
     return [line for line in differences(before, recipe) if not line.startswith(free)]
 
 
-def evaluation(
-    recipe: Recipe, objective: Objective, split: str, numbers: np.ndarray | None
-) -> Callable[[], dict[str, float]]:
-    """A function that scores the objective on part of a split: means over its images, for the same draws every time."""
+def evaluation(recipe: Recipe, objective: Objective, scored: Index) -> Callable[[], dict[str, float]]:
+    """A function that scores the objective on images: means over them, for the same draws every time."""
     assert isinstance(recipe.train.micro_batch, int), "settled() comes first"
     size = min(recipe.train.micro_batch, recipe.eval.images)  # fits in memory, and is compiled already
-    batches = _open(recipe, split, size, numbers, train=False)
+    batches = _open(recipe, [scored], size, train=False)
     device, forward = device_of(recipe.train.device), forward_pass(objective, replace(recipe.train, compile=False))
 
     @torch.no_grad()

@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -7,14 +8,16 @@ import pytest
 import torch
 from conftest import pictures
 from PIL import Image
-from scipy.stats import ks_2samp
+from scipy.stats import ks_2samp, kstest, uniform
 from timm.data.random_erasing import RandomErasing
 
 from mpp.data.augment import AugmentConfig, Change, Erasure, apply, centre, evaluation_plan, resize, training_plan
+from mpp.data.colour import NEUTRAL, Colour, Colours, recolour
 from mpp.data.randaugment import draw, operate
 from mpp.data.read import read_shards
 
 STRONG = AugmentConfig(crop="none", randaugment=2, magnitude_std=0.5, erase=0.5)
+COLOURED = AugmentConfig(jitter=(0.4, 0.4, 0.2, 0.1), jitter_chance=0.8, grey=0.2, blur=0.5, solarize=0.2)
 
 SHAPES = [((40, 60), (16, 16)), ((16, 16), (40, 30)), ((50, 20), (20, 50)), ((17, 23), (16, 23))]
 
@@ -135,6 +138,19 @@ def test_grey_images_keep_their_one_channel(channels):
         ("magnitude_std", math.inf),
         ("erase", 1.1),
         ("erase", -0.1),
+        ("jitter", (0.4, 0.4, 0.2)),
+        ("jitter", (0.4, -0.1, 0.2, 0.1)),
+        ("jitter", (0.4, 0.4, math.inf, 0.1)),
+        ("jitter", (0.4, 0.4, 0.2, 0.6)),
+        ("jitter", (0.4, 0.4, 0.2, math.nan)),
+        ("jitter_chance", 1.5),
+        ("grey", -0.1),
+        ("blur", math.nan),
+        ("blur_sigma", (0.0, 2.0)),
+        ("blur_sigma", (2.0, 1.0)),
+        ("blur_sigma", (1.0, math.inf)),
+        ("blur_sigma", (1.0,)),
+        ("solarize", 2.0),
     ],
 )
 def test_impossible_settings_are_refused_by_name(key, value):
@@ -169,7 +185,7 @@ def test_changes_leave_crops_and_flips_as_they_were(crop):
     assert np.array_equal(plain.boxes, strong.boxes)
     assert np.array_equal(plain.flips, strong.flips)
     assert np.array_equal(plain.shifts, strong.shifts)
-    assert [change.operations for change in strong.changes] == draw(2, 9.0, 0.5, 3, positions)
+    assert [change.operations for change in strong.changes] == draw(2, 9.0, 0.5, 3, positions).each()
 
 
 def test_changes_depend_on_seed_and_position_alone():
@@ -260,6 +276,68 @@ def test_changed_batches_are_the_same_whoever_reads_them(small_shards):
     assert not torch.equal(resident.at(0).images, resident.at(4).images)
 
 
+def test_coloured_batches_are_the_same_whoever_reads_them(small_shards):
+    resident = read_shards(small_shards, 16, augment=COLOURED, seed=5, reader="resident", threads=1)
+    indexed = read_shards(small_shards, 16, augment=COLOURED, seed=5, reader="indexed", threads=3)
+    assert torch.equal(resident.at(3).images, indexed.at(3).images)
+
+
 def test_evaluation_changes_nothing(small_shards):
-    strong = read_shards(small_shards, 16, augment=STRONG, train=False)
+    strong = read_shards(small_shards, 16, augment=replace(STRONG, jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0), train=False)
     assert torch.equal(strong.at(0).images, read_shards(small_shards, 16, train=False).at(0).images)
+
+
+def colours(config: AugmentConfig, count: int, seed: int = 0, first: int = 0) -> Colours:
+    return training_plan(config, np.tile([[40, 60]], (count, 1)), (32, 32), seed, first + np.arange(count)).colours
+
+
+def test_colours_are_drawn_from_seed_and_position_alone():
+    whole, part, other = colours(COLOURED, 60), colours(COLOURED, 10, first=20), colours(COLOURED, 60, seed=1)
+    for mine, others in zip(whole, part, strict=True):
+        assert np.array_equal(mine[20:30], others)
+    assert all(not np.array_equal(mine, others) for mine, others in zip(whole, other, strict=True))
+
+
+def test_colours_leave_all_other_draws_as_they_were():
+    sizes, positions = np.tile([[40, 60]], (50, 1)), np.arange(50)
+    mixed = replace(COLOURED, crop="none", randaugment=2, magnitude_std=0.5, erase=0.5)
+    plain, coloured = (training_plan(config, sizes, (32, 32), 3, positions) for config in (STRONG, mixed))
+    assert np.array_equal(plain.flips, coloured.flips)
+    assert [change._replace(colour=None) for change in coloured.changes] == plain.changes
+    assert all(change.colour is None for change in plain.changes)
+
+
+def test_jitter_moves_each_factor_evenly_within_its_strength_as_often_as_asked():
+    drawn = colours(AugmentConfig(jitter=(0.4, 1.5, 0.2, 0.1)), 20_000)
+    moved = (drawn.jitter != NEUTRAL).all(1)
+    assert moved.mean() == pytest.approx(0.8, abs=0.01)
+    assert (drawn.jitter[~moved] == NEUTRAL).all()
+    assert not drawn.grey.any() | drawn.solarize.any() | drawn.sigma.any()
+    ranges = [(0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)]  # as torchvision's ColorJitter
+    for factor, (low, high) in zip(drawn.jitter[moved].T, ranges, strict=True):
+        assert kstest(factor, uniform(low, high - low).cdf).pvalue > 1e-3
+    correlation = np.corrcoef(drawn.jitter[moved].T) - np.eye(4)
+    assert abs(correlation).max() < 0.03
+
+
+def test_all_orders_of_jitter_are_equally_frequent():
+    orders, counts = np.unique(colours(COLOURED, 24_000).order, axis=0, return_counts=True)
+    assert orders.tolist() == [list(order) for order in sorted(itertools.permutations(range(4)))]
+    assert (abs(counts - 1000) < 5 * math.sqrt(1000)).all()
+
+
+def test_grey_blur_and_solarising_are_as_frequent_as_asked_and_independent():
+    drawn = colours(COLOURED, 20_000)
+    happens = np.stack([drawn.grey, drawn.sigma > 0, drawn.solarize, (drawn.jitter != NEUTRAL).all(1)])
+    assert happens.mean(1).tolist() == pytest.approx([0.2, 0.5, 0.2, 0.8], abs=0.015)
+    assert abs(np.corrcoef(happens) - np.eye(4)).max() < 0.03
+    assert kstest(drawn.sigma[drawn.sigma > 0], uniform(0.1, 1.9).cdf).pvalue > 1e-3
+
+
+def test_colours_come_after_the_flip_and_before_randaugment():
+    image, flipped, found = smooth((24, 30)), np.empty((16, 20, 3), np.uint8), np.empty((16, 20, 3), np.uint8)
+    colour = Colour([1.2, 0.7, 1.1, 0.05], [2, 0, 3, 1], False, 1.3, True)
+    operations = [("TranslateXRel", 9.0), ("PosterizeIncreasing", 9.0)]
+    apply(image, (1, 2, 20, 25), True, (2, -1), flipped)
+    apply(image, (1, 2, 20, 25), True, (2, -1), found, Change(operations, None, colour))
+    assert np.array_equal(found, operate(recolour(flipped, colour), operations))

@@ -1,9 +1,15 @@
 """mpp/data/check.py: each bad image is named with its shard and its cause."""
 
+import os
+
+import pytest
 from shard_files import labelled, png, quiet, write_tar
 
+from mpp.data import check
+from mpp.data.build import index_folder
 from mpp.data.check import check_folder
-from mpp.data.index import index_folder, read_index
+from mpp.data.index import read_index
+from mpp.data.tar import ShardError
 
 
 def test_check_lists_each_bad_image_with_shard_key_and_cause_and_marks_it(tmp_path):
@@ -28,3 +34,20 @@ def test_check_finds_bytes_that_changed_behind_the_index(tmp_path):
     lines: list[str] = []
     assert check_folder(tmp_path, report=lines.append) == 3
     assert "checksum" in lines[0]
+
+
+@pytest.mark.parametrize("vanish", [True, False])
+def test_a_shard_that_vanishes_or_shrinks_meanwhile_is_one_line(tmp_path, monkeypatch, vanish):
+    for shard in range(2):
+        write_tar(tmp_path / f"t-{shard}.tar", labelled(4, ["2"], start=4 * shard))
+    index_folder(tmp_path, report=quiet)
+
+    def read_and_lose(*arguments):
+        index = read_index(*arguments)
+        (tmp_path / "t-1.tar").unlink() if vanish else os.truncate(tmp_path / "t-1.tar", 700)
+        return index
+
+    monkeypatch.setattr(check, "read_index", read_and_lose)
+    with pytest.raises(ShardError, match=r"t-1\.tar: (gone|700 bytes)") as caught:
+        check_folder(tmp_path, report=quiet)
+    assert "\n" not in str(caught.value)

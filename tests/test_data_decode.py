@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from mpp.data.decode import DamagedImage, decode, image_size
+from mpp.data.decode import DamagedImage, decode, decode_again, decode_first, image_size, room
 
 ODD_MODES = (
     "1 PNG, L PNG, P PNG, P GIF, RGB BMP, RGB PPM, L PPM, 1 PPM, CMYK TIFF, CMYK JPEG, YCbCr JPEG, RGB TIFF, RGB WEBP"
@@ -60,6 +60,53 @@ def test_a_jpeg_is_bit_equal_to_pillow(sampling, quality):
 def test_a_progressive_jpeg_is_bit_equal_to_pillow():
     data = saved(picture(), "JPEG", progressive=True)
     assert np.array_equal(decode(data), pillow(data))
+
+
+TALL = np.asarray(Image.fromarray(SMOOTH).resize((37, 90)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(simplejpeg.encode_jpeg(TALL, 80, "RGB", kind) for kind in ["444", "422", "420", "440", "411", "Gray"]),
+        *(saved(Image.fromarray(TALL), "JPEG", **{option: 1}) for option in ["restart_marker_blocks", "optimize"]),
+        saved(Image.fromarray(TALL), "JPEG", exif=b"Exif\0\0" + b"MM\0*" + b"\xff\xc0" * 40),
+        saved(Image.fromarray(TALL), "JPEG", progressive=True),  # always as a whole
+    ],
+)
+def test_decoding_again_down_to_a_row_gives_the_same_rows(data, mode):
+    whole, approved = decode_first(data, mode)
+    assert approved
+    for end in range(1, 91):
+        rows = decode_again(data, mode, 90, end, room(whole.size))
+        assert len(rows) >= end
+        assert np.array_equal(rows[:end], whole[:end])
+
+
+def test_a_crop_from_the_top_spares_the_rows_below():
+    data = simplejpeg.encode_jpeg(TALL, 80)
+    assert len(decode_again(data, "RGB", 90, 20, room(TALL.size))) < 60
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg_with_orientation(3),
+        jpeg_with_orientation(1, "CMYK"),
+        saved(picture(), "PNG"),
+        saved(picture(), "JPEG").replace(b"\xff\xc0", b"\0\0\xff\xc0", 1),  # libjpeg warns of two bytes too much
+    ],
+)
+def test_only_flawless_upright_jpegs_are_approved(data):
+    image, approved = decode_first(data, "RGB")
+    assert not approved
+    assert np.array_equal(image, decode(data))
+
+
+def test_an_image_that_outgrew_its_room_is_damaged():
+    with pytest.raises(DamagedImage, match="too small"):
+        decode_again(saved(picture(), "JPEG"), "RGB", 29, 29, room(100))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

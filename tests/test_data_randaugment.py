@@ -91,15 +91,15 @@ def test_operations_are_done_in_their_order():
 
 
 def test_draws_depend_on_seed_and_position_alone():
-    whole = draw(2, 9.0, 0.5, 3, np.arange(100, 140))
-    assert draw(2, 9.0, 0.5, 3, np.arange(110, 120)) == whole[10:20]
-    assert draw(2, 9.0, 0.5, 4, np.arange(100, 140)) != whole
-    assert draw(0, 9.0, 0.5, 3, np.arange(3)) == [[], [], []]
+    whole = draw(2, 9.0, 0.5, 3, np.arange(100, 140)).each()
+    assert draw(2, 9.0, 0.5, 3, np.arange(110, 120)).each() == whole[10:20]
+    assert draw(2, 9.0, 0.5, 4, np.arange(100, 140)).each() != whole
+    assert draw(0, 9.0, 0.5, 3, np.arange(3)).each() == [[], [], []]
 
 
 def test_operations_are_equally_frequent_and_every_other_one_is_left_out():
     images = 30_000
-    drawn = draw(2, 9.0, 0.0, 0, np.arange(images))
+    drawn = draw(2, 9.0, 0.0, 0, np.arange(images)).each()
     done = Counter(len(operations) for operations in drawn)
     for count, share in [(0, 0.25), (1, 0.5), (2, 0.25)]:
         assert done[count] / images == pytest.approx(share, abs=0.01)
@@ -112,14 +112,16 @@ def test_operations_are_equally_frequent_and_every_other_one_is_left_out():
 
 
 def test_magnitudes_are_normal_around_theirs_cut_at_10_and_of_either_sign():
-    exact = [level for operations in draw(3, 7.0, 0.0, 0, np.arange(1000)) for _, level in operations]
+    exact = [level for operations in draw(3, 7.0, 0.0, 0, np.arange(1000)).each() for _, level in operations]
     assert set(exact) == {-7.0, 7.0}
-    levels = np.array([level for operations in draw(3, 5.0, 1.0, 0, np.arange(20_000)) for _, level in operations])
+    drawn = draw(3, 5.0, 1.0, 0, np.arange(20_000)).each()
+    levels = np.array([level for operations in drawn for _, level in operations])
     assert (levels > 0).mean() == pytest.approx(0.5, abs=0.02)
     assert abs(levels).mean() == pytest.approx(5, abs=0.03)
     assert abs(levels).std() == pytest.approx(1, abs=0.03)
     share = (abs(levels) < 6).mean()
     assert share == pytest.approx(0.841, abs=0.01), "one standard deviation of a normal draw"
-    noisy = np.array([level for operations in draw(3, 9.0, 3.0, 0, np.arange(20_000)) for _, level in operations])
+    drawn = draw(3, 9.0, 3.0, 0, np.arange(20_000)).each()
+    noisy = np.array([level for operations in drawn for _, level in operations])
     assert abs(noisy).max() == 10
     assert (abs(noisy) == 10).mean() == pytest.approx(0.369, abs=0.01)

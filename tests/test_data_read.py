@@ -9,7 +9,7 @@ from PIL import Image
 
 from mpp.data.augment import AugmentConfig
 from mpp.data.decode import decode
-from mpp.data.index import read_index
+from mpp.data.index import ShardError, read_index
 from mpp.data.read import read_shards
 from mpp.data.write import make_shards
 from mpp.seeds import permutation
@@ -152,14 +152,22 @@ def test_shards_of_damaged_images_alone_stop_the_run_with_one_line(own_shards):
         read_shards(own_shards, 8).at(0)
 
 
-def test_a_shard_that_goes_away_while_reading_is_damage_not_a_crash(own_shards):
+def test_a_shard_that_goes_away_while_reading_stops_with_one_line(own_shards):
     batches = read_shards(own_shards, 53, reader="indexed")
     (own_shards / batches.index.shards[1]).unlink()
+    with pytest.raises(ShardError, match=r"train-000001\.tar: gone, though the index names it"):
+        batches.at(0)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_shard_that_is_cut_while_reading_stops_with_one_line(own_shards, opened):
+    batches = read_shards(own_shards, 53, reader="indexed", threads=3)
+    if opened:
+        batches.at(0)
     with (own_shards / batches.index.shards[0]).open("r+b") as file:
         file.truncate(1000)
-    assert len(batches.at(0)) == 53
-    assert {batches.index.shard[i] for i in batches.damaged} == {0, 1}
-    assert len(batches.damaged) == 40
+    with pytest.raises(ShardError, match=r"train-000000\.tar: 1000 bytes, the index says \d+"):
+        batches.at(0)
 
 
 def test_the_pictures_are_the_images_upright(tmp_path):
@@ -216,7 +224,7 @@ def test_many_readers_of_one_split_agree(small_shards):
 
 
 def test_auto_keeps_in_memory_what_fits(small_shards):
-    from mpp.data.read import Resident
+    from mpp.data.pictures import Resident
 
     assert isinstance(read_shards(small_shards, 4)._images, Resident)
     assert not isinstance(read_shards(small_shards, 4, memory=1e-6)._images, Resident)

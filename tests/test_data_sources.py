@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from shard_files import (
     write_tar,
 )
 
+from mpp.data import sources
 from mpp.data.decode import decode
 
 
@@ -237,3 +239,28 @@ def test_a_torchvision_dataset_without_one_class_an_image_is_refused(tmp_path, m
     monkeypatch.setattr(datasets, "Picky", Picky, raising=False)
     assert "its labels are no classes" in refused("Boxes", tmp_path / "out")
     assert "needs more than its name" in refused("Picky", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("ending", [".zip", ".tar"])
+def test_of_equal_names_in_an_archive_the_last_counts_as_when_it_is_unpacked(tmp_path, ending):
+    members = [("x/a.jpg", image(1)), ("y/b.jpg", image(2)), ("x/a.jpg", image(3))]
+    path = tmp_path / ("twice" + ending)
+    if ending == ".zip":
+        with zipfile.ZipFile(path, "w") as packed:
+            for name, data in members:
+                packed.writestr(name, data)
+    else:
+        write_tar(path, members)
+    _, lines = make(path, tmp_path / "out")
+    assert {name: data for name, (_, data, _) in stored(tmp_path / "out").items()} == dict(members)
+    assert "left out: 1 images whose names come again further on, such as x/a.jpg" in lines
+
+
+def test_files_that_would_fill_the_memory_are_left_out(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST_IMAGE", 100_000)
+    write_files(source, {"train/cat/bomb.jpg": bytes(10**7)})
+    for path in (source, archive(source, ".zip", tmp_path), archive(source, ".tar", tmp_path)):
+        _, lines = make(path, tmp_path / ("out-" + path.name.replace(".", "-")))
+        (line,) = [line for line in lines if "bomb" in line]
+        assert line.endswith("train/cat/bomb.jpg: cannot be read: 10000000 bytes, more than the limit of 100000")

@@ -1,6 +1,7 @@
 """mpp/data/write.py: what comes out of `mpp shards make` is read back by tarfile, webdataset and Pillow."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -28,9 +29,10 @@ from shard_files import (
 )
 
 from mpp.data import write
+from mpp.data.build import index_folder
 from mpp.data.check import check_folder
 from mpp.data.decode import decode
-from mpp.data.index import index_folder, read_index
+from mpp.data.index import read_index
 from mpp.data.tar import ShardError
 from mpp.errors import UserError
 
@@ -84,7 +86,9 @@ def test_single_shards_are_mixed_in_an_order_that_never_changes(source, tmp_path
     assert len(set(index.label[:6])) == 2
     make(source, tmp_path / "b", per_shard=6, workers=1)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert [index.key(i) for i in range(3)] == ["00000000", "00000001", "00000002"]
+    names = [name for name in CLASSES if name.startswith("train/")]
+    keys = sorted(hashlib.blake2b(name.encode()).hexdigest()[:16] for name in names)
+    assert [index.key(i) for i in range(12)] == keys
     with tarfile.open(tmp_path / "a" / "train-000000.tar") as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in tar} == {(0, 0, 0, "", 0o644)}
 
@@ -301,3 +305,27 @@ def test_a_disk_that_is_full_is_one_line_and_with_space_the_same_shards_come_out
     (small_disk / "ballast").unlink()
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert contents(small_disk / "out") == contents(tmp_path / "whole")
+
+
+def test_keys_stay_when_other_images_come_or_go(source, tmp_path):
+    (_, before), _ = make(source, tmp_path / "a", per_shard=5)
+    write_files(source, {f"train/cat/new{i}.jpg": image(90 + i) for i in range(3)})
+    (source / "train/dog/1.jpg").unlink()
+    (_, after), _ = make(source, tmp_path / "b", per_shard=5)
+    gone = hashlib.blake2b(b"train/dog/1.jpg").hexdigest()[:16]
+    old, new = ([index.key(i) for i in range(len(index))] for index in (before, after))
+    assert set(old) - set(new) == {gone}
+    assert len(new) == len(old) + 2
+    assert new == sorted(new)
+
+
+def test_shards_with_running_numbers_stay_but_are_not_gone_on_with(source, tmp_path):
+    """As an earlier mpp made them: its plan says nothing about keys."""
+    make(source, tmp_path / "out", per_shard=4)
+    plan = json.loads((tmp_path / "out/make.json").read_bytes())
+    assert plan.pop("keys")
+    (tmp_path / "out/make.json").write_text(json.dumps(plan))
+    _, lines = make(source, tmp_path / "out", per_shard=4)
+    assert lines == [f"{tmp_path / 'out'}: already complete"]
+    (tmp_path / "out/train-000001.tar").unlink()
+    assert "was begun with keys 'running numbers', now" in refused(source, tmp_path / "out", per_shard=4)

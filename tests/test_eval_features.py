@@ -12,7 +12,7 @@ from mpp.data.read import read_shards
 from mpp.data.write import make_shards
 from mpp.errors import UserError
 from mpp.eval import features
-from mpp.eval.features import ProbeError, default_cache, extract, kept_blocks
+from mpp.eval.features import ProbeError, extract, kept_blocks
 from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.vit import ViT
 
@@ -169,13 +169,6 @@ def test_a_folder_that_cannot_be_made_costs_the_cache_and_not_the_result(splits,
     (tmp_path / "file").write_text("")
     assert len(extract(small_vit(), splits, "train", cache=tmp_path / "file" / "folder")) == 40
     assert "not kept" in caplog.text
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("MPP_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path
-    monkeypatch.delenv("MPP_CACHE")
-    assert default_cache().parts[-3:] == (".cache", "mpp", "features")
 
 
 @pytest.fixture

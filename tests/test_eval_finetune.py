@@ -17,7 +17,7 @@ from mpp.data.index import read_index
 from mpp.data.subset import SubsetConfig, drawn
 from mpp.data.write import make_shards
 from mpp.recipe import load_recipe
-from mpp.run import open_train
+from mpp.run import opened
 from mpp.weights import load_classifier, load_encoder
 
 EVERYTHING = [
@@ -193,7 +193,7 @@ def test_a_share_of_the_labels_is_what_is_trained_on(recipe, splits, tmp_path):
     counts = np.bincount(index.label[numbers])
     assert sorted(counts) == [6, 6, 7]
     assert load_recipe(out / "recipe.yaml").train.steps == 3, "19 images in batches of 8"
-    read = open_train(load_recipe(out / "recipe.yaml")).index
+    read = opened(load_recipe(out / "recipe.yaml"))[1].index
     assert [read.key(i) for i in range(len(read))] == [index.key(i) for i in numbers]
 
 
@@ -201,7 +201,7 @@ def test_held_out_images_are_scored_in_the_place_of_the_test_images(recipe, spli
     out = finetune(recipe, tmp_path / "run", "data.subset.hold_out=0.3", "train.lr=0.1")
     numbers, held = drawn(read_index(splits, "train"), SubsetConfig(hold_out=0.3), seed=3)
     assert len(held) == 12
-    assert len(open_train(load_recipe(out / "recipe.yaml")).index) == len(numbers) == 28
+    assert len(opened(load_recipe(out / "recipe.yaml"))[1].index) == len(numbers) == 28
     loss, accuracy = loss_and_accuracy(*logits_of(out, splits, "train", held))
     assert last_scores(out) == (pytest.approx(loss, rel=1e-4), pytest.approx(accuracy))
     test, _ = loss_and_accuracy(*logits_of(out, splits, "test", np.arange(20)))
@@ -275,7 +275,7 @@ def test_images_without_a_label_are_left_out(tmp_path):
     assert (scores["n"], scores["top1"]) == (6, pytest.approx(accuracy))
     assert scores["loss"] == pytest.approx(loss, rel=1e-4)
     assert last_scores(out) == (pytest.approx(loss, rel=1e-4), pytest.approx(accuracy))
-    assert len(open_train(load_recipe(out / "recipe.yaml")).index) == 12
+    assert len(opened(load_recipe(out / "recipe.yaml"))[1].index) == 12
 
 
 # What is refused

@@ -1,20 +1,16 @@
 """`mpp shards check`: decodes every image of a folder of shards and lists the bad ones."""
 
-import mmap
-import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from mpp.data.decode import DamagedImage, decode
+from mpp.data.decode import DamagedImage
 from mpp.data.index import Index, no_index, read_index, splits, write_index
+from mpp.data.pictures import Indexed, Shards
+from mpp.data.sweep import sweep
 from mpp.errors import shown
-
-CHUNK = 256  # images of one task
 
 
 def check_folder(folder: str | Path, mark: bool = False, report: Callable[[str], None] = print) -> int:
@@ -40,28 +36,16 @@ def check_folder(folder: str | Path, mark: bool = False, report: Callable[[str],
 def _bad_images(index: Index) -> dict[int, str]:
     """The cause for each image that does not decode to what the index says."""
     bad: dict[int, str] = {}
-    with ThreadPoolExecutor() as pool, tqdm(desc=f"check {shown(index.split)}", total=len(index), unit="image") as bar:
-        for shard, name in enumerate(index.shards):
-            with open(index.folder / name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-                inside = np.flatnonzero(index.shard == shard)
-                chunks = np.split(inside, range(CHUNK, len(inside), CHUNK))
-                for found in pool.map(lambda chunk: _check_images(index, tar, chunk), chunks):
-                    bad |= found
-                bar.update(len(inside))
+    for found in sweep(index, np.arange(len(index)), _check_images, "check"):
+        bad |= found
     return bad
 
 
-def _check_images(index: Index, tar: mmap.mmap, chunk: np.ndarray) -> dict[int, str]:
-    bad: dict[int, str] = {}
-    for i in chunk.tolist():
-        data = tar[index.offset[i] : index.offset[i] + index.size[i]]
+def _check_images(shards: Shards, numbers: list[int]) -> dict[int, str]:
+    images, bad = Indexed(shards), {}
+    for i in numbers:
         try:
-            image = decode(data, index.mode)
+            images[i]
         except DamagedImage as error:
             bad[i] = str(error)
-            continue
-        if zlib.crc32(data) != index.crc32[i]:
-            bad[i] = "its bytes have changed since the index was made (checksum)"
-        elif image.shape[:2] != (index.height[i], index.width[i]):
-            bad[i] = f"{image.shape[1]}x{image.shape[0]} pixels, the index says {index.width[i]}x{index.height[i]}"
     return bad

@@ -5,25 +5,23 @@ made from the tars alone (`mpp shards index`), and trusted only as long as their
 """
 
 import json
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from tqdm import tqdm
 
-from mpp.data.tar import Scan, ShardError, scan_shard
+from mpp.data.remote import check_url, is_url, read_small
+from mpp.data.tar import ShardError
 from mpp.errors import cause, shown
 from mpp.files import write_atomically
 
 SUFFIX = "-index.safetensors"
 UNFINISHED = "make.unfinished.json"  # stands in the folder while `mpp shards make` is not done
-CLASS_DIGITS = 6  # longer integers in `cls` are identifiers, not classes
+MOST_BYTES = 2**34  # of an index that is fetched: some 200 million images
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Index:
 
     folder: Path
     split: str
-    shards: tuple[str, ...]  # file names in `folder`
+    shards: tuple[str, ...]  # file names in `folder`, or URLs
     shard_bytes: tuple[int, ...]
     classes: tuple[str, ...]  # names by label; empty without labels
     mode: str  # "RGB" or "L": how images are to be decoded
@@ -46,16 +44,37 @@ class Index:
     damaged: np.ndarray  # bool
     key_bytes: np.ndarray  # uint8 (all keys in utf-8, one behind the other)
     key_ends: np.ndarray  # int64, where each key ends in key_bytes
+    url: str = ""  # of the folder, where it is a remote one
+    labels: str = "cls"  # where they come from: the choice of `mpp shards index --labels`
 
     def __len__(self) -> int:
         return len(self.offset)
 
+    @property
+    def channels(self) -> int:
+        return 1 if self.mode == "L" else 3
+
+    @property
+    def origin(self) -> str:
+        """The folder or its URL, for messages."""
+        return self.url or str(self.folder)
+
+    @property
+    def remote(self) -> bool:
+        return any(map(is_url, self.shards))
+
+    def place(self, shard: int) -> str:
+        """The path or URL of a shard."""
+        return self.shards[shard] if is_url(self.shards[shard]) else str(self.folder / self.shards[shard])
+
     def select(self, numbers: np.ndarray) -> "Index":
         """The same split with these images (k,) alone, in that order."""
-        keys = [self.key_bytes[self.key_ends[i - 1] if i else 0 : self.key_ends[i]] for i in numbers.tolist()]
         rows = {name: getattr(self, name)[numbers] for name in ARRAYS if not name.startswith("key_")}
-        ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
-        return replace(self, **rows, key_bytes=np.concatenate([self.key_bytes[:0], *keys]), key_ends=ends)
+        starts = np.concatenate([[0], self.key_ends])[numbers]
+        lengths = self.key_ends[numbers] - starts
+        ends = np.cumsum(lengths)
+        places = np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
+        return replace(self, **rows, key_bytes=self.key_bytes[places], key_ends=ends)
 
     def key(self, i: int) -> str:
         start = self.key_ends[i - 1] if i else 0
@@ -63,7 +82,7 @@ class Index:
 
 
 ARRAYS = tuple(field.name for field in fields(Index) if field.type is np.ndarray)
-FACTS = ("shards", "shard_bytes", "classes", "mode")
+FACTS = ("shards", "shard_bytes", "classes", "mode", "labels")
 NO_INDEX = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)  # what foreign files cause
 
 
@@ -80,17 +99,26 @@ def splits(folder: str | Path) -> list[str]:
     return sorted(path.name.removesuffix(SUFFIX) for path in Path(folder).glob("*" + SUFFIX))
 
 
-def read_index(folder: str | Path, split: str) -> Index:
-    """The index of a split, after a look at every tar's size; ShardError says what is missing and what to do."""
+def read_index(folder: str | Path, split: str, allow: Sequence[str] = ()) -> Index:
+    """The index of a split, after a look at every local tar's size; ShardError says what is missing and what to do.
+
+    folder: also the URL of a folder, in which the index lies beside its tars. allow: "pipe" for shards that are the
+        output of commands.
+    """
+    if is_url(str(folder)):
+        return _remote_index(str(folder).rstrip("/"), split, allow)
     folder = Path(folder)
     path, again = folder / (split + SUFFIX), f"run `mpp shards index {folder}`"
     if not path.is_file() or (folder / UNFINISHED).is_file():
         raise no_index(folder, split)
     try:
-        index = _loaded(folder, split)
+        index = loaded(path, split)
     except NO_INDEX as error:
         raise ShardError(f"{path}: cut, or no index of mpp ({cause(error)}); {again}") from None
+    _check_names(index, str(path), allow)
     for name, size in zip(index.shards, index.shard_bytes, strict=True):
+        if is_url(name):
+            continue  # its size is compared when it is fetched
         if not (folder / name).is_file():
             raise ShardError(f"{folder / name}: missing, though the index names it; restore it or {again}")
         if (found := (folder / name).stat().st_size) != size:
@@ -100,20 +128,80 @@ def read_index(folder: str | Path, split: str) -> Index:
     return index
 
 
-def _loaded(folder: Path, split: str) -> Index:
+def _remote_index(url: str, split: str, allow: Sequence[str]) -> Index:
+    check_url(url, allow)
+    place = f"{url}/{split}{SUFFIX}"
+    with tempfile.NamedTemporaryFile(suffix=SUFFIX) as file:
+        file.write(read_small(place, MOST_BYTES))
+        file.flush()
+        try:
+            index = loaded(Path(file.name), split)
+        except NO_INDEX as error:
+            raise ShardError(f"{place}: cut, or no index of mpp ({cause(error)})") from None
+    _check_names(index, place, allow)
+    shards = tuple(name if is_url(name) else f"{url}/{name}" for name in index.shards)
+    return replace(index, shards=shards, url=url)
+
+
+def _check_names(index: Index, place: str, allow: Sequence[str]) -> None:
+    """Refuses names that lead out of the index's folder: an index may come from anybody."""
+    for name in index.shards:
+        if is_url(name):
+            check_url(name, allow)
+        elif name in ("", "..") or name != Path(name).name or "\0" in name:
+            raise ShardError(f"{place}: names the shard {shown(name)}; expected a file of its folder, or a URL")
+
+
+def loaded(path: Path, split: str) -> Index:
     """An index that agrees with itself; whether it does with its tars is another question."""
-    with safe_open(folder / (split + SUFFIX), framework="np") as file:
+    with safe_open(path, framework="np") as file:
         facts = json.loads((file.metadata() or {})["mpp"])
         arrays = {name: file.get_tensor(name) for name in ARRAYS}
     shards, sizes, classes = (tuple(facts[name]) for name in ("shards", "shard_bytes", "classes"))
-    index = Index(folder, split, shards, sizes, classes, facts["mode"], **arrays)
+    labels = facts.get("labels", "cls")
+    index = Index(path.parent, split, shards, sizes, classes, facts["mode"], **arrays, labels=labels)
     lengths = {len(arrays[name]) for name in ARRAYS if name != "key_bytes"}
     if lengths != {len(index)} or len(shards) != len(sizes) or index.mode not in ("RGB", "L"):
         raise ValueError("its parts do not fit together")
+    if not all(isinstance(name, str) for name in (*shards, *classes, labels)):
+        raise ValueError("its shards and classes are not all named by texts")
     ends = np.array(sizes, np.int64)[index.shard]
     if (index.offset < 0).any() or (index.size < 0).any() or (index.offset + index.size > ends).any():
         raise ValueError("its images lie outside its shards")
     return index
+
+
+def merged(indexes: Sequence[Index]) -> Index:
+    """Several splits as one, the images of each behind those of the one before.
+
+    Labels stay if they mean the same in all; else there are none. Raises ShardError if some are grey and some not.
+    """
+    first = indexes[0]
+    if len(indexes) == 1:
+        return first
+    if len({index.mode for index in indexes}) > 1:
+        kinds = ", ".join(f"{index.origin} {index.mode}" for index in indexes)
+        raise ShardError(f"data sets of grey (L) and coloured (RGB) images cannot be mixed, found {kinds}")
+    rows = {name: np.concatenate([getattr(index, name) for index in indexes]) for name in ARRAYS}
+    counts = [len(index) for index in indexes]
+    shards = [len(index.shards) for index in indexes]
+    keys = [len(index.key_bytes) for index in indexes]
+    rows["shard"] = rows["shard"] + np.repeat(np.cumsum([0, *shards[:-1]]), counts).astype(np.int32)
+    rows["key_ends"] = rows["key_ends"] + np.repeat(np.cumsum([0, *keys[:-1]]), counts)
+    alike = all(index.classes == first.classes for index in indexes)
+    if not alike:
+        rows["label"] = np.full(sum(counts), -1, np.int32)
+    return Index(
+        folder=first.folder,
+        split=first.split,
+        mode=first.mode,
+        labels=first.labels,
+        shards=tuple(index.place(shard) for index in indexes for shard in range(len(index.shards))),
+        shard_bytes=tuple(size for index in indexes for size in index.shard_bytes),
+        classes=first.classes if alike else (),
+        url=" + ".join(dict.fromkeys(index.origin for index in indexes)),
+        **rows,
+    )
 
 
 def no_index(folder: Path, split: str) -> ShardError:
@@ -129,107 +217,3 @@ def no_index(folder: Path, split: str) -> ShardError:
     if any(folder.glob("*.tar")):
         return ShardError(f"{folder}: tars without an index; run `mpp shards index {folder}`")
     return ShardError(f"{folder}: no shards (*.tar) here; make them with `mpp shards make SOURCE {folder}`")
-
-
-def index_folder(folder: str | Path, split: str | None = None, report: Callable[[str], None] = print) -> list[Index]:
-    """Indexes all tars of a folder; `split` names those that are only numbered (img2dataset's 00000.tar).
-
-    Labels mean the same in every split: classes are collected over all of them.
-    """
-    folder = Path(folder)
-    if split is not None and (not split or "/" in split):
-        raise ShardError(f"a split is part of a file name, got {split!r}")
-    paths = sorted(folder.glob("*.tar"))
-    if (folder / UNFINISHED).is_file() or not paths:
-        raise no_index(folder, split or "train")
-    groups: dict[str, list[Scan]] = {}
-    for scan in scan_shards(paths):
-        groups.setdefault(re.sub(r"[-_.]?\d*$", "", scan.path.stem) or split or "train", []).append(scan)
-    classes, numbers = _classes([scan for scans in groups.values() for scan in scans])
-    made = []
-    for name, scans in groups.items():
-        made.append(build_index(folder, name, scans, classes, numbers, _old_mode(folder, name), report))
-    for index in made:  # only when all of them are sound
-        write_index(index)
-    return made
-
-
-def scan_shards(paths: Sequence[Path], progress: bool = True) -> list[Scan]:
-    """Scans tars side by side."""
-    with ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(scan_shard, paths), "index", len(paths), unit="shard", disable=not progress))
-
-
-def _old_mode(folder: Path, split: str) -> str:
-    """The mode of an index that is there already, even if it no longer agrees with its tars; else RGB."""
-    try:
-        return _loaded(folder, split).mode
-    except NO_INDEX:
-        return "RGB"
-
-
-def build_index(
-    folder: Path,
-    split: str,
-    scans: Sequence[Scan],
-    classes: Sequence[str],
-    numbers: dict[str, int],
-    mode: str,
-    report: Callable[[str], None],
-) -> Index:
-    """One split's index from its scanned tars; `numbers` gives the label of each text found in `cls`."""
-    samples = [sample for scan in scans for sample in scan.samples]
-    shard = np.repeat(np.arange(len(scans), dtype=np.int32), [len(scan.samples) for scan in scans])
-    keys = [sample.key for sample in samples]
-    if len(set(keys)) < len(keys):
-        key = Counter(keys).most_common(1)[0][0]
-        places = [scans[shard[i]].path.name for i, other in enumerate(keys) if other == key]
-        where = ", ".join(places[:4])
-        raise ShardError(f"{folder}: key {shown(key)} occurs {len(places)} times in {split}: in {where}")
-    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(sample, name) for sample in samples], dtype)
-
-    damaged = np.array([sample.damage != "" for sample in samples], np.bool_)
-    for i in np.flatnonzero(damaged).tolist():
-        report(f"{shown(scans[shard[i]].path.name)} {shown(keys[i])}: {samples[i].damage}")
-    name = shown(split)
-    report(f"{name}: {len(samples)} images in {len(scans)} shards, {len(classes)} classes, {damaged.sum()} damaged")
-    if without := sum(scan.without_image for scan in scans):
-        report(f"{name}: left out {without} samples without an image")
-    if links := sum(scan.links for scan in scans):
-        report(f"{name}: left out {links} links")
-    return Index(
-        folder=folder,
-        split=split,
-        shards=tuple(scan.path.name for scan in scans),
-        shard_bytes=tuple(scan.bytes for scan in scans),
-        classes=tuple(classes),
-        mode=mode,
-        shard=shard,
-        offset=column("offset", np.int64),
-        size=column("size", np.int64),
-        height=column("height", np.int32),
-        width=column("width", np.int32),
-        label=np.array([numbers.get(sample.label, -1) for sample in samples], np.int32),
-        crc32=column("crc32", np.uint32),
-        damaged=damaged,
-        key_bytes=np.frombuffer(b"".join(encoded), np.uint8),
-        key_ends=np.cumsum([len(key) for key in encoded], dtype=np.int64),
-    )
-
-
-def _classes(scans: Sequence[Scan]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names by label, and the label of each text in `cls`: integers stay, names are numbered in sorted order."""
-    pairs = {(sample.label, sample.name) for scan in scans for sample in scan.samples if sample.label}
-    texts = {text for text, _ in pairs} - {"-1"}
-    if not texts:
-        return (), {}
-    if not all(re.fullmatch("[0-9]+", text) for text in texts):
-        return tuple(sorted(texts)), {text: label for label, text in enumerate(sorted(texts))}
-    if long := [text for text in texts if len(text.lstrip("0")) > CLASS_DIGITS]:
-        raise ShardError(f"cls holds {long[0][:20]}; integers of more than {CLASS_DIGITS} digits are no classes")
-    numbers = {text: int(text) for text in texts}
-    names = {numbers[text]: name for text, name in pairs if name and text in numbers}
-    return tuple(names.get(label, str(label)) for label in range(max(numbers.values()) + 1)), numbers

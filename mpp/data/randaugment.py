@@ -10,6 +10,7 @@ black image, which newer versions of Pillow refuse to make.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -26,18 +27,24 @@ STREAM = 1  # keeps these draws apart from others of (seed, position)
 VALUES = np.arange(256)
 
 
-def draw(count: int, magnitude: float, std: float, seed: int, positions: np.ndarray) -> list[list[Operation]]:
+class Operations(NamedTuple):
+    """What is done to a batch of pictures, up to k operations each."""
+
+    numbers: np.ndarray  # (b, k) in NAMES, -1 for one that is left out
+    levels: np.ndarray  # (b, k)
+
+    def each(self) -> list[list[Operation]]:
+        rows = zip(self.numbers.tolist(), self.levels.tolist(), strict=True)
+        return [[(NAMES[number], level) for number, level in zip(*row, strict=True) if number >= 0] for row in rows]
+
+
+def draw(count: int, magnitude: float, std: float, seed: int, positions: np.ndarray) -> Operations:
     """Draws up to `count` operations, with replacement, for the image at each of the positions (b,)."""
     draws = uniform(count * 5, seed, positions, STREAM).reshape(len(positions), count, 5)
     which, left_out, side, radius, angle = np.moveaxis(draws, -1, 0)  # (b, count) each
     normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller
     levels = np.clip(magnitude + std * normal, 0, HIGHEST) * np.where(side < 0.5, -1, 1)
-    # An operation that is left out has no number.
-    numbers = np.where(left_out < CHANCE, -1, (which * len(NAMES)).astype(np.int64))
-    return [
-        [(NAMES[number], level) for number, level in zip(*image, strict=True) if number >= 0]
-        for image in zip(numbers.tolist(), levels.tolist(), strict=True)
-    ]
+    return Operations(np.where(left_out < CHANCE, -1, (which * len(NAMES)).astype(np.int64)), levels)
 
 
 def operate(pixels: np.ndarray, operations: list[Operation]) -> np.ndarray:

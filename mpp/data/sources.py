@@ -9,7 +9,6 @@ import gzip
 import inspect
 import io
 import lzma
-import mmap
 import os
 import shutil
 import tarfile
@@ -19,13 +18,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from mpp.data.tar import IMAGE_ENDINGS, ShardError, walk_tar
+from mpp.data.tar import IMAGE_ENDINGS, LARGEST_IMAGE, Bytes, ShardError, walk_tar
 from mpp.errors import cause, shown
+
+T = TypeVar("T")
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 UNPACK: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}
@@ -66,7 +67,8 @@ def open_source(source: str | Path, out: Path) -> Iterator[Files]:
             except READ_ERRORS as error:
                 raise ShardError(f"{path}: cannot be read: {cause(error)}") from None
             members = [member for member in archive.infolist() if not member.is_dir()]
-            yield Files([member.filename.replace("\\", "/") for member in members], lambda i: archive.read(members[i]))
+            names = [member.filename.replace("\\", "/") for member in members]
+            yield Files(names, lambda i: archive.read(_bounded(members[i], members[i].file_size)))
         elif path.is_file():
             yield _tar(path, out, stack)
         elif path.exists():
@@ -107,7 +109,7 @@ def _folder(root: Path, out: Path) -> Files:
         path = root / names[i]
         if path.exists() and not path.is_file():
             raise OSError("no regular file")  # a pipe, from which reading would wait for ever
-        return path.read_bytes()
+        return _bounded(path, path.stat().st_size).read_bytes()
 
     return Files(names, read)
 
@@ -134,17 +136,23 @@ def _walk(root: Path, out: Path) -> list[str]:
 def _tar(path: Path, out: Path, stack: ExitStack) -> Files:
     try:
         plain = _unpacked(path, out, stack)
-        file = stack.enter_context(plain.open("rb"))
         if not tarfile.is_tarfile(plain):
             raise ShardError(f"{path}: no archive; {EXPECTED}")
-        tar = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        tar = Bytes(plain, path)
+        members = list(walk_tar(tar))
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {cause(error)}") from None
-    members = list(walk_tar(tar, path))
     files = [member for member in members if not member.link]
     names = [member.name for member in files]
     links = [member.name for member in members if member.link]
-    return Files(names, lambda i: tar[files[i].offset : files[i].offset + files[i].size], links)
+    return Files(names, lambda i: tar.read(files[i].offset, _bounded(files[i].size, files[i].size)), links)
+
+
+def _bounded(what: T, size: int) -> T:
+    """`what`, unless its size says that it would fill the memory: archives can hold much in few bytes."""
+    if size > LARGEST_IMAGE:
+        raise OSError(f"{size} bytes, more than the limit of {LARGEST_IMAGE}")
+    return what
 
 
 def _unpacked(path: Path, out: Path, stack: ExitStack) -> Path:
@@ -249,7 +257,8 @@ def understand(
     source: str, files: Files, labelled: bool, report: Callable[[str], None]
 ) -> tuple[list[Picture], list[str]]:
     """The images with their splits and classes, and all class names; says what it understood."""
-    images = [number for number, name in enumerate(files.names) if _is_image(name)]
+    numbers = {name: number for number, name in enumerate(files.names) if _is_image(name)}
+    images = sorted(numbers.values())  # of equal names in an archive the last, as when it is unpacked
     if not images:
         raise ShardError(f"{source}: no images found among {len(files.names)} files; {EXPECTED}")
     paths = [[part for part in files.names[number].split("/") if part not in ("", ".", "..")] for number in images]
@@ -270,10 +279,12 @@ def understand(
     classes.sort(key=(lambda name: (int(name), name)) if all(name.isdecimal() for name in classes) else None)
     _describe(source, pictures, classes, report)
     others = [name for name in files.names if not _is_image(name) and not _is_junk(name)]
+    again = [name for number, name in enumerate(files.names) if numbers.get(name, number) != number]
     links = [name for name in files.links if _is_image(name)]
     for left, why in (
         (outside, "images outside train, val and test"),
         (others, "files that are no images"),
+        (again, "images whose names come again further on"),
         (links, "links to images, which an archive may point anywhere"),
     ):
         if left:

@@ -12,7 +12,7 @@ import numpy as np
 from mpp.data.index import Index, ShardError
 from mpp.seeds import mix
 
-SHARE, HELD_OUT = 1, 2  # what a draw is for
+SHARE, HELD_OUT, FOR_EVER = 1, 2, 3  # what a draw is for
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def drawn(index: Index, config: SubsetConfig, seed: int) -> tuple[np.ndarray, np
     """
     labelled = np.flatnonzero(index.label >= 0)
     if not len(labelled):
-        raise ShardError(f"{index.folder}: split {index.split} has no labels; training with labels needs some")
+        raise ShardError(f"{index.origin}: split {index.split} has no labels; training with labels needs some")
     most = config.per_class or len(index)
     chosen = _first(index, labelled, config.share, most, seed, SHARE)
     if not config.hold_out:
@@ -47,17 +47,31 @@ def drawn(index: Index, config: SubsetConfig, seed: int) -> tuple[np.ndarray, np
     held = _first(index, chosen, config.hold_out, len(index), seed, HELD_OUT, leave=1)
     if not len(held):
         raise ShardError(
-            f"{index.folder}: split {index.split}: data.subset.hold_out needs a class of at least 2 images, "
+            f"{index.origin}: split {index.split}: data.subset.hold_out needs a class of at least 2 images, "
             f"found {len(chosen)} images in as many classes"
         )
     return np.setdiff1d(chosen, held), held
+
+
+def held_out(index: Index, share: float) -> np.ndarray:
+    """Which images (n,) a share of the keys holds out, as a function of each key alone.
+
+    Neither the seed nor other images count: an image that is held out once is so for ever, whatever is added.
+    """
+    return mix(FOR_EVER, key_hashes(index)) < np.uint64(share * 2.0**64)
+
+
+def key_hashes(index: Index) -> np.ndarray:
+    """CRC-32 of each key (n,)."""
+    keys, ends = index.key_bytes.tobytes(), index.key_ends.tolist()
+    return np.array([zlib.crc32(keys[start:end]) for start, end in zip([0, *ends], ends, strict=False)], np.uint64)
 
 
 def _first(
     index: Index, numbers: np.ndarray, share: float, most: int, seed: int, purpose: int, leave: int = 0
 ) -> np.ndarray:
     """Of each class the share of images, rounded but at least one and at most `most`, whose hashes come first."""
-    keys = np.array([zlib.crc32(index.key(number).encode("utf-8", "surrogateescape")) for number in numbers])
+    keys = key_hashes(index)[numbers]
     order = np.lexsort([mix(seed, purpose, keys), index.label[numbers]])  # class by class, each in hashed order
     _, counts = np.unique(index.label[numbers], return_counts=True)
     wanted = np.maximum(1, np.rint(share * counts)).astype(np.int64)

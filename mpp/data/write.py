@@ -1,7 +1,8 @@
 """Images of any source to WebDataset shards with an index: `mpp shards make SOURCE OUT`.
 
-Images are written in an order fixed by a hash of their names, so that each shard is mixed. The result is the same
-byte for byte however often it was interrupted: finished shards are recorded in a plan that stands in OUT.
+Images are written in an order fixed by a hash of their names, so that each shard is mixed, and the start of the hash is
+an image's key, so that it stays the same when others come or go. The result is the same byte for byte however often
+making was interrupted: finished shards are recorded in a plan that stands in OUT.
 """
 
 import hashlib
@@ -16,7 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from mpp.data.index import UNFINISHED, Index, build_index, read_index, scan_shards, write_index
+from mpp.data.build import build_index, scan_shards
+from mpp.data.index import UNFINISHED, Index, read_index, write_index
+from mpp.data.labels import Classes
 from mpp.data.prepare import Options, Prepared, prepared
 from mpp.data.sources import fingerprint, open_source, size_of, understand
 from mpp.data.tar import ShardError
@@ -24,6 +27,8 @@ from mpp.errors import cause, shown
 from mpp.files import claimed, write_atomically
 
 FINISHED = "make.json"  # what UNFINISHED becomes
+KEYS = "16 hex digits of the name's blake2b"  # what keys are made of; plans without it: running numbers
+KEY_DIGITS = 16  # hexadecimal; of a million images two get the same key with a chance of 3e-8, and that is refused
 
 
 class Shard(NamedTuple):
@@ -43,6 +48,7 @@ class Plan:
     source: str  # fingerprint
     options: dict[str, Any]
     done: dict[str, list[Shard]]  # by split
+    keys: str = KEYS
 
 
 def make_shards(
@@ -78,7 +84,7 @@ def make_shards(
             _save_plan(out, plan)  # before the first shard, so that a rerun knows whose shards these are
             for split in sorted({picture.split for picture in pictures}):
                 inside = [picture for picture in pictures if picture.split == split]
-                inside.sort(key=lambda picture: (_hash(picture.name), picture.name))
+                inside.sort(key=lambda picture: _hash(picture.name))
                 writer = _SplitWriter(out, split, classes, options, plan)
                 images = prepared(inside[writer.position :], files, options, threads)
                 writer.write(len(inside), images, progress)
@@ -99,11 +105,11 @@ def _finish(
         report(f"left out: {shown(name)}: {why}")
     if left_out:
         report(f"left out: {len(left_out)} images that cannot be decoded")
-    numbers = {str(label): label for label in range(len(classes))}
+    known = Classes("cls", tuple(classes), {str(label): label for label in range(len(classes))})
     indexes = []
     for split, shards in plan.done.items():
-        scans = scan_shards([out / shard.file for shard in shards], progress)
-        indexes.append(build_index(out, split, scans, classes, numbers, options.mode, report))
+        scans = scan_shards([out / shard.file for shard in shards], known.choice, progress)
+        indexes.append(build_index(out, split, scans, known, options.mode, report))
     for index in indexes:
         write_index(index)
     _rename(out / UNFINISHED, out / FINISHED)
@@ -119,12 +125,13 @@ def _open_plan(out: Path, fresh: Plan) -> Plan:
         return fresh
     try:
         saved = json.loads(found.read_bytes())
-        old = {"source": saved["source"], **saved["options"]}
+        old = {"source": saved["source"], "keys": saved.get("keys", "running numbers"), **saved["options"]}
         done = {split: [Shard(**shard) for shard in shards] for split, shards in saved["done"].items()}
         whole = {split: [size_of(out / shard.file) == shard.bytes for shard in done[split]] for split in done}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise ShardError(f"{found}: cut or changed; delete {out} to start over") from None
-    new = {"source": fresh.source, **fresh.options}
+    complete = found.name == FINISHED and all(map(all, whole.values()))  # nothing will be written: any keys are right
+    new = {"source": fresh.source, "keys": old["keys"] if complete else KEYS, **fresh.options}
     changed = [f"{name} {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value]
     if changed:
         raise ShardError(f"{out}: was begun with {'; '.join(changed)}; choose another OUT, or delete it to start over")
@@ -148,8 +155,8 @@ def _rename(old: Path, new: Path) -> None:
         raise ShardError(f"{new}: cannot be written: {cause(error)}") from None
 
 
-def _hash(name: str) -> bytes:
-    return hashlib.blake2b(name.encode("utf-8", "surrogateescape")).digest()
+def _hash(name: str) -> str:
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class _SplitWriter:
@@ -160,7 +167,7 @@ class _SplitWriter:
         self.labels = {name: label for label, name in enumerate(classes)}
         self.done = plan.done.setdefault(split, [])
         self.position = self.done[-1].next if self.done else 0  # in the order of the split
-        self.images = self.done[-1].images if self.done else 0  # written so far; the next key
+        self.images = self.done[-1].images if self.done else 0  # written so far
 
     def write(self, total: int, images: Iterator[Prepared], progress: bool) -> None:
         with tqdm(desc=self.split, total=total, initial=self.position, unit="image", disable=not progress) as bar:
@@ -205,7 +212,7 @@ class _SplitWriter:
         _save_plan(self.out, self.plan)
 
     def _members(self, image: Prepared) -> bytes:
-        key, label = f"{self.images:08d}", image.picture.label
+        key, label = _hash(image.picture.name)[:KEY_DIGITS], image.picture.label
         facts = {"source": image.picture.name, "class": label, "width": image.width, "height": image.height}
         members = {image.ending: image.data, "json": json.dumps(facts).encode()}
         if label is not None:

@@ -1,0 +1,183 @@
+"""Batches: position by position, image by image, each a pure function of (seed, step)."""
+
+import itertools
+import logging
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpp.batch import Batch
+from mpp.data.augment import AugmentConfig, Change, Plan, apply, evaluation_plan, training_plan
+from mpp.data.config import LastBatch
+from mpp.data.decode import DamagedImage
+from mpp.data.index import ShardError
+from mpp.data.order import Order
+from mpp.data.pictures import Indexed
+
+NAMED = 100  # damaged images that the log names; `mpp shards check` lists them all
+
+logger = logging.getLogger("mpp.data")
+
+
+class Part(NamedTuple):
+    """What one process of several reads."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, positions: np.ndarray) -> np.ndarray:
+        """This rank's part of a batch: consecutive, and as large as any other or smaller by one."""
+        start, end = (len(positions) * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        return positions[start:end]
+
+
+class Reading(NamedTuple):
+    """How a split is read, nothing left to choose."""
+
+    batch: int  # images of a step, over all ranks
+    image: tuple[int, int]  # (h, w) of the pictures
+    seed: int
+    train: bool  # shuffled, augmented and endless
+    augment: AugmentConfig
+    last_batch: LastBatch  # in training
+    windowed: bool  # shards are read a window at a time, and brought near before
+    threads: int
+    part: Part = Part()
+
+
+class Batches:
+    """The batches of a split. `at(step)` gives any of them; `iterate(start)` gives them in turn, one read ahead.
+
+    In training an order (mpp.data.order) says which image each position of an endless chain holds, and batch s holds
+    positions s * batch to (s + 1) * batch, across the borders of epochs unless `last_batch` says otherwise. The place
+    of an image that turns out damaged is taken by another one of its window. In evaluation damaged images are left out.
+    Either way each is named once, in the log and in `damaged`.
+    """
+
+    def __init__(self, images: Indexed, order: Order, reading: Reading) -> None:
+        self.index, self.epoch = images.index, order.epoch  # positions that make one epoch
+        self.batch, self.image, self.seed, self.train = reading.batch, reading.image, reading.seed, reading.train
+        self.damaged: dict[int, str] = {}  # image number -> cause, of those met so far
+        self._images, self._order, self._reading = images, order, reading
+        self._last = reading.last_batch if self.train else "kept"
+        self._bad = images.index.damaged.copy()
+        self._sizes = np.stack([images.index.height, images.index.width], axis=1).astype(np.int64)
+        self._pool = ThreadPoolExecutor(reading.threads, "decode") if reading.threads > 1 else None
+        if not len(self):
+            raise ShardError(f"{self.index.origin}: {self.epoch} images make no batch of {self.batch} to keep")
+        cv2.setNumThreads(1)  # the threads here are enough; OpenCV's own would fight them and torch's for the cores
+
+    def __len__(self) -> int:
+        """Batches an epoch; a chained one's last may reach into the next epoch."""
+        return batches_of(self.epoch, self.batch, self._last)
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, or this rank's part: uint8 (b, c, h, w) and, if the shards have them, labels (b,)."""
+        positions = self._positions(step)
+        if self._reading.windowed and len(positions):
+            self._images.shards.ahead(self._order.shards(int(positions[0]), int(positions[-1])))
+        positions = self._reading.part.of(positions)
+        return self._read(positions if self.train else positions[~self._bad[positions]])
+
+    def _positions(self, step: int) -> np.ndarray:
+        """Of the whole batch."""
+        if self._last == "chained":
+            return np.arange(step * self.batch, (step + 1) * self.batch)
+        epoch, place = divmod(step, len(self)) if self.train else (0, step)
+        start = place * self.batch
+        return epoch * self.epoch + np.arange(start, min(start + self.batch, self.epoch))
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """Yields the batches from `start` on, without end in training; the next one is being read meanwhile."""
+        steps = itertools.count(start) if self.train else range(start, len(self))
+        waiting: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(1, "read ahead") as ahead:
+            for step in steps:
+                waiting.append(ahead.submit(self.at, step))
+                if len(waiting) == 2:
+                    yield waiting.popleft().result()
+            for last in waiting:
+                yield last.result()
+
+    def _read(self, positions: np.ndarray) -> Batch:
+        """Fills a batch, with threads, until each position has a good image or, in evaluation, is left out."""
+        shape = len(positions), *self.image, self.index.channels
+        # Pinned memory lets the copy to a GPU run beside its computing; torch keeps and reuses such blocks.
+        out = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        numbers = self._numbers(positions)
+        missing = np.arange(len(positions))
+        while len(missing):
+            missing = self._fill(out.numpy(), positions, numbers, missing)
+            if not self.train and len(missing):
+                return self._read(np.delete(positions, missing))
+            numbers[missing] = self._numbers(positions[missing])
+        return Batch(out.permute(0, 3, 1, 2), self._labels(numbers))
+
+    def _labels(self, numbers: np.ndarray) -> Tensor | None:
+        return torch.from_numpy(self.index.label[numbers].astype(np.int64)) if self.index.classes else None
+
+    def _numbers(self, positions: np.ndarray) -> np.ndarray:
+        """The images at positions, the good ones of the bad."""
+        numbers = self._order.at(positions)
+        for row in np.flatnonzero(self._bad[numbers]) if self.train else ():
+            good = self._order.instead(int(positions[row]), self._bad)
+            if good is None:
+                raise ShardError(f"{self.index.origin}: every image of split {self.index.split} is damaged")
+            numbers[row] = good
+        return numbers
+
+    def _plan(self, positions: np.ndarray, numbers: np.ndarray) -> Plan:
+        sizes = self._sizes[numbers]
+        if not self.train:
+            return evaluation_plan(self._reading.augment, sizes, self.image)
+        return training_plan(self._reading.augment, sizes, self.image, self.seed, positions)
+
+    def _fill(self, out: np.ndarray, positions: np.ndarray, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Writes the images of some rows of a batch; gives the rows whose image is damaged."""
+        plan = self._plan(positions[rows], numbers[rows])
+        # Plain lists: taking single elements out of arrays would cost as much as a small image's crop.
+        boxes, flips, shifts = plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist()
+        changes: Sequence[Change | None] = plan.changes or [None] * len(rows)
+        todo = list(zip(rows.tolist(), numbers[rows].tolist(), boxes, flips, shifts, changes, strict=True))
+
+        def work(part: list[tuple[int, int, list[int], bool, list[int], Change | None]]) -> list[int]:
+            damaged = []
+            for row, number, box, flip, shift, change in part:
+                try:
+                    apply(self._images[number], box, flip, shift, out[row], change)
+                except DamagedImage as error:
+                    damaged.append(row)
+                    self._report(number, str(error))
+            return damaged
+
+        size = -(-len(todo) // self._reading.threads)
+        parts = [todo[start : start + size] for start in range(0, len(todo), size)]
+        results = self._pool.map(work, parts) if self._pool else map(work, parts)
+        return np.array([row for result in results for row in result], np.int64)
+
+    def _report(self, number: int, cause: str) -> None:
+        if number in self.damaged:
+            return
+        self.damaged[number] = cause
+        self._bad[number] = True
+        if len(self.damaged) <= NAMED:
+            shard = self.index.place(self.index.shard[number])
+            logger.warning("%s: image %s is damaged and passed over: %s", shard, self.index.key(number), cause)
+        if len(self.damaged) == NAMED:
+            logger.warning("%s: further damaged images are passed over unnamed", self.index.origin)
+
+    def close(self) -> None:
+        """Gives up on whatever is still being read or fetched."""
+        self._images.shards.close()
+
+
+def batches_of(images: int, batch: int, last: str) -> int:
+    """Batches an epoch of so many images."""
+    return images // batch if last == "dropped" else math.ceil(images / batch)

@@ -1,0 +1,78 @@
+"""The `data` section of a recipe: where images come from, which of them, in which order, and how they are read."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mpp.data.augment import AugmentConfig
+from mpp.data.subset import SubsetConfig
+
+ReaderName = Literal["auto", "resident", "indexed"]
+ShuffleName = Literal["auto", "all", "window"]
+SamplingName = Literal["images", "classes"]
+PrepareName = Literal["auto", "cpu", "device"]
+LastBatch = Literal["chained", "kept", "dropped"]
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """A further data set that is trained on, all of its split; its labels count if its classes are `data.path`'s."""
+
+    path: str
+    train: str = "train"  # split
+    weight: int = 1  # its positions for data.weight of data.path
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they are read."""
+
+    path: str  # folder of shards, or its URL
+    source: str | None = None  # what `mpp shards make` fills `path` from if it is not there yet
+    train: str = "train"  # split
+    val: str | None = None  # split that the objective is scored on while training
+    hold_out: float = 0.0  # share of train, by a hash of the key alone, that is scored in val's place, never trained on
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
+    mix: dict[str, MixConfig | None] = field(default_factory=dict)  # more data sets, by any name; null leaves one out
+    weight: int = 1  # of path among them
+    sampling: SamplingName = "images"  # classes: each is seen equally often
+    last_batch: LastBatch = "chained"  # of an epoch: filled up from the next, short, or not
+    shuffle: ShuffleName = "auto"  # over all images or a window of shards; auto: window for URLs
+    window: int = 16  # shards
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    reader: ReaderName = "auto"
+    memory: float = 4.0  # GiB of decoded images up to which "auto" keeps them
+    prepare: PrepareName = (
+        "auto"  # where images are decoded and augmented; device: that of train; auto: where it is faster
+    )
+    threads: int | None = None  # that decode; where not given one a core, or a single one for small images
+    cache: str | None = None  # folder that fetched shards are kept in; ~/.cache/mpp/shards where not given
+    cache_gib: float = 32.0  # that fetched shards may take there
+    allow: tuple[Literal["pipe"], ...] = ()  # pipe: shards may be the output of shell commands
+
+    def __post_init__(self) -> None:
+        sets: dict[str, DataConfig | MixConfig] = {"data": self}
+        for name, part in (sets | {f"data.mix.{name}": part for name, part in self.mixed.items()}).items():
+            if not part.path:
+                raise ValueError(f"{name}.path must name a folder, got an empty text")
+            if part.weight < 1:
+                raise ValueError(f"{name}.weight must be at least 1, got {part.weight}")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"data.hold_out must be in [0, 1), got {self.hold_out}")
+        if self.hold_out and self.subset.hold_out:
+            raise ValueError("data.hold_out and data.subset.hold_out: give one of them")
+        if self.window < 1:
+            raise ValueError(f"data.window must be at least 1 shard, got {self.window}")
+        if self.memory < 0 or self.cache_gib <= 0:
+            raise ValueError(
+                f"data.memory must be at least 0 GiB and data.cache_gib above 0, got {self.memory} and {self.cache_gib}"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"data.threads must be at least 1, got {self.threads}")
+        if self.sampling == "classes" and (self.mixed or self.shuffle == "window"):
+            other = "data.mix" if self.mixed else "data.shuffle: window"
+            raise ValueError(f"data.sampling: classes looks for each class in all shards; it does not go with {other}")
+
+    @property
+    def mixed(self) -> dict[str, MixConfig]:
+        """The data sets beside `path`."""
+        return {name: part for name, part in self.mix.items() if part is not None}

@@ -1,0 +1,148 @@
+"""Batches whose pictures are made on the device that trains: kept or decoded there, cropped and augmented there.
+
+Positions, images and draws are those of `Batches`; pictures differ by rounding alone (docs/data.md).
+"""
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from contextlib import nullcontext
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpp.batch import Batch
+from mpp.data.batched import augment
+from mpp.data.batches import Batches, Reading
+from mpp.data.decode import DamagedImage
+from mpp.data.decode_cuda import decode_on, decoded_to
+from mpp.data.order import Order
+from mpp.data.pictures import Indexed, Resident, sizes_of
+
+TRIED = 8  # batches that a choice by measuring reads, after one that is not counted
+
+
+class Source(Protocol):
+    """Images on a device. One batch is brought and then taken, before the next one."""
+
+    def bring(self, numbers: np.ndarray) -> dict[int, str]:
+        """Gets images there; for those that are damaged the cause."""
+
+    def take(self, numbers: np.ndarray) -> Tensor | list[Tensor]:
+        """Images that were brought: uint8 (b, c, h, w), or a list of (c, h, w) of different sizes."""
+
+
+class Kept:
+    """All images of a split, all of one size, as one tensor; each is decoded once, on the CPU, at its first use."""
+
+    def __init__(self, images: Indexed, device: torch.device, pool: Executor | None) -> None:
+        index = images.index
+        self._images, self._each = images, pool.map if pool else map
+        (size,) = sizes_of(index)
+        self._all = torch.empty(len(index), index.channels, *size, dtype=torch.uint8, device=device)
+        self._there = np.zeros(len(index), bool)
+
+    def bring(self, numbers: np.ndarray) -> dict[int, str]:
+        new = np.unique(numbers[~self._there[numbers]]).tolist()
+        found: Iterable[np.ndarray | str] = self._each(self._pixels, new)
+        pixels = dict(zip(new, found, strict=True))
+        wrong = {number: cause for number, cause in pixels.items() if isinstance(cause, str)}
+        good = [number for number in new if number not in wrong]
+        if good:
+            packed = torch.from_numpy(np.stack([pixels[number] for number in good])).permute(0, 3, 1, 2)
+            self._all[torch.tensor(good, device=self._all.device)] = packed.to(self._all.device)
+            self._there[good] = True
+        return wrong
+
+    def take(self, numbers: np.ndarray) -> Tensor:
+        return self._all[torch.from_numpy(numbers).to(self._all.device)]
+
+    def _pixels(self, number: int) -> np.ndarray | str:
+        try:
+            return self._images[number]
+        except DamagedImage as error:
+            return str(error)
+
+
+class Decoded:
+    """Images that are decoded on the device each time; threads of the CPU read their bytes."""
+
+    def __init__(self, images: Indexed, device: torch.device, pool: Executor | None) -> None:
+        self._images, self._device, self._each = images, device, pool.map if pool else map
+        self._now: dict[int, Tensor] = {}
+
+    def bring(self, numbers: np.ndarray) -> dict[int, str]:
+        wanted = np.unique(numbers).tolist()
+        self._now = {number: image for number, image in self._now.items() if number in wanted}
+        new = [number for number in wanted if number not in self._now]
+        encoded = list(self._each(self._images.shards.read, new))
+        wrong = {}
+        mode = self._images.index.mode
+        if self._device.type == "cuda":
+            images = decode_on(self._device, encoded, mode)
+        else:
+            images = [decoded_to(self._device, data, mode) for data in encoded]
+        for number, data, image in zip(new, encoded, images, strict=True):
+            if isinstance(image, DamagedImage):
+                wrong[number] = str(image)
+            elif cause := self._images.wrong(number, data, image.shape[1:]):
+                wrong[number] = cause
+            else:
+                self._now[number] = image
+        return wrong
+
+    def take(self, numbers: np.ndarray) -> list[Tensor]:
+        return [self._now[number] for number in numbers.tolist()]
+
+
+class DeviceBatches(Batches):
+    """`Batches` on a device; a resident set lies there, the images of others are decoded there."""
+
+    def __init__(self, images: Indexed, order: Order, reading: Reading, device: torch.device) -> None:
+        super().__init__(images, order, reading)
+        kind = Kept if isinstance(images, Resident) and len(sizes_of(images.index)) == 1 else Decoded
+        self._source: Source = kind(images, device, self._pool)
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def _read(self, positions: np.ndarray) -> Batch:
+        # In a stream of its own, which the thread that reads ahead waits for: training goes on meanwhile.
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            batch = self._made(positions)
+        if self._stream:
+            self._stream.synchronize()
+        return batch
+
+    def _made(self, positions: np.ndarray) -> Batch:
+        numbers = self._numbers(positions)
+        while wrong := self._source.bring(numbers):
+            for number, cause in wrong.items():
+                self._report(number, cause)
+            bad = np.isin(numbers, list(wrong))
+            if not self.train:
+                return self._made(positions[~bad])
+            numbers[bad] = self._numbers(positions[bad])
+        if len(numbers):
+            plan = self._plan(positions, numbers)
+            compiled = self._stream is not None and not (plan.colours is plan.operations is None)  # hundreds of kernels
+            images = augment(self._source.take(numbers), plan, self.image, compiled=compiled)
+        else:
+            images = torch.empty(0, self.index.channels, *self.image, dtype=torch.uint8, device=self._device)
+        return Batch(images, self._labels(numbers))
+
+
+def faster(first: Batches, second: Batches) -> Batches:
+    """Whichever reads a few batches in less time; the other is closed."""
+    chosen, other = (first, second) if _seconds(first) <= _seconds(second) else (second, first)
+    other.close()
+    return chosen
+
+
+def _seconds(batches: Batches) -> float:
+    batches.at(0)
+    start = time.perf_counter()
+    for step in range(1, TRIED + 1):
+        batches.at(step)
+    return time.perf_counter() - start

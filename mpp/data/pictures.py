@@ -1,0 +1,179 @@
+"""Images by number: the bytes of shards, local or fetched, and the pixels that they decode to."""
+
+import os
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+import numpy as np
+
+from mpp.data.decode import DamagedImage, decode
+from mpp.data.index import Index
+from mpp.data.remote import Cache, is_url
+from mpp.data.tar import ShardError
+from mpp.errors import cause
+
+OPEN_SHARDS = 128  # files held open at a time; the usual limit of a process is 1024
+AHEAD = 4  # shards that are fetched side by side
+PIECE = 2**23  # bytes that are read at once from a disk that does not like to seek
+WAITS = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again: network file systems fail for moments
+
+
+class Shards:
+    """The tars of an index, read at any place.
+
+    A tar that is gone, cannot be read or has another length than the index says ends reading with one line: what it
+    held must not be missing without anybody's knowing.
+    """
+
+    def __init__(self, index: Index, cache: Cache | None = None) -> None:
+        self.index, self._cache = index, cache
+        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._coming: dict[int, Future[None]] = {}
+        self._lock = threading.Lock()
+        self._fetchers = ThreadPoolExecutor(AHEAD if cache else 1, "fetch")
+
+    def read(self, number: int) -> bytes:
+        """The encoded image; raises ShardError."""
+        index = self.index
+        size, shard, offset = index.size.item(number), index.shard.item(number), index.offset.item(number)
+        for wait in (*WAITS, None):
+            try:
+                file = self._file(shard)
+                data = file.read(size, offset)
+            except FileNotFoundError:
+                raise ShardError(f"{index.place(shard)}: gone, though the index names it") from None
+            except OSError as error:
+                if wait is None:
+                    raise ShardError(f"{index.place(shard)}: cannot be read: {cause(error)}") from None
+                self._close(shard)
+                time.sleep(wait)
+            else:
+                if len(data) != size:
+                    self._refuse(shard, file.length)
+                return data
+        raise AssertionError("the last try raises")
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """Starts to bring these shards near, in this order, and gives up on others that were asked for before."""
+        with self._lock:
+            for shard in set(self._coming) - set(shards):
+                self._coming.pop(shard).cancel()
+                self._open.pop(shard, None)  # an open file takes its space even when the cache has deleted it
+            for shard in shards:
+                if shard not in self._coming:
+                    self._coming[shard] = self._fetchers.submit(self._bring, shard)
+
+    def close(self) -> None:
+        """Gives up on whatever is being fetched."""
+        if self._cache:
+            self._cache.close()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    def _bring(self, shard: int) -> None:
+        """Into the cache; a local shard into the memory that the system keeps of files, front to back."""
+        with suppress(OSError, ShardError):  # met again, and told, by whoever reads it
+            file = self._file(shard)
+            if not is_url(self.index.shards[shard]):
+                for offset in range(0, self.index.shard_bytes[shard], PIECE):
+                    file.read(PIECE, offset)
+
+    def _file(self, shard: int) -> "_File":
+        with self._lock:
+            file = self._open.pop(shard, None)
+            if file is not None:
+                self._open[shard] = file  # the last is the one used last
+                return file
+        file = _File(self._descriptor(shard))  # outside the lock: others read on while this one is fetched
+        if file.length != self.index.shard_bytes[shard]:
+            self._refuse(shard, file.length)
+        with self._lock:
+            while len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)
+            return self._open.setdefault(shard, file)
+
+    def _descriptor(self, shard: int) -> int:
+        place, size = self.index.place(shard), self.index.shard_bytes[shard]
+        if is_url(place):
+            assert self._cache, "an index with URLs is opened with a cache"
+            return self._cache.open(place, size)
+        return os.open(place, os.O_RDONLY)
+
+    def _refuse(self, shard: int, found: int) -> None:
+        expected = self.index.shard_bytes[shard]
+        raise ShardError(f"{self.index.place(shard)}: {found} bytes, the index says {expected}; cut or changed?")
+
+    def _close(self, shard: int) -> None:
+        with self._lock:
+            self._open.pop(shard, None)
+
+
+class _File:
+    """An open file that closes when the last thread that reads it lets go of it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @property
+    def length(self) -> int:
+        """Bytes of the file as it is now."""
+        return os.fstat(self.number).st_size
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self.number, size, offset)  # not mmap: a file cut under a map would kill the process
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+class Indexed:
+    """Images by number, each read at its offset and decoded every time."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.index, self.shards = shards.index, shards
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """The upright pixels (h, w, c) of an image; raises DamagedImage, and ShardError where a whole shard is bad."""
+        data = self.shards.read(number)
+        pixels = decode(data, self.index.mode)
+        if cause := self.wrong(number, data, pixels.shape[:2]):
+            raise DamagedImage(cause)
+        return pixels
+
+    def wrong(self, number: int, data: bytes, size: tuple[int, ...]) -> str | None:
+        """Why a picture (h, w) that decodes well is not the one that the index, and so its label, is of."""
+        if zlib.crc32(data) != self.index.crc32.item(number):
+            return "its bytes are not those that the index was made from (checksum)"
+        expected = self.index.height.item(number), self.index.width.item(number)
+        if tuple(size) != expected:
+            return f"is {size[0]}x{size[1]}, the index says {expected[0]}x{expected[1]}"
+        return None
+
+
+class Resident(Indexed):
+    """As `Indexed`, but each image is decoded once, at its first use, and kept."""
+
+    def __init__(self, shards: Shards) -> None:
+        super().__init__(shards)
+        self._kept: list[np.ndarray | None] = [None] * len(self.index)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        pixels = self._kept[number]
+        if pixels is None:  # two threads may both decode it, to the same pixels
+            pixels = self._kept[number] = super().__getitem__(number)
+        return pixels
+
+
+def decoded_bytes(index: Index) -> int:
+    """Bytes of all images once decoded."""
+    return int((index.height.astype(np.int64) * index.width).sum()) * index.channels
+
+
+def sizes_of(index: Index) -> list[tuple[int, int]]:
+    """The different (h, w) of the images whose header is whole."""
+    sizes = np.unique(np.stack([index.height, index.width], axis=1)[index.height > 0], axis=0)
+    return [(h, w) for h, w in sizes.tolist()]

@@ -22,6 +22,7 @@ setup(
         "omegaconf>=2.4",
         "pyyaml>=6",
         "safetensors>=0.5",
+        "fsspec>=2024.12",
         "numpy>=2.0",
         "pillow>=11",
         "simplejpeg>=1.8",
@@ -32,7 +33,17 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "webdataset>=1.0", "timm>=1.0"],
+        "remote": ["fsspec[http]>=2024.12", "s3fs>=2024.12"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "webdataset>=1.0",
+            "timm>=1.0",
+            "fsspec[http]>=2024.12",
+            "s3fs>=2024.12",
+            "moto[server]>=5",
+        ],
         "bench": ["timm>=1.0", "vit-pytorch>=1.11", "webdataset>=1.0"],
     },
 )

@@ -38,8 +38,19 @@ def shards_make(options: argparse.Namespace) -> None:
 
 def shards_index(options: argparse.Namespace) -> None:
     from mpp.data.build import index_folder
+    from mpp.data.remote import is_url
+    from mpp.data.remote_index import index_urls
+    from mpp.data.tar import ShardError
 
-    index_folder(options.folder, options.split, options.labels)
+    *urls, folder = options.source
+    if not urls and not is_url(folder):
+        index_folder(folder, options.split, options.labels)
+    elif not urls or is_url(folder) or not all(map(is_url, urls)):
+        raise ShardError(
+            f"expected one FOLDER, or URLs and then a folder for their index, got {' '.join(options.source)}"
+        )
+    else:
+        index_urls(urls, folder, options.split, options.labels or "cls", allow=options.allow)
 
 
 def shards_check(options: argparse.Namespace) -> None:
@@ -183,8 +194,21 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--mode", choices=("RGB", "L"), default="RGB", help="L: grey, one channel")
     make.add_argument("--per-shard", type=int, default=5000, metavar="IMAGES", help="at most (default: 5000)")
     make.add_argument("--workers", type=int, metavar="THREADS", help="default: one a core")
-    index = verb(shards, "index", shards_index, "Index WebDataset tars that others wrote.", "mpp shards index laion/")
-    index.add_argument("folder", metavar="FOLDER", type=Path)
+    index = verb(
+        shards,
+        "index",
+        shards_index,
+        "Index WebDataset tars that others wrote, in a folder or at URLs.",
+        "mpp shards index laion/, or: mpp shards index 'https://host/train-{000000..000099}.tar' data/laion",
+    )
+    index.add_argument(
+        "source",
+        metavar="FOLDER",
+        nargs="+",
+        help="a folder of tars; or URLs of tars, with {0..9} or {a,b}, or ending in / for all that are listed there,"
+        " and a folder for their index",
+    )
+    index.add_argument("--allow", choices=("pipe",), action="append", default=[], help="pipe: URLs may be pipe:COMMAND")
     index.add_argument("--split", help="name of the split; else what the files' names say, or train")
     index.add_argument(
         "--labels",

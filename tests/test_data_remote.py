@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import File, Server, serving
 
 from mpp.data.remote_fetch import Retry, fetch, read_small
 from mpp.data.remote_urls import RemoteError, check_url, is_url, shown_url
-from tests.http_server import File, Server, serving
 
 pytest.importorskip("aiohttp", reason="fetching over HTTP needs fsspec[http]")
 

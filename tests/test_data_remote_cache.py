@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import File, Server, serving
 
 import mpp.data.remote_fetch
 from mpp.data.remote import PART, SHARD, Cache
 from mpp.data.remote_fetch import Retry
 from mpp.data.remote_urls import RemoteError
-from tests.http_server import File, Server, serving
 
 pytest.importorskip("aiohttp", reason="fetching over HTTP needs fsspec[http]")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import File, Server, serving
+from shard_files import labelled, quiet, write_tar
 
 from mpp.data.build import index_folder
 from mpp.data.index import read_index
@@ -15,8 +17,6 @@ from mpp.data.remote_fetch import Retry
 from mpp.data.remote_index import braces, expand, index_urls
 from mpp.data.remote_urls import RemoteError
 from mpp.errors import UserError
-from tests.http_server import File, Server, serving
-from tests.shard_files import labelled, quiet, write_tar
 
 pytest.importorskip("aiohttp", reason="fetching over HTTP needs fsspec[http]")
 
@@ -54,6 +54,18 @@ def test_the_index_is_that_of_the_local_tars(server, tars, tmp_path, fault):
             assert np.array_equal(getattr(index, field.name), getattr(local, field.name)), field.name
     assert list(index.shards) == [pattern.replace("{000000..000002}", f"{i:06d}") for i in range(3)]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train-index.safetensors"]
+
+
+def test_splits_are_what_the_names_tell_or_as_asked(server, tmp_path):
+    for split in ("train", "test"):
+        data = write_tar(tmp_path / "one.tar", labelled(4, ["cat", "dog"], start=10 * (split == "test"))).read_bytes()
+        url = server.put(f"{split}-000000.tar", File(data))
+    both = url.replace("test-", "{train,test}-")
+    found = index_urls([both], tmp_path / "out", retry=QUICK, report=quiet)
+    assert [(index.split, len(index)) for index in found] == [("train", 4), ("test", 4)]
+    assert read_index(tmp_path / "out", "test").classes == ("cat", "dog")
+    (whole,) = index_urls([both], tmp_path / "out", "all", retry=QUICK, report=quiet)
+    assert (whole.split, len(whole)) == ("all", 8)
 
 
 def test_a_tar_that_is_cut_or_missing_is_one_line_and_no_index(server, tars, tmp_path):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import File, serving
 
 from mpp.data.remote import Cache
 from mpp.data.remote_fetch import Retry, fetch, read_small
 from mpp.data.remote_index import expand
 from mpp.data.remote_streams import Ranges, _file_system
 from mpp.data.remote_urls import RemoteError
-from tests.http_server import File, serving
 
 pytest.importorskip("s3fs", reason="s3:// needs s3fs")
 server = pytest.importorskip("moto.server", reason="the tests of s3:// need moto[server]")

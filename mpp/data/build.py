@@ -36,7 +36,7 @@ def index_folder(
         report(f"labels: {shown(choice)}, as in the index that was there")
     groups: dict[str, list[Scan]] = {}
     for scan in scan_shards(paths, choice):
-        groups.setdefault(re.sub(r"[-_.]?\d*$", "", scan.path.stem) or split or "train", []).append(scan)
+        groups.setdefault(split_of(scan.path.name) or split or "train", []).append(scan)
     classes = classes_of([scan for scans in groups.values() for scan in scans], choice, report)
     made = []
     for name, scans in groups.items():
@@ -45,6 +45,11 @@ def index_folder(
     for index in made:  # only when all of them are sound
         write_index(index)
     return made
+
+
+def split_of(name: str) -> str:
+    """The split that the name of a tar tells: what stands before its number."""
+    return re.sub(r"[-_.]?\d*$", "", name.removesuffix(".tar"))
 
 
 def _old(folder: Path, split: str) -> Index | None:

@@ -24,8 +24,8 @@ PLAIN = {"YCbCr", "Gray", "RGB"}  # JPEG colour spaces that libjpeg-turbo conver
 DAMAGE = ("premature end", "bad huffman code", "resync")  # libjpeg warnings that mean wrong pixels; others are harmless
 SEQUENTIAL = (0xC0, 0xC1)  # JPEG's frame markers (ITU T.81, table B.1) of pictures that are stored from top to bottom
 BEFORE_FRAME = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # markers of tables, applications and comments
-CONTEXT = 16  # rows below a row that its colours may depend on where they are stored at half or a quarter of the size
-SPARED = 16  # rows that must be saved for leaving them out to be worth its cost
+CONTEXT = 4  # rows below a row that its colours may depend on where they are stored at half the size, and to spare
+SPARED = 32  # rows that must be saved for leaving them out to be worth its cost
 TOO_LARGE = "its pixels do not fit into memory"
 
 # What Pillow raises on hostile bytes, as found in its plugins; a damaged file must never end a run.

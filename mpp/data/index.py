@@ -7,7 +7,7 @@ made from the tars alone (`mpp shards index`), and trusted only as long as their
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +34,16 @@ class Index:
     shard_bytes: tuple[int, ...]
     classes: tuple[str, ...]  # names by label; empty without labels
     mode: str  # "RGB" or "L": how images are to be decoded
-    shard: np.ndarray  # int32, position in `shards`
-    offset: np.ndarray  # int64, bytes from the start of the tar to the image
-    size: np.ndarray  # int64, bytes of the encoded image
-    height: np.ndarray  # int32, pixels of the upright image; 0 if its header is damaged
-    width: np.ndarray  # int32
-    label: np.ndarray  # int32, -1 for none
-    crc32: np.ndarray  # uint32, of the encoded bytes
-    damaged: np.ndarray  # bool
-    key_bytes: np.ndarray  # uint8 (all keys in utf-8, one behind the other)
-    key_ends: np.ndarray  # int64, where each key ends in key_bytes
+    shard: np.ndarray  # position in `shards`
+    offset: np.ndarray  # bytes from the start of the tar to the image
+    size: np.ndarray  # bytes of the encoded image
+    height: np.ndarray  # pixels of the upright image; 0 if its header is damaged
+    width: np.ndarray
+    label: np.ndarray  # -1 for none
+    crc32: np.ndarray  # of the encoded bytes
+    damaged: np.ndarray
+    key_bytes: np.ndarray  # all keys in utf-8, one behind the other
+    key_ends: np.ndarray  # where each key ends in key_bytes
     url: str = ""  # of the folder, where it is a remote one
     labels: str = "cls"  # where they come from: the choice of `mpp shards index --labels`
 
@@ -81,7 +81,18 @@ class Index:
         return self.key_bytes[start : self.key_ends[i]].tobytes().decode("utf-8", "surrogateescape")
 
 
-ARRAYS = tuple(field.name for field in fields(Index) if field.type is np.ndarray)
+ARRAYS = {  # their types in the file and in memory
+    "shard": "int32",
+    "offset": "int64",
+    "size": "int64",
+    "height": "int32",
+    "width": "int32",
+    "label": "int32",
+    "crc32": "uint32",
+    "damaged": "bool",
+    "key_bytes": "uint8",
+    "key_ends": "int64",
+}
 FACTS = ("shards", "shard_bytes", "classes", "mode", "labels")
 NO_INDEX = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)  # what foreign files cause
 
@@ -160,15 +171,31 @@ def loaded(path: Path, split: str) -> Index:
     shards, sizes, classes = (tuple(facts[name]) for name in ("shards", "shard_bytes", "classes"))
     labels = facts.get("labels", "cls")
     index = Index(path.parent, split, shards, sizes, classes, facts["mode"], **arrays, labels=labels)
-    lengths = {len(arrays[name]) for name in ARRAYS if name != "key_bytes"}
-    if lengths != {len(index)} or len(shards) != len(sizes) or index.mode not in ("RGB", "L"):
+    if index.mode not in ("RGB", "L") or len(shards) != len(sizes):
         raise ValueError("its parts do not fit together")
     if not all(isinstance(name, str) for name in (*shards, *classes, labels)):
         raise ValueError("its shards and classes are not all named by texts")
-    ends = np.array(sizes, np.int64)[index.shard]
-    if (index.offset < 0).any() or (index.size < 0).any() or (index.offset + index.size > ends).any():
-        raise ValueError("its images lie outside its shards")
+    if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+        raise ValueError("its shards have impossible sizes")
+    _check_arrays(index)
     return index
+
+
+def _check_arrays(index: Index) -> None:
+    """Raises ValueError, or IndexError for a shard beyond the last, unless rows and keys can be what they should be."""
+    for name, kind in ARRAYS.items():
+        if getattr(index, name).dtype != kind or getattr(index, name).ndim != 1:
+            raise ValueError(f"its array {name} is none of {kind}")
+    if {len(getattr(index, name)) for name in ARRAYS if name != "key_bytes"} != {len(index)}:
+        raise ValueError("its parts do not fit together")
+    ends = np.array(index.shard_bytes, np.int64)[index.shard]
+    outside = (index.shard < 0) | (index.offset < 0) | (index.size < 0) | (index.offset > ends - index.size)
+    if outside.any():
+        raise ValueError("its images lie outside its shards")
+    if ((index.label < -1) | (index.label >= len(index.classes))).any():
+        raise ValueError("its labels are of more classes than it names")
+    if (np.diff(index.key_ends, prepend=0, append=len(index.key_bytes)) < 0).any():
+        raise ValueError("its keys lie outside its texts")
 
 
 def merged(indexes: Sequence[Index]) -> Index:

@@ -24,7 +24,7 @@ FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedEr
 class Retry:
     """How patient fetching is."""
 
-    attempts: int = 6  # in a row that bring nothing
+    attempts: int = 8  # in a row that bring nothing: a minute of waiting
     wait: float = 0.5  # seconds before the second attempt, then twice as long each time
     longest: float = 30.0  # seconds, of any such wait
     timeout: float = 60.0  # seconds without a byte until an attempt has failed

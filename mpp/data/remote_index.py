@@ -11,7 +11,7 @@ from threading import Event
 
 from tqdm import tqdm
 
-from mpp.data.build import build_index
+from mpp.data.build import build_index, split_of
 from mpp.data.index import Index, write_index
 from mpp.data.labels import classes_of, labeller
 from mpp.data.remote_fetch import RETRY, Retry, fetch, retried
@@ -75,14 +75,17 @@ def _listed(url: str, retry: Retry) -> list[str]:
 def index_urls(
     patterns: Sequence[str],
     folder: str | Path,
-    split: str,
+    split: str | None = None,
     labels: str = "cls",
     *,
     allow: Collection[str] = (),
     retry: Retry = RETRY,
     report: Callable[[str], None] = print,
-) -> Index:
-    """Writes FOLDER/SPLIT-index.safetensors, whose shards are the URLs that the patterns stand for."""
+) -> list[Index]:
+    """Writes FOLDER/SPLIT-index.safetensors, whose shards are the URLs that the patterns stand for.
+
+    split: of all of them; where not given it is what their names tell, as in a folder.
+    """
     folder = Path(folder)
     urls = list(dict.fromkeys(url for pattern in patterns for url in expand(pattern, allow, retry)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,9 +99,16 @@ def index_urls(
             pool.shutdown(cancel_futures=True)
             raise
     classes = classes_of(scans, labels, report)
-    index = replace(build_index(folder, split, scans, classes, "RGB", report), shards=tuple(urls))
-    write_index(index)
-    return index
+    groups: dict[str, list[int]] = {}
+    for number, found in enumerate(scans):
+        groups.setdefault(split or split_of(found.path.name) or "train", []).append(number)
+    made = []
+    for name, inside in groups.items():
+        index = build_index(folder, name, [scans[number] for number in inside], classes, "RGB", report)
+        made.append(replace(index, shards=tuple(urls[number] for number in inside)))
+    for index in made:  # only when all of them are sound
+        write_index(index)
+    return made
 
 
 def _scan(url: str, folder: Path, labels: str, allow: Collection[str], retry: Retry, stop: Event) -> Scan:
@@ -110,4 +120,5 @@ def _scan(url: str, folder: Path, labels: str, allow: Collection[str], retry: Re
             raise RemoteError(f"{folder}: cannot hold {shown_url(url)}: {cause(error)}") from None
         except ValueError as error:  # it names the file, which nobody knows
             raise RemoteError(str(error).replace(file.name, shown_url(url))) from None
-    return found._replace(path=Path(shown_url(url)))
+    name = "" if url.startswith("pipe:") else shown_url(url)
+    return found._replace(path=Path(name))

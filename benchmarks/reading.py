@@ -18,7 +18,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -242,8 +242,8 @@ class Watched:
     def at(self, step: int) -> "Batch":
         return self.batches.at(step)
 
-    def iterate(self, start: int) -> "Iterator[Batch]":
-        for batch in self.batches.iterate(start):
+    def iterate(self, start: int, stop: Sequence[int] = ()) -> "Iterator[Batch]":
+        for batch in self.batches.iterate(start, stop):
             self.times.append(time.perf_counter())
             yield batch
 

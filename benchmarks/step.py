@@ -118,7 +118,7 @@ class SameBatch:
     def at(self, step: int) -> "Batch":
         return self.batch
 
-    def iterate(self, start: int) -> "Iterator[Batch]":
+    def iterate(self, start: int, stop: Sequence[int] = ()) -> "Iterator[Batch]":
         return itertools.repeat(self.batch)
 
 

@@ -1,9 +1,10 @@
 """The training loop: pretraining, and every other way of training an encoder, is this one."""
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -92,7 +93,8 @@ class Images(Protocol):
 
     def at(self, step: int) -> Batch: ...
 
-    def iterate(self, start: int) -> Iterator[Batch]: ...
+    def iterate(self, start: int, stop: Sequence[int] = ()) -> Iterator[Batch]:
+        """Yields the batches from `start` on; ends early, instead of waiting for one, once `stop` holds something."""
 
 
 def train(
@@ -125,8 +127,11 @@ def train(
     start = resume(objective, optimizer, ema, out / "checkpoints")
     forward = forward_pass(objective, config)
     clock = Clock(config.lr)
+    # Read once: the first batch of streamed shards may have to be fetched again.
+    shown = functools.cache(lambda: next(batches.at(0).split(PICTURED)).to(device))
     with Log(out, start, steps, log.tensorboard) as logger, stop_signals() as signals:
-        for step, batch in zip(range(start + 1, steps + 1), clock.waits(batches.iterate(start)), strict=False):
+        read, step = clock.waits(batches.iterate(start, signals), signals), start
+        for step, batch in zip(range(start + 1, steps + 1), read, strict=False):
             loss, norm, metrics = update(forward, objective, optimizer, batch.to(device), config, seed, step)
             objective.after_step(step / steps)
             average(ema, objective, ema_decay(step, config.ema))
@@ -146,12 +151,16 @@ def train(
                     if evaluate and scores:
                         logger.scalars(step, evaluate())
                     if shows:
-                        logger.pictures(step, pictures(objective, batches, device))
+                        logger.pictures(step, pictures(objective, shown()))
             if saves:
                 with clock.stopped():
                     save(objective, optimizer, ema, out / "checkpoints", step, config.keep)
             if ends and not last:  # a signal since then waits until the next step is saved
                 raise Interrupted(signals[0], step)
+        if step < steps:  # a signal came while a batch was waited for
+            if step > start:
+                save(objective, optimizer, ema, out / "checkpoints", step, config.keep)
+            raise Interrupted(signals[0], step)
     adopt(objective, ema)
 
 
@@ -323,7 +332,7 @@ def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
         adopt(objective, own)
 
 
-def pictures(objective: Objective, batches: Images, device: torch.device) -> dict[str, Tensor]:
-    """What the objective shows of the first images."""
+def pictures(objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """What the objective shows of some images."""
     torch.manual_seed(PICTURE_SEED)
-    return objective.pictures(next(batches.at(0).split(PICTURED)).to(device))
+    return objective.pictures(batch)

@@ -1,7 +1,7 @@
 """What a recipe takes, before anything is paid for: parameters, FLOPs, memory, steps and, measured, time."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class RandomImages:
     def at(self, step: int) -> Batch:
         return self.batch
 
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
+    def iterate(self, start: int = 0, stop: Sequence[int] = ()) -> Iterator[Batch]:
         while True:
             yield self.batch
 

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -78,14 +78,15 @@ class Clock:
         self.since, self.waited, self.paused, self.images = time.perf_counter(), 0.0, 0.0, 0
         self.steps: list[tuple[int, Tensor, Tensor]] = []
 
-    def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Passes batches on and counts the seconds they were waited for."""
+    def waits(self, batches: Iterator[Batch], signals: Sequence[int] = ()) -> Iterator[Batch]:
+        """Passes batches on and counts the seconds they were waited for; only after a signal may they end."""
         asked = time.perf_counter()
         for batch in batches:
             self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
-        raise TrainingError("the batches ended before train.steps; open them with train=True")
+        if not signals:
+            raise TrainingError("the batches ended before train.steps; open them with train=True")
 
     def count(self, step: int, loss: Tensor, norm: Tensor, images: int) -> None:
         self.images += images

@@ -115,8 +115,8 @@ def test_batches_that_end_too_soon_are_an_error(small_shards, tmp_path):
 
 def test_waiting_is_the_share_of_time_without_data(images, tmp_path):
     class Slow(Cut):
-        def iterate(self, start):
-            for batch in super().iterate(start):
+        def iterate(self, start, stop=()):
+            for batch in super().iterate(start, stop):
                 time.sleep(0.2)
                 yield batch
 

@@ -94,7 +94,7 @@ class Cut:
     def at(self, step):
         return self.batches.at(step)
 
-    def iterate(self, start):
+    def iterate(self, start, stop=()):
         for step in range(start, self.after):
             yield self.batches.at(step)
         raise PowerCut

@@ -5,7 +5,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import cv2
@@ -21,6 +21,7 @@ from mpp.data.index import ShardError
 from mpp.data.order import Order
 from mpp.data.pictures import Indexed
 
+POLL = 0.2  # seconds between two looks whether to stop waiting
 NAMED = 100  # damaged images that the log names; `mpp shards check` lists them all
 
 logger = logging.getLogger("mpp.data")
@@ -94,17 +95,33 @@ class Batches:
         start = place * self.batch
         return epoch * self.epoch + np.arange(start, min(start + self.batch, self.epoch))
 
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches from `start` on, without end in training; the next one is being read meanwhile."""
+    def iterate(self, start: int = 0, stop: Sequence[int] = ()) -> Iterator[Batch]:
+        """Yields the batches from `start` on, without end in training; the next one is being read meanwhile.
+
+        Ends early, instead of waiting for a batch, once `stop` holds something, such as a signal.
+        """
         steps = itertools.count(start) if self.train else range(start, len(self))
         waiting: deque[Future[Batch]] = deque()
-        with ThreadPoolExecutor(1, "read ahead") as ahead:
+        ahead = ThreadPoolExecutor(1, "read ahead")
+        try:
             for step in steps:
                 waiting.append(ahead.submit(self.at, step))
+                if len(waiting) == 2 and not self._is_there(waiting[0], stop):
+                    return
                 if len(waiting) == 2:
                     yield waiting.popleft().result()
             for last in waiting:
                 yield last.result()
+        finally:
+            ahead.shutdown(wait=False, cancel_futures=True)  # what it still fetches may take long to fail
+
+    def _is_there(self, batch: Future[Batch], stop: Sequence[int]) -> bool:
+        """Waits for a batch; False if it is given up."""
+        while not wait([batch], POLL).done:
+            if stop:
+                self.close()
+                return False
+        return True
 
     def _read(self, positions: np.ndarray) -> Batch:
         """Fills a batch, with threads, until each position has a good image or, in evaluation, is left out."""

@@ -94,7 +94,16 @@ ARRAYS = {  # their types in the file and in memory
     "key_ends": "int64",
 }
 FACTS = ("shards", "shard_bytes", "classes", "mode", "labels")
-NO_INDEX = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)  # what foreign files cause
+NO_INDEX = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)  # what foreign files cause
 
 
 def write_index(index: Index) -> Path:
@@ -159,7 +168,7 @@ def _check_names(index: Index, place: str, allow: Sequence[str]) -> None:
     for name in index.shards:
         if is_url(name):
             check_url(name, allow)
-        elif name in ("", "..") or name != Path(name).name or "\0" in name:
+        elif name in ("", "..") or name != Path(name).name or not name.isprintable() or len(name.encode()) > 255:
             raise ShardError(f"{place}: names the shard {shown(name)}; expected a file of its folder, or a URL")
 
 

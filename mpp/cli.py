@@ -219,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
     check = verb(
         shards, "check", shards_check, "Decode every image and list the bad ones.", "mpp shards check data/photos"
     )
-    check.add_argument("folder", metavar="FOLDER", type=Path)
+    check.add_argument("folder", metavar="FOLDER")
     check.add_argument(
         "--mark", action="store_true", help="record the bad ones in the index, so that reading skips them"
     )
@@ -231,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
         "What shards hold: sizes, colours, classes, exact duplicates.",
         "mpp shards stats data/cifar10 --json cifar10.json",
     )
-    stats.add_argument("folder", metavar="FOLDER", type=Path)
+    stats.add_argument("folder", metavar="FOLDER")
     stats.add_argument(
         "--images",
         type=int,

@@ -127,3 +127,9 @@ def test_a_selection_has_the_keys_of_its_images(shards):
     some = np.array([7, 0, 79, 3])
     assert keys(index.select(some)) == [index.key(i) for i in some]
     assert keys(index.select(some[:0])) == []
+
+
+def test_weights_that_make_a_turn_too_long_are_refused(shards):
+    with pytest.raises(ValueError, match=r"\[1281167, 50000\]; write them shorter"):
+        DataConfig(shards, weight=1281167, mix={"more": MixConfig(shards, weight=50_000)})
+    DataConfig(shards, weight=10**12, mix={"more": MixConfig(shards, weight=2 * 10**12)})

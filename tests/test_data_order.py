@@ -179,3 +179,9 @@ def test_a_selection_keeps_to_its_images():
     for epoch in range(3):
         assert sorted(chain.at(4 * epoch + np.arange(4)).tolist()) == sorted(some.tolist())
     assert set(chain.shards(0, 3)) == set(INDEX.shard[some].tolist())
+
+
+def test_weights_are_taken_in_lowest_terms():
+    chains = [Chain(INDEX, numbers, seed=2) for numbers in np.split(EVERY, [25])]
+    first, second = (Mixture(chains, weights, epoch=40, seed=2) for weights in ([3, 1], [30_000, 10_000]))
+    assert first.at(np.arange(100)).tolist() == second.at(np.arange(100)).tolist()

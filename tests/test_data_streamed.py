@@ -239,3 +239,25 @@ def test_all_images_may_be_shuffled_at_once_if_the_cache_holds_them(small_shards
     assert equal(streamed, read_shards(small_shards, 10, seed=3), range(6))
     with pytest.raises(ShardError, match="all shards, shuffled at once, take"):
         read_shards(url, 10, shuffle="all", cache_gib=1e-5)
+
+
+def test_a_fetched_shard_of_other_bytes_is_fetched_anew_by_the_next_run(small_shards, server):
+    url, index = put(server, small_shards), read_index(small_shards, "train")
+    data = bytearray((small_shards / index.shards[0]).read_bytes())
+    data[index.offset[0] : index.offset[0] + 64] = bytes(64)
+    server.put(f"shards/{index.shards[0]}", File(bytes(data)))
+    first = read_shards(url, 53, shuffle="window", seed=6, augment=PLAIN)
+    first.at(0)
+    assert list(first.damaged) == [0]
+    url = put(server, small_shards)
+    second = read_shards(url, 53, shuffle="window", seed=6, augment=PLAIN)
+    second.at(0)
+    assert not second.damaged
+    assert fetched(server) == 1
+
+
+def test_the_first_failure_of_a_fetch_is_told(small_shards, server, caplog):
+    batches = read_shards(put(server, small_shards, status=503, times=2), 10, **WINDOW)
+    batches.at(0)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("status 503" in line and "trying again" in line for line in lines)

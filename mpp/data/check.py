@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mpp.data.decode import DamagedImage
-from mpp.data.index import Index, no_index, read_index, splits, write_index
+from mpp.data.index import Index, no_index, read_index, refuse_url, splits, write_index
 from mpp.data.pictures import Indexed, Shards
 from mpp.data.sweep import sweep
 from mpp.errors import shown
@@ -18,6 +18,7 @@ def check_folder(folder: str | Path, mark: bool = False, report: Callable[[str],
 
     With `mark` the index remembers them, so that training draws no replacement for them again and again.
     """
+    refuse_url(folder)
     if not splits(folder):
         raise no_index(Path(folder), "train")
     count = 0

@@ -1,11 +1,13 @@
 """The `data` section of a recipe: where images come from, which of them, in which order, and how they are read."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from mpp.data.augment import AugmentConfig
 from mpp.data.subset import SubsetConfig
 
+LONGEST_TURN = 10_000  # positions in which each of several data sets has its share; a batch sorts them
 ReaderName = Literal["auto", "resident", "indexed"]
 ShuffleName = Literal["auto", "all", "window"]
 SamplingName = Literal["images", "classes"]
@@ -56,6 +58,12 @@ class DataConfig:
                 raise ValueError(f"{name}.path must name a folder, got an empty text")
             if part.weight < 1:
                 raise ValueError(f"{name}.weight must be at least 1, got {part.weight}")
+        weights = [self.weight, *(part.weight for part in self.mixed.values())]
+        if sum(weights) // math.gcd(*weights) > LONGEST_TURN:
+            raise ValueError(
+                f"data.weight and those of data.mix are {weights}; write them shorter, such as 3 and 1, for their "
+                f"sum in lowest terms must be at most {LONGEST_TURN}"
+            )
         if not 0 <= self.hold_out < 1:
             raise ValueError(f"data.hold_out must be in [0, 1), got {self.hold_out}")
         if self.hold_out and self.subset.hold_out:

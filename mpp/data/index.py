@@ -114,6 +114,12 @@ def write_index(index: Index) -> Path:
     return path
 
 
+def refuse_url(folder: str | Path) -> None:
+    """Raises ShardError where a local folder is needed."""
+    if is_url(str(folder)):
+        raise ShardError(f"{folder}: a URL, which training reads, but nothing else; copy the shards to a folder first")
+
+
 def splits(folder: str | Path) -> list[str]:
     """The splits that have an index in `folder`."""
     return sorted(path.name.removesuffix(SUFFIX) for path in Path(folder).glob("*" + SUFFIX))

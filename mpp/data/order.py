@@ -5,6 +5,7 @@ nothing but the seed, so that neither ranks, threads nor interruptions change it
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -109,9 +110,10 @@ class Mixture:
 
     def __init__(self, chains: Sequence[Chain], weights: Sequence[int], epoch: int, seed: int = 0) -> None:
         self.epoch, self._chains, self._seed = epoch, chains, seed
-        self._weights = np.array(weights, np.int64)
-        self._turn = np.repeat(np.arange(len(chains)), weights)  # (t,) the chain of each place of a turn
-        self._rank = np.arange(len(self._turn)) - np.repeat(np.cumsum(weights) - weights, weights)  # in its chain
+        lowest = np.array(weights, np.int64) // math.gcd(*weights)  # a short turn mixes evenly
+        self._weights = lowest
+        self._turn = np.repeat(np.arange(len(chains)), lowest)  # (t,) the chain of each place of a turn
+        self._rank = np.arange(len(self._turn)) - np.repeat(np.cumsum(lowest) - lowest, lowest)  # in its chain
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         chains, own = self._split(positions)

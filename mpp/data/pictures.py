@@ -68,6 +68,12 @@ class Shards:
                 if shard not in self._coming:
                     self._coming[shard] = self._fetchers.submit(self._bring, shard)
 
+    def distrust(self, number: int) -> None:
+        """Takes the shard of an image with other bytes out of the cache, so that the next run fetches it anew."""
+        shard = self.index.shard.item(number)
+        if self._cache and is_url(self.index.shards[shard]):
+            self._cache.drop(self.index.place(shard), self.index.shard_bytes[shard])
+
     def close(self) -> None:
         """Gives up on whatever is being fetched."""
         if self._cache:
@@ -139,19 +145,30 @@ class Indexed:
     def __getitem__(self, number: int) -> np.ndarray:
         """The upright pixels (h, w, c) of an image; raises DamagedImage, and ShardError where a whole shard is bad."""
         data = self.shards.read(number)
-        pixels = decode(data, self.index.mode)
+        try:
+            pixels = decode(data, self.index.mode)
+        except DamagedImage:
+            self._is_the_one(number, data)
+            raise
         if cause := self.wrong(number, data, pixels.shape[:2]):
             raise DamagedImage(cause)
         return pixels
 
     def wrong(self, number: int, data: bytes, size: tuple[int, ...]) -> str | None:
         """Why a picture (h, w) that decodes well is not the one that the index, and so its label, is of."""
-        if zlib.crc32(data) != self.index.crc32.item(number):
+        if not self._is_the_one(number, data):
             return "its bytes are not those that the index was made from (checksum)"
         expected = self.index.height.item(number), self.index.width.item(number)
         if tuple(size) != expected:
             return f"is {size[0]}x{size[1]}, the index says {expected[0]}x{expected[1]}"
         return None
+
+    def _is_the_one(self, number: int, data: bytes) -> bool:
+        """Whether these are the bytes that the index was made from."""
+        same = zlib.crc32(data) == self.index.crc32.item(number)
+        if not same:
+            self.shards.distrust(number)
+        return same
 
 
 class Resident(Indexed):

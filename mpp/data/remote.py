@@ -56,8 +56,8 @@ class Cache:
         check_url(url, self.allow)
         if size > self.limit:
             raise RemoteError(f"{shown_url(url)}: {size} bytes, more than the {self.limit} that {self.folder} may hold")
-        name = hashlib.sha256(f"{url}\0{size}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        shard, part = self.folder / (name + SHARD), self.folder / (name + PART)
+        shard = self._place(url, size)
+        part = shard.with_suffix(PART)
         try:
             while True:
                 if (descriptor := _opened(shard, size)) is not None:
@@ -70,6 +70,15 @@ class Cache:
                         return descriptor
         except OSError as error:
             raise RemoteError(f"{self.folder}: cannot hold {shown_url(url)}: {cause(error)}") from None
+
+    def drop(self, url: str, size: int) -> None:
+        """Deletes a shard that is not what it should be; whoever opens it next fetches it again."""
+        with suppress(OSError):
+            self._place(url, size).unlink()
+
+    def _place(self, url: str, size: int) -> Path:
+        name = hashlib.sha256(f"{url}\0{size}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return self.folder / (name + SHARD)
 
     def close(self) -> None:
         """Ends all fetching and waiting soon, with RemoteError in those who wait."""

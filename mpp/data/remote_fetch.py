@@ -1,6 +1,7 @@
 """Fetching remote objects whole, however often a server fails on the way."""
 
 import http
+import logging
 import os
 import random
 import re
@@ -15,6 +16,7 @@ from mpp.data.remote_urls import RemoteError, check_url, shown_url, without_secr
 from mpp.errors import cause
 
 T = TypeVar("T")
+logger = logging.getLogger("mpp.data")
 PROGRESS = 2**16  # bytes; an attempt that got so far on is not counted as one of a row of failures
 TRY_AGAIN = (408, 416, 425, 429)  # of the statuses 4xx; all others of them are final
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, ValueError)
@@ -108,10 +110,10 @@ def retried(url: str, action: Callable[[], T], retry: Retry) -> T:
 
 
 class _Tries:
-    """Counts attempts that failed in a row, and waits between them."""
+    """Counts attempts that failed in a row, and waits between them; tells of the first."""
 
     def __init__(self, url: str, retry: Retry, stop: Event) -> None:
-        self.name, self.retry, self.stop, self.failures = shown_url(url), retry, stop, 0
+        self.name, self.retry, self.stop, self.failures, self.told = shown_url(url), retry, stop, 0, False
 
     def failed(self, error: Exception, note: str = "") -> None:
         """Returns when it is time for another attempt, and raises RemoteError if there is to be none."""
@@ -121,6 +123,9 @@ class _Tries:
             raise RemoteError(words) from error
         if self.failures >= self.retry.attempts:
             raise RemoteError(words + (f" (tried {self.failures} times)" if self.failures > 1 else "")) from error
+        if not self.told:
+            self.told = True
+            logger.warning("%s; trying again", words)
         longest = min(self.retry.longest, self.retry.wait * 2 ** (self.failures - 1))
         # Many that failed together should not come back together. No generator of the user's is touched for it.
         if self.stop.wait(longest * random.SystemRandom().uniform(0.5, 1)):

@@ -13,7 +13,7 @@ import numpy as np
 
 from mpp.data.decode import KINDS, DamagedImage, decode
 from mpp.data.duplicates import Duplicates, find_duplicates
-from mpp.data.index import Index, no_index, read_index, splits
+from mpp.data.index import Index, no_index, read_index, refuse_url, splits
 from mpp.data.pictures import Shards
 from mpp.data.sweep import sweep
 from mpp.data.tar import ShardError
@@ -80,6 +80,7 @@ def folder_stats(folder: str | Path, images: int | None = None, seed: int = 0, p
     """Looks at every split; `images` of each, chosen by a hash of key and seed, are decoded, by default all."""
     if images is not None and images < 1:
         raise ShardError(f"a sample needs at least 1 image, got {images}")
+    refuse_url(folder)
     folder = Path(folder)
     names = sorted(splits(folder), key=lambda name: (name != "train", name))
     if not names:

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from mpp import checkpoint
-from mpp.data.batches import Batches
+from mpp.data.batches import Batches, faster
 from mpp.data.chosen import chosen
-from mpp.data.config import PrepareName, ShuffleName
+from mpp.data.config import ShuffleName
 from mpp.data.index import UNFINISHED, Index, ShardError, splits
-from mpp.data.on_device import DeviceBatches, faster
 from mpp.data.read import open_batches, windowed
 from mpp.data.remote import is_url
-from mpp.data.subset import lacking
+from mpp.data.subset import digest, lacking
 from mpp.data.write import make_shards
 from mpp.errors import UserError, shown
 from mpp.files import claimed
@@ -52,6 +51,11 @@ def run(recipe: Recipe) -> Path:
             check_classes(batches.index, scored)
         objective = build(recipe)
         recipe = settle(recipe, before, objective, batches)
+        evaluate = None
+        if scored is not None:
+            images = _open(recipe, [scored], evaluation_batch(recipe), train=False)
+            stack.callback(images.close)
+            evaluate = evaluation(recipe, objective, images)
         train(
             objective,
             batches,
@@ -59,7 +63,7 @@ def run(recipe: Recipe) -> Path:
             out=out,
             seed=recipe.seed,
             log=recipe.log,
-            evaluate=None if scored is None else evaluation(recipe, objective, scored),
+            evaluate=evaluate,
             evaluate_every=recipe.eval.every,
         )
         if isinstance(objective, Classification):
@@ -81,8 +85,7 @@ def opened(recipe: Recipe) -> tuple[Recipe, Batches, Index | None]:
     train, scored = chosen(data, recipe.seed, isinstance(recipe.objective, LabelsConfig))
     batches = _open(recipe, train, recipe.train.batch, train=True)
     shuffle: ShuffleName = "window" if windowed(batches.index, data) else "all"
-    prepare: PrepareName = "device" if isinstance(batches, DeviceBatches) else "cpu"
-    return replace(recipe, data=replace(data, shuffle=shuffle, prepare=prepare)), batches, scored
+    return replace(recipe, data=replace(data, shuffle=shuffle, prepare=batches.prepared)), batches, scored
 
 
 def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool) -> Batches:
@@ -99,7 +102,10 @@ def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool) 
 
 def resolved(recipe: Recipe, index: Index, epoch: int) -> Recipe:
     """The recipe with what follows from the images to train on: steps, and with labels classes and their weights."""
-    recipe = recipe.in_steps(epoch)
+    found = digest(index)
+    if recipe.data.found not in (None, found):
+        raise RunError(f"{index.origin}: holds {found}, data.found is {recipe.data.found}: these are other images")
+    recipe = replace(recipe.in_steps(epoch), data=replace(recipe.data, found=found))
     objective = recipe.objective
     if not isinstance(objective, LabelsConfig):
         return recipe
@@ -154,11 +160,29 @@ def settle(recipe: Recipe, before: Recipe | None, objective: Objective, batches:
     out = recipe.folder
     if before is None:
         recipe = replace(recipe, train=settled(objective, batches, recipe.train))
+        _check_last_batch(recipe, objective, batches.epoch)
         save_recipe(recipe, out / "recipe.yaml")
         return recipe
+    if before.data.found != recipe.data.found:
+        found = f"it began with {before.data.found}, now there are {recipe.data.found}"
+        raise RunError(
+            f"{out}: holds a run on other images ({found}); restore them, or choose another folder with out="
+        )
     if changed := changes(before, recipe):
         raise RunError(f"{out}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out=")
     return recipe
+
+
+def _check_last_batch(recipe: Recipe, objective: Objective, epoch: int) -> None:
+    """Raises RunError where batch norm would get a single image."""
+    batch, micro = recipe.train.batch, recipe.train.micro_batch
+    assert isinstance(micro, int), "settled() comes first"
+    kept = recipe.data.last_batch == "kept" and objective.encoder.looks_across_batch
+    if kept and epoch % batch % micro == 1:
+        raise RunError(
+            f"data.last_batch: kept ends an epoch of {epoch} images with a batch of 1, which batch norm cannot take; "
+            "use chained or dropped, or another train.batch"
+        )
 
 
 def as_chosen(before: Recipe, recipe: Recipe) -> Recipe:
@@ -178,11 +202,14 @@ def changes(before: Recipe, recipe: Recipe) -> list[str]:
     return [line for line in differences(before, recipe) if not line.startswith(free)]
 
 
-def evaluation(recipe: Recipe, objective: Objective, scored: Index) -> Callable[[], dict[str, float]]:
+def evaluation_batch(recipe: Recipe) -> int:
+    """Images of a batch that fits in memory, and is compiled already."""
+    assert isinstance(recipe.train.micro_batch, int), "settle() comes first"
+    return min(recipe.train.micro_batch, recipe.eval.images)
+
+
+def evaluation(recipe: Recipe, objective: Objective, batches: Batches) -> Callable[[], dict[str, float]]:
     """A function that scores the objective on images: means over them, for the same draws every time."""
-    assert isinstance(recipe.train.micro_batch, int), "settled() comes first"
-    size = min(recipe.train.micro_batch, recipe.eval.images)  # fits in memory, and is compiled already
-    batches = _open(recipe, [scored], size, train=False)
     device, forward = device_of(recipe.train.device), forward_pass(objective, replace(recipe.train, compile=False))
 
     @torch.no_grad()

@@ -192,6 +192,6 @@ def test_a_thread_that_fails_ends_the_run_at_once(small_shards, monkeypatch):
     def broken(data: bytes, mode: str) -> np.ndarray:
         raise ZeroDivisionError("a bug in a decoder")
 
-    monkeypatch.setattr("mpp.data.pictures.decode", broken)
+    monkeypatch.setattr("mpp.data.pictures.decode_first", broken)
     with pytest.raises(ZeroDivisionError, match="a bug in a decoder"):
         next(batches.iterate())

@@ -8,10 +8,10 @@ import torch
 from conftest import picture_folder
 
 from mpp.data.augment import AugmentConfig
-from mpp.data.batches import Batches
+from mpp.data.batches import Batches, faster
 from mpp.data.config import DataConfig
 from mpp.data.index import read_index
-from mpp.data.on_device import Decoded, DeviceBatches, Kept, faster
+from mpp.data.on_device import Decoded, DeviceBatches, Kept
 from mpp.data.read import open_batches
 from mpp.data.write import make_shards
 from mpp.seeds import permutation
@@ -93,9 +93,9 @@ def test_damaged_images_are_replaced_by_the_same_ones_as_on_the_cpu(small_shards
 
 def test_the_faster_of_two_is_kept(small_shards, monkeypatch):
     on_cpu, on_device = both(small_shards)
-    monkeypatch.setattr("mpp.data.on_device._seconds", lambda batches: {on_cpu: 2.0, on_device: 1.0}[batches])
+    monkeypatch.setattr("mpp.data.batches._seconds", lambda batches: {on_cpu: 2.0, on_device: 1.0}[batches])
     assert faster(on_cpu, on_device) is on_device
-    monkeypatch.setattr("mpp.data.on_device._seconds", lambda batches: {on_cpu: 1.0, on_device: 2.0}[batches])
+    monkeypatch.setattr("mpp.data.batches._seconds", lambda batches: {on_cpu: 1.0, on_device: 2.0}[batches])
     assert faster(on_cpu, on_device) is on_cpu
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import yaml
 from tiny_runs import digests, finished, metrics, run, small_disk, small_splits, start, write_recipe
 
+from mpp.data.build import index_folder
 from mpp.data.index import read_index
 from mpp.recipe import load_recipe
 from mpp.weights import load_encoder
@@ -365,3 +367,20 @@ def test_a_run_killed_twenty_times_ends_as_one_never_killed(splits, tmp_path):
 def test_sigkill_is_what_the_driver_sends():
     assert "signal.SIGKILL" in LIVES.read_text()
     assert signal.SIGKILL == 9
+
+
+# The images of a run
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with_alone(recipe, tmp_path):
+    out = f"out={tmp_path / 'run'}"
+    assert run("pretrain", recipe, out, "train.steps=4").code == 0
+    found = load_recipe(tmp_path / "run/recipe.yaml").data.found
+    index = read_index(tmp_path / "shards", "train")
+    keys = b"".join(index.key(i).encode() for i in range(len(index)))
+    assert found == f"{len(index)} images {zlib.crc32(index.crc32.tobytes(), zlib.crc32(keys)):08x}"
+    (tmp_path / "shards" / index.shards[-1]).unlink()
+    index_folder(tmp_path / "shards", report=lambda line: None)
+    line = refused("pretrain", recipe, out, "train.steps=4")
+    assert f"it began with {found}, now there are " in line
+    assert refused("pretrain", recipe, f"out={tmp_path / 'other'}", f"data.found={found}").endswith("are other images")

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from mpp.batch import Batch
 from mpp.data.augment import AugmentConfig, Change, Plan, apply, evaluation_plan, training_plan
-from mpp.data.config import LastBatch
+from mpp.data.config import LastBatch, PrepareName
 from mpp.data.decode import DamagedImage
 from mpp.data.index import ShardError
 from mpp.data.order import Order
 from mpp.data.pictures import Indexed
 
 POLL = 0.2  # seconds between two looks whether to stop waiting
+PARTS = 4  # of a batch that each thread takes: photographs differ tenfold in cost, and none should wait for the last
+TRIED = 8  # batches that a choice by measuring reads, after one that is not counted
 NAMED = 100  # damaged images that the log names; `mpp shards check` lists them all
 
 logger = logging.getLogger("mpp.data")
@@ -54,13 +57,15 @@ class Reading(NamedTuple):
 
 
 class Batches:
-    """The batches of a split. `at(step)` gives any of them; `iterate(start)` gives them in turn, one read ahead.
+    """The batches of a split. `at(step)` gives any of them; `iterate(start)` gives them in turn, the next being read.
 
     In training an order (mpp.data.order) says which image each position of an endless chain holds, and batch s holds
     positions s * batch to (s + 1) * batch, across the borders of epochs unless `last_batch` says otherwise. The place
     of an image that turns out damaged is taken by another one of its window. In evaluation damaged images are left out.
     Either way each is named once, in the log and in `damaged`.
     """
+
+    prepared: PrepareName = "cpu"  # where pictures are made
 
     def __init__(self, images: Indexed, order: Order, reading: Reading) -> None:
         self.index, self.epoch = images.index, order.epoch  # positions that make one epoch
@@ -71,6 +76,8 @@ class Batches:
         self._bad = images.index.damaged.copy()
         self._sizes = np.stack([images.index.height, images.index.width], axis=1).astype(np.int64)
         self._pool = ThreadPoolExecutor(reading.threads, "decode") if reading.threads > 1 else None
+        # Two batches in the making, so that no thread idles at the end of one; windows are brought near one by one.
+        self._ahead = 2 if self._pool and not reading.windowed else 1
         if not len(self):
             raise ShardError(f"{self.index.origin}: {self.epoch} images make no batch of {self.batch} to keep")
         cv2.setNumThreads(1)  # the threads here are enough; OpenCV's own would fight them and torch's for the cores
@@ -102,13 +109,13 @@ class Batches:
         """
         steps = itertools.count(start) if self.train else range(start, len(self))
         waiting: deque[Future[Batch]] = deque()
-        ahead = ThreadPoolExecutor(1, "read ahead")
+        ahead = ThreadPoolExecutor(self._ahead, "read ahead")
         try:
             for step in steps:
                 waiting.append(ahead.submit(self.at, step))
-                if len(waiting) == 2 and not self._is_there(waiting[0], stop):
+                if len(waiting) > self._ahead and not self._is_there(waiting[0], stop):
                     return
-                if len(waiting) == 2:
+                if len(waiting) > self._ahead:
                     yield waiting.popleft().result()
             for last in waiting:
                 yield last.result()
@@ -159,23 +166,25 @@ class Batches:
     def _fill(self, out: np.ndarray, positions: np.ndarray, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Writes the images of some rows of a batch; gives the rows whose image is damaged."""
         plan = self._plan(positions[rows], numbers[rows])
+        ends = plan.boxes[:, 0] + plan.boxes[:, 2]  # of the rows of an image that its crop needs
         # Plain lists: taking single elements out of arrays would cost as much as a small image's crop.
         boxes, flips, shifts = plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist()
         changes: Sequence[Change | None] = plan.changes or [None] * len(rows)
-        todo = list(zip(rows.tolist(), numbers[rows].tolist(), boxes, flips, shifts, changes, strict=True))
+        todo = list(zip(rows.tolist(), boxes, flips, shifts, changes, strict=True))
 
-        def work(part: list[tuple[int, int, list[int], bool, list[int], Change | None]]) -> list[int]:
+        def work(part: slice) -> list[int]:
             damaged = []
-            for row, number, box, flip, shift, change in part:
-                try:
-                    apply(self._images[number], box, flip, shift, out[row], change)
-                except DamagedImage as error:
+            images = self._images.each(numbers[rows[part]], ends[part])
+            for pixels, (row, box, flip, shift, change) in zip(images, todo[part], strict=True):
+                if isinstance(pixels, DamagedImage):
                     damaged.append(row)
-                    self._report(number, str(error))
+                    self._report(int(numbers[row]), str(pixels))
+                else:
+                    apply(pixels, box, flip, shift, out[row], change)
             return damaged
 
-        size = -(-len(todo) // self._reading.threads)
-        parts = [todo[start : start + size] for start in range(0, len(todo), size)]
+        size = -(-len(todo) // (self._reading.threads * PARTS if self._pool else 1))
+        parts = [slice(start, start + size) for start in range(0, len(todo), size)]
         results = self._pool.map(work, parts) if self._pool else map(work, parts)
         return np.array([row for result in results for row in result], np.int64)
 
@@ -193,6 +202,21 @@ class Batches:
     def close(self) -> None:
         """Gives up on whatever is still being read or fetched."""
         self._images.shards.close()
+
+
+def faster(first: Batches, second: Batches) -> Batches:
+    """Whichever reads a few batches in less time; the other is closed."""
+    chosen, other = (first, second) if _seconds(first) <= _seconds(second) else (second, first)
+    other.close()
+    return chosen
+
+
+def _seconds(batches: Batches) -> float:
+    batches.at(0)
+    start = time.perf_counter()
+    for step in range(1, TRIED + 1):
+        batches.at(step)
+    return time.perf_counter() - start
 
 
 def batches_of(images: int, batch: int, last: str) -> int:

@@ -30,6 +30,8 @@ def index_folder(
     paths = sorted(folder.glob("*.tar"))
     if (folder / UNFINISHED).is_file() or not paths:
         raise no_index(folder, split or "train")
+    if odd := [path for path in paths if not path.name.isprintable()]:
+        raise ShardError(f"{shown(odd[0])}: a name that cannot be printed; rename it")
     old = {name: index for name in splits(folder) if (index := _old(folder, name))}
     choice = labels or next((index.labels for index in old.values()), "cls")
     if not labels and choice != "cls":

@@ -34,6 +34,7 @@ class DataConfig:
     val: str | None = None  # split that the objective is scored on while training
     hold_out: float = 0.0  # share of train, by a hash of the key alone, that is scored in val's place, never trained on
     subset: SubsetConfig = field(default_factory=SubsetConfig)
+    found: str | None = None  # which images train was found to hold; a run writes it at its first start and keeps to it
     mix: dict[str, MixConfig | None] = field(default_factory=dict)  # more data sets, by any name; null leaves one out
     weight: int = 1  # of path among them
     sampling: SamplingName = "images"  # classes: each is seen equally often

@@ -3,7 +3,7 @@
 Positions, images and draws are those of `Batches`; pictures differ by rounding alone (docs/data.md).
 """
 
-import time
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from contextlib import nullcontext
@@ -20,8 +20,6 @@ from mpp.data.decode import DamagedImage
 from mpp.data.decode_cuda import decode_on, decoded_to
 from mpp.data.order import Order
 from mpp.data.pictures import Indexed, Resident, sizes_of
-
-TRIED = 8  # batches that a choice by measuring reads, after one that is not counted
 
 
 class Source(Protocol):
@@ -100,16 +98,20 @@ class Decoded:
 class DeviceBatches(Batches):
     """`Batches` on a device; a resident set lies there, the images of others are decoded there."""
 
+    prepared = "device"
+
     def __init__(self, images: Indexed, order: Order, reading: Reading, device: torch.device) -> None:
         super().__init__(images, order, reading)
+        self._ahead = 1  # a source brings one batch, then gives it
         kind = Kept if isinstance(images, Resident) and len(sizes_of(images.index)) == 1 else Decoded
         self._source: Source = kind(images, device, self._pool)
         self._device = device
+        self._lock = threading.Lock()  # what a source has brought is for one batch
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _read(self, positions: np.ndarray) -> Batch:
         # In a stream of its own, which the thread that reads ahead waits for: training goes on meanwhile.
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+        with self._lock, torch.cuda.stream(self._stream) if self._stream else nullcontext():
             batch = self._made(positions)
         if self._stream:
             self._stream.synchronize()
@@ -131,18 +133,3 @@ class DeviceBatches(Batches):
         else:
             images = torch.empty(0, self.index.channels, *self.image, dtype=torch.uint8, device=self._device)
         return Batch(images, self._labels(numbers))
-
-
-def faster(first: Batches, second: Batches) -> Batches:
-    """Whichever reads a few batches in less time; the other is closed."""
-    chosen, other = (first, second) if _seconds(first) <= _seconds(second) else (second, first)
-    other.close()
-    return chosen
-
-
-def _seconds(batches: Batches) -> float:
-    batches.at(0)
-    start = time.perf_counter()
-    for step in range(1, TRIED + 1):
-        batches.at(step)
-    return time.perf_counter() - start

@@ -4,14 +4,13 @@ import os
 import threading
 import time
 import zlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
 
-from mpp.data.decode import DamagedImage, decode
+from mpp.data.decode import DamagedImage, decode_again, decode_first, room
 from mpp.data.index import Index
 from mpp.data.remote import Cache, is_url
 from mpp.data.tar import ShardError
@@ -20,7 +19,7 @@ from mpp.errors import cause
 OPEN_SHARDS = 128  # files held open at a time; the usual limit of a process is 1024
 AHEAD = 4  # shards that are fetched side by side
 PIECE = 2**23  # bytes that are read at once from a disk that does not like to seek
-WAITS = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again: network file systems fail for moments
+WAITS = (0.1, 1.0, 5.0, None)  # seconds before a failed read is tried again: network file systems fail for moments
 
 
 class Shards:
@@ -32,7 +31,7 @@ class Shards:
 
     def __init__(self, index: Index, cache: Cache | None = None) -> None:
         self.index, self._cache = index, cache
-        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._open: dict[int, _File] = {}
         self._coming: dict[int, Future[None]] = {}
         self._lock = threading.Lock()
         self._fetchers = ThreadPoolExecutor(AHEAD if cache else 1, "fetch")
@@ -40,8 +39,12 @@ class Shards:
     def read(self, number: int) -> bytes:
         """The encoded image; raises ShardError."""
         index = self.index
-        size, shard, offset = index.size.item(number), index.shard.item(number), index.offset.item(number)
-        for wait in (*WAITS, None):
+        return self.read_at(index.shard.item(number), index.offset.item(number), index.size.item(number))
+
+    def read_at(self, shard: int, offset: int, size: int) -> bytes:
+        """The bytes that lie there; raises ShardError."""
+        index = self.index
+        for wait in WAITS:
             try:
                 file = self._file(shard)
                 data = file.read(size, offset)
@@ -89,17 +92,14 @@ class Shards:
                     file.read(PIECE, offset)
 
     def _file(self, shard: int) -> "_File":
-        with self._lock:
-            file = self._open.pop(shard, None)
-            if file is not None:
-                self._open[shard] = file  # the last is the one used last
-                return file
+        if file := self._open.get(shard):
+            return file
         file = _File(self._descriptor(shard))  # outside the lock: others read on while this one is fetched
         if file.length != self.index.shard_bytes[shard]:
             self._refuse(shard, file.length)
         with self._lock:
             while len(self._open) >= OPEN_SHARDS:
-                self._open.popitem(last=False)
+                self._open.pop(next(iter(self._open)))  # that was opened first; to note which was used last costs more
             return self._open.setdefault(shard, file)
 
     def _descriptor(self, shard: int) -> int:
@@ -141,17 +141,47 @@ class Indexed:
 
     def __init__(self, shards: Shards) -> None:
         self.index, self.shards = shards.index, shards
+        self._approved = np.zeros(len(shards.index), bool)  # decoded before, and need no second look
 
     def __getitem__(self, number: int) -> np.ndarray:
         """The upright pixels (h, w, c) of an image; raises DamagedImage, and ShardError where a whole shard is bad."""
-        data = self.shards.read(number)
+        return self._first(number, self.shards.read(number))
+
+    def each(self, numbers: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray | DamagedImage]:
+        """The pixels of each image in turn, or what is wrong with it.
+
+        Rows from `ends` on may be missing, and the next image may overwrite this one. An image is decoded whole when it
+        is met first, so that damage is found then or never: whether it is does not depend on the crop.
+        """
+        index, known = self.index, self._approved[numbers]
+        height = index.height[numbers]
+        decoded = height.astype(np.int64) * index.width[numbers] * index.channels  # bytes; true of those that are known
+        space = room(int(decoded[known].max(initial=0)))
+        places = (column[numbers] for column in (index.shard, index.offset, index.size, index.crc32))
+        # Plain lists: taking single elements out of arrays would cost as much as a small image's crop.
+        facts = zip(*(column.tolist() for column in (numbers, known, ends, height, *places)), strict=True)
+        for number, again, end, tall, shard, offset, size, checksum in facts:
+            data = self.shards.read_at(shard, offset, size)
+            try:
+                if again and zlib.crc32(data) == checksum:
+                    pixels = decode_again(data, index.mode, tall, end, space)
+                else:
+                    pixels = self._first(number, data)
+            except DamagedImage as error:
+                yield error
+            else:
+                yield pixels
+
+    def _first(self, number: int, data: bytes) -> np.ndarray:
+        """Decodes an image of which nothing is known but what the index says."""
         try:
-            pixels = decode(data, self.index.mode)
+            pixels, approved = decode_first(data, self.index.mode)
         except DamagedImage:
             self._is_the_one(number, data)
             raise
         if cause := self.wrong(number, data, pixels.shape[:2]):
             raise DamagedImage(cause)
+        self._approved[number] = approved
         return pixels
 
     def wrong(self, number: int, data: bytes, size: tuple[int, ...]) -> str | None:
@@ -183,6 +213,15 @@ class Resident(Indexed):
         if pixels is None:  # two threads may both decode it, to the same pixels
             pixels = self._kept[number] = super().__getitem__(number)
         return pixels
+
+    def each(self, numbers: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray | DamagedImage]:
+        for number in numbers.tolist():
+            try:
+                pixels = self[number]
+            except DamagedImage as error:
+                yield error
+            else:
+                yield pixels
 
 
 def decoded_bytes(index: Index) -> int:

@@ -13,7 +13,6 @@ from mpp.data.augment import AugmentConfig
 from mpp.data.batches import Batches, Part, Reading
 from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, ShuffleName
 from mpp.data.index import Index, ShardError, merged, read_index
-from mpp.data.on_device import DeviceBatches
 from mpp.data.order import Chain, Mixture, Order
 from mpp.data.pictures import Indexed, Resident, Shards, decoded_bytes, sizes_of
 from mpp.data.remote import Cache
@@ -123,6 +122,8 @@ def open_batches(
         part=Part(rank, ranks),
     )
     if device is not None:
+        from mpp.data.on_device import DeviceBatches  # here, as torchvision's transforms take a second to import
+
         return DeviceBatches(images, order, reading, device)
     return Batches(images, order, reading)
 

@@ -119,6 +119,8 @@ class _Tries:
         """Returns when it is time for another attempt, and raises RemoteError if there is to be none."""
         self.failures += 1
         words = f"{self.name}: {_why(error, self.retry.timeout)}{note}"
+        if self.stop.is_set():
+            raise RemoteError(f"{words}; given up, since reading has ended") from error
         if _is_final(error):
             raise RemoteError(words) from error
         if self.failures >= self.retry.attempts:

@@ -67,6 +67,11 @@ def key_hashes(index: Index) -> np.ndarray:
     return np.array([zlib.crc32(keys[start:end]) for start, end in zip([0, *ends], ends, strict=False)], np.uint64)
 
 
+def digest(index: Index) -> str:
+    """Which images these are, whatever shards they lie in: how many, and a checksum of their keys and contents."""
+    return f"{len(index)} images {zlib.crc32(index.crc32.tobytes(), zlib.crc32(index.key_bytes.tobytes())):08x}"
+
+
 def _first(
     index: Index, numbers: np.ndarray, share: float, most: int, seed: int, purpose: int, leave: int = 0
 ) -> np.ndarray:

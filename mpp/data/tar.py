@@ -119,6 +119,8 @@ def _samples(tar: Bytes, files: list[Member], label: Labeller) -> Iterator[Sampl
     named = []  # (key, ending, member)
     for member in files:
         match = MEMBER_NAME.match(member.name)
+        if not match and member.name.rpartition(".")[2].lower() in IMAGE_ENDINGS:
+            yield None  # an image without a key, such as ".jpg"
         if match and not (member.name.startswith("__") and member.name.endswith("__")):  # webdataset's own
             named.append((match[1], match[2].lower(), member))
     for key, group in itertools.groupby(named, key=lambda entry: entry[0]):

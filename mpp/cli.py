@@ -333,3 +333,6 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("mpp: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        if remote := sys.modules.get("mpp.data.remote"):  # what still waits for a server would keep Python from exiting
+            remote.close_caches()

@@ -105,12 +105,13 @@ def train(
     out: Path,
     seed: int = 0,
     log: LogConfig | None = None,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[Sequence[int]], dict[str, float]] | None = None,
     evaluate_every: int = 1000,
 ) -> None:
     """Trains `objective` up to step `config.steps`, from the last whole checkpoint below `out` if there is one.
 
-    evaluate: gives figures to log every `evaluate_every` steps and at the end.
+    evaluate: gives figures to log every `evaluate_every` steps and at the end. What it is called with is a list that
+        holds something as soon as a signal asks to stop.
 
     The losses of all steps, and so the weights at the end, are the same however often a run was interrupted, bit for
     bit on the CPU. Raises TrainingError if a loss or gradient is not finite, and Interrupted after SIGINT or SIGTERM.
@@ -149,7 +150,7 @@ def train(
             if scores or shows:
                 with clock.stopped(), swapped(objective, ema):
                     if evaluate and scores:
-                        logger.scalars(step, evaluate())
+                        logger.scalars(step, evaluate(signals))
                     if shows:
                         logger.pictures(step, pictures(objective, shown()))
             if saves:

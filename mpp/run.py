@@ -163,13 +163,13 @@ def settle(recipe: Recipe, before: Recipe | None, objective: Objective, batches:
         _check_last_batch(recipe, objective, batches.epoch)
         save_recipe(recipe, out / "recipe.yaml")
         return recipe
+    if changed := changes(before, recipe):
+        raise RunError(f"{out}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out=")
     if before.data.found != recipe.data.found:
         found = f"it began with {before.data.found}, now there are {recipe.data.found}"
         raise RunError(
             f"{out}: holds a run on other images ({found}); restore them, or choose another folder with out="
         )
-    if changed := changes(before, recipe):
-        raise RunError(f"{out}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out=")
     return recipe
 
 
@@ -198,7 +198,8 @@ def as_chosen(before: Recipe, recipe: Recipe) -> Recipe:
 
 def changes(before: Recipe, recipe: Recipe) -> list[str]:
     """What differs between two recipes that decides a run's results, a line each."""
-    free = ("out", "log.", "data.threads", "data.reader", "data.memory", "data.cache", "train.save_every", "train.keep")
+    reading = ("threads", "reader", "memory", "cache", "allow", "found")  # of `found` more is said elsewhere
+    free = ("out", "log.", "train.save_every", "train.keep", *(f"data.{name}" for name in reading))
     return [line for line in differences(before, recipe) if not line.startswith(free)]
 
 
@@ -208,25 +209,33 @@ def evaluation_batch(recipe: Recipe) -> int:
     return min(recipe.train.micro_batch, recipe.eval.images)
 
 
-def evaluation(recipe: Recipe, objective: Objective, batches: Batches) -> Callable[[], dict[str, float]]:
-    """A function that scores the objective on images: means over them, for the same draws every time."""
+def evaluation(recipe: Recipe, objective: Objective, batches: Batches) -> Callable[[Sequence[int]], dict[str, float]]:
+    """A function that scores the objective on images: means over them, for the same draws every time.
+
+    It gives nothing if it is asked to stop before.
+    """
     device, forward = device_of(recipe.train.device), forward_pass(objective, replace(recipe.train, compile=False))
 
     @torch.no_grad()
-    def evaluate() -> dict[str, float]:
+    def evaluate(stop: Sequence[int]) -> dict[str, float]:
         objective.eval()
         totals: dict[str, float] = {}
-        images = 0
-        for step in range(min(len(batches), math.ceil(recipe.eval.images / batches.batch))):
-            torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
-            batch = batches.at(step).to(device)
+        images, steps = 0, min(len(batches), math.ceil(recipe.eval.images / batches.batch))
+        for step, batch in zip(range(steps), batches.iterate(0, stop), strict=False):
+            if stop:
+                break
             if not len(batch):
                 continue  # all of its images are damaged
-            loss, metrics = forward(batch)
+            torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
+            loss, metrics = forward(batch.to(device))
             for name, value in {"loss": loss, **metrics}.items():
                 totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + value.item() * len(batch)
             images += len(batch)
         objective.train()
+        if stop:
+            return {}
+        if not images:
+            raise ShardError(f"{batches.index.origin}: every image to score on is damaged")
         return {name: total / images for name, total in totals.items()}
 
     return evaluate

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ def born(recipe: str, out: Path) -> int:
     child = os.fork()
     if child == 0:
         status = 1
+        tqdm.set_lock(threading.RLock())  # the usual lock is shared by forks: one killed with it would stop all others
         try:
             carry_out(load_recipe(recipe, [*settings, f"out={out}"]))
             status = 0

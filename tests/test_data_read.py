@@ -148,7 +148,7 @@ def test_evaluation_leaves_damaged_images_out(own_shards):
 
 def test_shards_of_damaged_images_alone_stop_the_run_with_one_line(own_shards):
     damage(own_shards, list(range(53)))
-    with pytest.raises(ValueError, match="every image of split train is damaged"):
+    with pytest.raises(ValueError, match="and every image that could take its place is damaged"):
         read_shards(own_shards, 8).at(0)
 
 

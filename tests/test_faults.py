@@ -1,10 +1,11 @@
-"""Data that is missing, broken or hostile, through the command line: passed over and named, or one line and status 2."""
+"""Data that is missing, broken or hostile, through the command line: passed over by name, or one line and status 2."""
 
 import json
 import os
 import shutil
 import signal
 import struct
+import subprocess
 import time
 import zlib
 from functools import partial
@@ -15,13 +16,13 @@ import pytest
 from http_server import File, Server, serving
 from safetensors.numpy import load, save
 from shard_files import image, png, write_tar
-from tiny_runs import LABELS, RECIPE, RESNET, digests, finished, losses, run, small_disk, small_splits, start
+from tiny_runs import LABELS, RECIPE, RESNET, Finished, digests, losses, run, small_disk, small_splits, start
 
 from mpp.data.batches import Batches
 from mpp.data.index import read_index
 from mpp.data.remote import Cache, Retry
 
-STEPS = 14  # two epochs of 53 images in batches of 8
+STEPS = 35  # five epochs of 53 images in batches of 8
 STREAMED = (
     RECIPE.replace("path: PATH,", "path: PATH, cache: CACHE, shuffle: window, window: 1, reader: indexed, threads: 1,")
     .replace("steps: 6", f"steps: {STEPS}")
@@ -125,7 +126,7 @@ def test_a_shard_that_changes_while_training_stops_the_run_which_goes_on_once_it
     with monkeypatch.context() as patch:
         at_step(patch, 7, damage)
         stopped = pretrain(tmp_path, own)
-    assert stopped.code == 2, "at the latest when the next epoch opens it again"
+    assert stopped.code == 2, "at the latest when a later epoch opens it again"
     assert "train-000001.tar" in stopped.line
     assert "Traceback" not in stopped.err
     again = pretrain(tmp_path, own)
@@ -187,7 +188,7 @@ def test_a_signal_while_a_server_hangs_ends_the_run_soon_and_it_goes_on(
     process = start("pretrain", streamed(tmp_path, url), f"out={tmp_path / 'run'}")
     until_asked(server, process)
     process.send_signal(number)
-    result = finished(process)
+    result = soon(process)
     assert result.code == 128 + number
     assert f"stopped by {number.name}" in result.line
     assert not list((tmp_path / "cache").glob("*part"))
@@ -209,10 +210,47 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_that_the_next_one_keep
     assert digests(tmp_path / "run", STEPS) == undisturbed
 
 
-def until_asked(server: Server, process) -> None:
+def test_a_signal_while_the_shards_to_score_on_hang_ends_the_run_soon(server, tmp_path):
+    shards = small_splits(tmp_path)
+    url = put(server, shards)
+    held = shards / "test-000000.tar"
+    server.put(f"shards/{held.name}", File(held.read_bytes(), hang=1000))
+    path = written(tmp_path, STREAMED.replace("CACHE", str(tmp_path / "cache")) + "eval: {every: 2}\n", url)
+    process = start("pretrain", path, f"out={tmp_path / 'run'}", "data.val=test")
+    until_asked(server, process, held.name)
+    process.send_signal(signal.SIGTERM)
+    assert soon(process).code == 128 + signal.SIGTERM
+    assert run("pretrain", path, f"out={tmp_path / 'run'}", "data.val=null").code == 2, "it has saved, and goes on"
+    put(server, shards)
+    assert run("pretrain", path, f"out={tmp_path / 'run'}", "data.val=test").code == 0
+
+
+def test_ctrl_c_ends_a_prediction_that_waits_for_a_server(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPP_CACHE", str(tmp_path / "cache"))
+    shards = small_splits(tmp_path)
+    assert run("finetune", written(tmp_path, LABELS, shards), f"out={tmp_path / 'run'}").code == 0
+    process = start("predict", tmp_path / "run", put(server, shards, hang=1000), "--split", "test")
+    until_asked(server, process)
+    process.send_signal(signal.SIGINT)
+    result = soon(process)
+    assert (result.code, result.line) == (130, "mpp: stopped")
+    assert not list((tmp_path / "cache" / "shards").glob("*part"))
+
+
+def soon(process: subprocess.Popen) -> Finished:
+    """What a process said that must end within seconds; the servers here hang for 30."""
+    try:
+        out, err = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"still there after 20 seconds: {process.communicate()[1]}")
+    return Finished(process.returncode, out, err)
+
+
+def until_asked(server: Server, process, name: str = ".tar") -> None:
     """Waits until a tar is being fetched, and some bytes of it have come."""
     end = time.monotonic() + 60
-    while not any(path.endswith(".tar") and count for path, count in server.counts.items()):
+    while not any(path.endswith(name) and count for path, count in server.counts.items()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -430,7 +468,6 @@ def test_the_index_of_another_set_is_refused_with_both_sizes(own, tmp_path):
         "data.mix.a.path=SHARDS data.mix.a.weight=0",
         "data.mix.a.path=SHARDS data.mix.a.weigth=1",
         "data.mix.a=5",
-        "data.mix.a.weight=1",
         "data.prepare=gpu",
         "data.last_batch=dropped train.batch=64 train.micro_batch=64",
     ],
@@ -446,9 +483,10 @@ def test_a_mistake_in_the_data_section_is_one_line_that_names_it(small_shards, t
 
 def test_data_sets_that_are_not_there_or_of_another_kind_are_named(small_shards, tmp_path):
     grey = tmp_path / "grey"
-    assert run("shards", "make", "digits", grey).code == 0
+    assert run("shards", "make", "digits", grey, "--mode", "L").code == 0
     recipe, out = written(tmp_path, RECIPE, small_shards), f"out={tmp_path / 'run'}"
     assert f"{grey} L" in refused("pretrain", recipe, out, f"data.mix.a.path={grey}")
+    assert "data.mix.a.path: missing" in refused("pretrain", recipe, out, "data.mix.a.weight=1")
     assert "/nowhere: no such folder" in refused("pretrain", recipe, out, "data.mix.a.path=/nowhere")
     bare = tars(tmp_path, labelled(8)[::2])
     assert run("shards", "index", bare).code == 0
@@ -466,6 +504,23 @@ def test_going_on_with_another_reading_is_refused_with_the_key(own, tmp_path, se
     assert f"holds a run of another recipe ({setting.split('=')[0]}: " in line
 
 
+def test_going_on_with_a_set_that_has_grown_is_refused_with_both_counts(own, tmp_path):
+    assert pretrain(tmp_path, own, "train.steps=2").code == 0
+    write_tar(own / "train-000003.tar", labelled(6))
+    assert run("shards", "index", own).code == 0
+    line = refused("pretrain", streamed(tmp_path, own), f"out={tmp_path / 'run'}", "train.steps=2")
+    assert "53 images" in line
+    assert "59 images" in line
+
+
+@pytest.mark.parametrize("verb", ["check", "stats"])
+def test_what_looks_at_every_image_wants_a_folder_and_says_so_of_a_url(small_shards, server, verb):
+    url = put(server, small_shards)
+    line = refused("shards", verb, url)
+    assert url in line
+    assert "shards make" not in line
+
+
 # Odd sizes
 
 
@@ -475,8 +530,6 @@ def test_going_on_with_another_reading_is_refused_with_the_key(own, tmp_path, se
         ("pretrain", RECIPE, ["train.micro_batch=8"]),
         ("pretrain", RECIPE, ["train.micro_batch=2"]),
         ("finetune", LABELS, ["train.micro_batch=4", "objective.mixup=0.8", "objective.cutmix=1.0"]),
-        ("finetune", RESNET, ["train.micro_batch=8"]),
-        ("finetune", RESNET, ["train.micro_batch=8", "train.precision=bfloat16"]),
     ],
 )
 def test_a_last_batch_of_one_image_is_trained_on(tmp_path, verb, text, settings):
@@ -487,11 +540,14 @@ def test_a_last_batch_of_one_image_is_trained_on(tmp_path, verb, text, settings)
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
 
 
-def test_batch_norm_that_would_see_a_single_value_is_one_line_before_training(tmp_path):
+def test_a_last_batch_of_one_image_that_batch_norm_would_see_is_one_line_before_training(tmp_path):
     shards = tars(tmp_path, labelled(9))
     run("shards", "index", shards)
-    recipe = written(tmp_path, RESNET.replace("val: test, ", "").replace("image: 16", "image: 8"), shards)
-    assert "data.last_batch" in refused("finetune", recipe, f"out={tmp_path / 'run'}", "data.last_batch=kept")
+    recipe, out = written(tmp_path, RESNET.replace("val: test, ", ""), shards), tmp_path / "run"
+    assert "data.last_batch: kept" in refused("finetune", recipe, f"out={out}", "data.last_batch=kept")
+    kept = ["data.last_batch=kept", "train.batch=6", "train.micro_batch=6"]
+    assert run("finetune", recipe, f"out={out}", *kept).code == 0
+    assert sorted(losses(out)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("last", ["chained", "kept"])

@@ -266,7 +266,7 @@ def test_scores_and_pictures_do_not_change_training(images, tmp_path):
     fit(tmp_path / "blind", images, config)
     objective, seen = masked(), []
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(stop) -> dict[str, float]:
         torch.rand(17)
         seen.append(objective.head.weight.clone())
         return {"val/loss": 1.0}

@@ -58,7 +58,7 @@ def test_signals_save_and_say_how_to_go_on(small_shards, tmp_path):
 
 
 def test_a_signal_while_scoring_stops_after_a_step_that_is_saved(images, tmp_path):
-    def evaluate() -> dict[str, float]:
+    def evaluate(stop) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
         return {"val/loss": 1.0}
 
@@ -126,7 +126,7 @@ def test_waiting_is_the_share_of_time_without_data(images, tmp_path):
 
 
 def test_the_time_of_scoring_is_not_counted_as_training(images, tmp_path):
-    def evaluate() -> dict[str, float]:
+    def evaluate(stop) -> dict[str, float]:
         time.sleep(1)
         return {"val/loss": 1.0}
 

@@ -21,6 +21,8 @@ from mpp.data.decode import DamagedImage
 from mpp.data.index import ShardError
 from mpp.data.order import Order
 from mpp.data.pictures import Indexed
+from mpp.data.remote import shown_url
+from mpp.errors import shown
 
 POLL = 0.2  # seconds between two looks whether to stop waiting
 PARTS = 4  # of a batch that each thread takes: photographs differ tenfold in cost, and none should wait for the last
@@ -153,7 +155,8 @@ class Batches:
         for row in np.flatnonzero(self._bad[numbers]) if self.train else ():
             good = self._order.instead(int(positions[row]), self._bad)
             if good is None:
-                raise ShardError(f"{self.index.origin}: every image of split {self.index.split} is damaged")
+                key = shown(self.index.key(int(numbers[row])))
+                raise ShardError(f"{self.index.origin}: {key} and every image that could take its place is damaged")
             numbers[row] = good
         return numbers
 
@@ -194,8 +197,8 @@ class Batches:
         self.damaged[number] = cause
         self._bad[number] = True
         if len(self.damaged) <= NAMED:
-            shard = self.index.place(self.index.shard[number])
-            logger.warning("%s: image %s is damaged and passed over: %s", shard, self.index.key(number), cause)
+            shard, key = shown_url(self.index.place(self.index.shard[number])), shown(self.index.key(number))
+            logger.warning("%s: image %s is damaged and passed over: %s", shard, key, cause)
         if len(self.damaged) == NAMED:
             logger.warning("%s: further damaged images are passed over unnamed", self.index.origin)
 

@@ -28,6 +28,8 @@ def index_folder(
     if split is not None and (not split or "/" in split):
         raise ShardError(f"a split is part of a file name, got {split!r}")
     paths = sorted(folder.glob("*.tar"))
+    if not paths and splits(folder):
+        raise ShardError(f"{folder}: no tars here; the index that it holds is of others, at URLs or deleted")
     if (folder / UNFINISHED).is_file() or not paths:
         raise no_index(folder, split or "train")
     if odd := [path for path in paths if not path.name.isprintable()]:

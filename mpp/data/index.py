@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mpp.data.remote import check_url, is_url, read_small
+from mpp.data.remote import check_url, is_url, read_small, shown_url
 from mpp.data.tar import ShardError
 from mpp.errors import cause, shown
 from mpp.files import write_atomically
@@ -57,7 +57,7 @@ class Index:
     @property
     def origin(self) -> str:
         """The folder or its URL, for messages."""
-        return self.url or str(self.folder)
+        return shown_url(self.url or str(self.folder))
 
     @property
     def remote(self) -> bool:
@@ -156,9 +156,9 @@ def read_index(folder: str | Path, split: str, allow: Sequence[str] = ()) -> Ind
 
 def _remote_index(url: str, split: str, allow: Sequence[str]) -> Index:
     check_url(url, allow)
-    place = f"{url}/{split}{SUFFIX}"
+    place = shown_url(f"{url}/{split}{SUFFIX}")
     with tempfile.NamedTemporaryFile(suffix=SUFFIX) as file:
-        file.write(read_small(place, MOST_BYTES))
+        file.write(read_small(f"{url}/{split}{SUFFIX}", MOST_BYTES))
         file.flush()
         try:
             index = loaded(Path(file.name), split)
@@ -241,7 +241,7 @@ def merged(indexes: Sequence[Index]) -> Index:
         shards=tuple(index.place(shard) for index in indexes for shard in range(len(index.shards))),
         shard_bytes=tuple(size for index in indexes for size in index.shard_bytes),
         classes=first.classes if alike else (),
-        url=" + ".join(dict.fromkeys(index.origin for index in indexes)),
+        url=" + ".join(dict.fromkeys(index.origin for index in indexes)),  # for messages
         **rows,
     )
 
@@ -254,8 +254,8 @@ def no_index(folder: Path, split: str) -> ShardError:
         return ShardError(f"{folder}: no such folder; make it with `mpp shards make SOURCE {folder}`")
     if (folder / UNFINISHED).is_file():
         return ShardError(f"{folder}: an unfinished `mpp shards make`; run it again to go on")
-    if present := splits(folder):
-        return ShardError(f"{folder}: no split {split!r}; it holds {', '.join(present)}")
+    if (present := splits(folder)) and split not in present:
+        return ShardError(f"{folder}: no split {shown(split)}; it holds {', '.join(map(shown, present))}")
     if any(folder.glob("*.tar")):
         return ShardError(f"{folder}: tars without an index; run `mpp shards index {folder}`")
     return ShardError(f"{folder}: no shards (*.tar) here; make them with `mpp shards make SOURCE {folder}`")

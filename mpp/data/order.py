@@ -29,7 +29,7 @@ class Order(Protocol):
         """The good image that takes the place of a bad one; None if none is good."""
 
     def shards(self, first: int, last: int) -> list[int]:
-        """The shards that these positions need and those that come next, in the order in which they are needed."""
+        """The shards that these positions need and those that come soon, in the order in which they are needed."""
 
 
 class Epoch(NamedTuple):
@@ -74,12 +74,12 @@ class Chain:
         return int(good[0]) if len(good) else None
 
     def shards(self, first: int, last: int) -> list[int]:
-        """Those of the windows that the positions lie in, and of the window after them."""
-        found, position, before = [], first, first
-        while before <= last and (self._shuffled or position < self.epoch):
+        """Those of the windows that the positions lie in or, where that is one, of it and the next: two at a time."""
+        found, position, windows = [], first, 0
+        while (position <= last or windows == 1) and (self._shuffled or position < self.epoch):
             epoch, place, window = self._place(position)
             found += epoch.shards[window].tolist()
-            before, position = position, position - place + int(epoch.ends[window])
+            position, windows = position - place + int(epoch.ends[window]), windows + 1
         return list(dict.fromkeys(found))
 
     def _place(self, position: int) -> tuple[Epoch, int, int]:

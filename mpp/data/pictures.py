@@ -12,7 +12,7 @@ import numpy as np
 
 from mpp.data.decode import DamagedImage, decode_again, decode_first, room
 from mpp.data.index import Index
-from mpp.data.remote import Cache, is_url
+from mpp.data.remote import Cache, is_url, shown_url
 from mpp.data.tar import ShardError
 from mpp.errors import cause
 
@@ -49,10 +49,10 @@ class Shards:
                 file = self._file(shard)
                 data = file.read(size, offset)
             except FileNotFoundError:
-                raise ShardError(f"{index.place(shard)}: gone, though the index names it") from None
+                raise ShardError(f"{shown_url(index.place(shard))}: gone, though the index names it") from None
             except OSError as error:
                 if wait is None:
-                    raise ShardError(f"{index.place(shard)}: cannot be read: {cause(error)}") from None
+                    raise ShardError(f"{shown_url(index.place(shard))}: cannot be read: {cause(error)}") from None
                 self._close(shard)
                 time.sleep(wait)
             else:
@@ -90,6 +90,8 @@ class Shards:
             if not is_url(self.index.shards[shard]):
                 for offset in range(0, self.index.shard_bytes[shard], PIECE):
                     file.read(PIECE, offset)
+        if shard not in self._coming:  # given up meanwhile
+            self._close(shard)
 
     def _file(self, shard: int) -> "_File":
         if file := self._open.get(shard):
@@ -111,7 +113,9 @@ class Shards:
 
     def _refuse(self, shard: int, found: int) -> None:
         expected = self.index.shard_bytes[shard]
-        raise ShardError(f"{self.index.place(shard)}: {found} bytes, the index says {expected}; cut or changed?")
+        raise ShardError(
+            f"{shown_url(self.index.place(shard))}: {found} bytes, the index says {expected}; cut or changed?"
+        )
 
     def _close(self, shard: int) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import IO
+from weakref import WeakSet
 
 from mpp.data.remote_fetch import RETRY, Retry, fetch, read_small
 from mpp.data.remote_urls import RemoteError, check_url, is_url, shown_url
@@ -21,6 +22,15 @@ SHARD = ".mpp-shard"  # a whole one; only files of these two endings are ever de
 PART = ".mpp-part"  # one that is being fetched by whoever holds a lock on it
 POLL = 0.05  # seconds between two looks whether another one is done
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+_caches: "WeakSet[Cache]" = WeakSet()
+
+
+def close_caches() -> None:
+    """Ends all fetching of this process soon; Python would wait for it before it exits."""
+    for cache in list(_caches):
+        cache.close()
 
 
 class Cache:
@@ -42,6 +52,7 @@ class Cache:
         """limit: bytes of all files together. allow: see check_url."""
         self.folder, self.limit, self.allow, self.retry = Path(folder), limit, tuple(allow), retry
         self._stop = Event()
+        _caches.add(self)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

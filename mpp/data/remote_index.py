@@ -18,7 +18,7 @@ from mpp.data.remote_fetch import RETRY, Retry, fetch, retried
 from mpp.data.remote_streams import file_system
 from mpp.data.remote_urls import RemoteError, check_url, shown_url
 from mpp.data.tar import Scan, scan_shard
-from mpp.errors import cause
+from mpp.errors import cause, shown
 
 MOST_URLS = 10**6  # of one pattern
 SIDE_BY_SIDE = 4  # tars on the disk at a time
@@ -88,7 +88,10 @@ def index_urls(
     """
     folder = Path(folder)
     urls = list(dict.fromkeys(url for pattern in patterns for url in expand(pattern, allow, retry)))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RemoteError(f"{shown(folder)}: cannot be made: {cause(error)}") from None
     stop = Event()
     scan = partial(_scan, folder=folder, labels=labels, allow=allow, retry=retry, stop=stop)
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:

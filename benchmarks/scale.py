@@ -22,7 +22,7 @@ from benchmarks import harness
 from benchmarks.harness import Bar, Contender, Timing
 
 if TYPE_CHECKING:
-    from mpp.data.index import Index
+    from mpp.shards.index import Index
 
 BATCH, STEPS = 128, 100  # images; batches of a round
 START_BAR = Bar(2.0, most=True)  # issue 4: seconds until the first batch of a million images
@@ -35,7 +35,7 @@ def repeated(index: "Index", count: int) -> "Index":
     """`count` images: those of an index again and again, each with a key of its own."""
     import numpy as np
 
-    from mpp.data.index import ARRAYS
+    from mpp.shards.index import ARRAYS
 
     rows = {name: np.resize(getattr(index, name), count) for name in ARRAYS if not name.startswith("key_")}
     keys = np.frombuffer(b"".join(b"%012d" % number for number in range(count)), np.uint8)
@@ -49,8 +49,8 @@ def prepare(folder: Path, size: int) -> Callable[[], Timing]:
 
     from mpp.data.chosen import chosen
     from mpp.data.config import DataConfig
-    from mpp.data.index import read_index, write_index
     from mpp.data.read import open_batches
+    from mpp.shards.index import read_index, write_index
 
     torch.set_num_threads(1)
     source = read_index(folder, "train")

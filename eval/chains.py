@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpp.data.index import read_index
 from mpp.data.subset import SubsetConfig, drawn
 from mpp.eval.arms import ArmConfig, Comparison
 from mpp.eval.finetune import finetune
@@ -23,6 +22,7 @@ from mpp.eval.summary import shown
 from mpp.files import claimed, write_atomically
 from mpp.recipe import Recipe
 from mpp.run import build, run
+from mpp.shards.index import read_index
 from mpp.weights import load_encoder
 
 ENCODER, SCORES, ROWS = "encoder.safetensors", "scores.json", "rows.json"

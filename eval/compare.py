@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from mpp import checkpoint
-from mpp.data.index import read_index
 from mpp.errors import UserError, cause
 from mpp.eval.arms import load_comparison
 from mpp.eval.chains import Chains, Job
@@ -21,6 +20,7 @@ from mpp.eval.report import write_report
 from mpp.files import BusyError, write_atomically
 from mpp.recipe import load_recipe
 from mpp.run import as_chosen, changes, check_classes, opened, resolved
+from mpp.shards.index import read_index
 from mpp.watch import sigterm_as_ctrl_c
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing

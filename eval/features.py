@@ -20,14 +20,14 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from mpp.data.augment import AugmentConfig
-from mpp.data.index import Index, ShardError, read_index
+from mpp.augment.plan import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
 from mpp.files import FileError, write_atomically
 from mpp.hardware import autocast, device_of, multiplies_bfloat16
 from mpp.models.encoder import Encoder
 from mpp.models.vit import ViT
+from mpp.shards.index import Index, ShardError, read_index
 
 BATCH = 256  # images
 FORMAT = 1  # of the files; raised when the same key would hold something else

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from mpp.data.index import read_index
 from mpp.data.subset import SubsetConfig, drawn
 from mpp.eval.arms import Comparison
 from mpp.eval.chains import ROWS, Chains, Job
@@ -22,6 +21,7 @@ from mpp.eval.summary import Row, conclusions, summarise
 from mpp.models.encoders import build_encoder
 from mpp.plan import cost
 from mpp.recipe import load_recipe
+from mpp.shards.index import read_index
 
 FORMAT = 1
 PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn", "omegaconf")

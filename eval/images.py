@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mpp.augment.plan import AugmentConfig, centre, resize
 from mpp.batch import Batch
-from mpp.data.augment import AugmentConfig, centre, resize
-from mpp.data.decode import DamagedImage, decode
-from mpp.data.index import UNFINISHED, no_index, read_index, splits
 from mpp.data.read import read_shards
-from mpp.data.remote import is_url
-from mpp.data.sources import READ_ERRORS, Files, Picture, open_source, understand
-from mpp.data.tar import ShardError
+from mpp.decode import DamagedImage, decode
 from mpp.errors import UserError, cause, shown
 from mpp.hardware import autocast, device_of
 from mpp.models.encoder import EncoderConfig
+from mpp.remote.urls import is_url
+from mpp.shards.index import UNFINISHED, no_index, read_index, splits
+from mpp.shards.sources import READ_ERRORS, Files, Picture, open_source, understand
+from mpp.shards.tar import ShardError
 
 BATCH = 256  # images
 MODES = {1: "L", 3: "RGB"}  # by the encoder's channels

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mpp.augment.plan import AugmentConfig
 from mpp.batch import Batch
-from mpp.data.augment import AugmentConfig
 from mpp.data.read import Batches, read_shards
 from mpp.eval.features import BATCH, Features, ProbeError, output_part, vectors
 from mpp.hardware import autocast, device_of

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from mpp.data.index import read_index
 from mpp.data.subset import lacking
 from mpp.errors import shown
 from mpp.eval.features import Features, ProbeError, extract, kept_blocks
@@ -23,6 +22,7 @@ from mpp.files import cache_folder, write_atomically
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
 from mpp.run import build
+from mpp.shards.index import read_index
 from mpp.weights import load_encoder
 
 PROTOCOLS = ("linear", "linear-sgd", "few-shot", "knn")

@@ -21,7 +21,7 @@ Command = Callable[[argparse.Namespace], None]
 
 
 def shards_make(options: argparse.Namespace) -> None:
-    from mpp.data.write import make_shards
+    from mpp.shards.write import make_shards
 
     make_shards(
         options.source,
@@ -37,10 +37,10 @@ def shards_make(options: argparse.Namespace) -> None:
 
 
 def shards_index(options: argparse.Namespace) -> None:
-    from mpp.data.build import index_folder
-    from mpp.data.remote import is_url
-    from mpp.data.remote_index import index_urls
-    from mpp.data.tar import ShardError
+    from mpp.remote.urls import is_url
+    from mpp.shards.build import index_folder
+    from mpp.shards.build_urls import index_urls
+    from mpp.shards.tar import ShardError
 
     *urls, folder = options.source
     if not urls and not is_url(folder):
@@ -54,14 +54,14 @@ def shards_index(options: argparse.Namespace) -> None:
 
 
 def shards_check(options: argparse.Namespace) -> None:
-    from mpp.data.check import check_folder
+    from mpp.shards.check import check_folder
 
     if check_folder(options.folder, mark=options.mark):
         raise SystemExit(1)
 
 
 def shards_stats(options: argparse.Namespace) -> None:
-    from mpp.data.stats import folder_stats
+    from mpp.shards.stats import folder_stats
 
     found = folder_stats(options.folder, options.images)
     print(found)
@@ -334,5 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("mpp: stopped", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        if remote := sys.modules.get("mpp.data.remote"):  # what still waits for a server would keep Python from exiting
+        if remote := sys.modules.get(
+            "mpp.remote.cache"
+        ):  # what still waits for a server would keep Python from exiting
             remote.close_caches()

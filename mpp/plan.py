@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpp.batch import Batch
 from mpp.data.chosen import chosen
-from mpp.data.index import Index, splits
 from mpp.data.read import epoch_of
-from mpp.data.remote import is_url
 from mpp.hardware import device_of
 from mpp.loop import build_optimizer, forward_pass, settled, update
 from mpp.objectives.labels import LabelsConfig
 from mpp.recipe import Recipe
+from mpp.remote.urls import is_url
 from mpp.run import build, resolved
+from mpp.shards.index import Index, splits
 
 MEASURED_STEPS = 5  # after one that is not counted
 MIB = 2**20

@@ -14,11 +14,8 @@ from mpp import checkpoint
 from mpp.data.batches import Batches, faster
 from mpp.data.chosen import chosen
 from mpp.data.config import ShuffleName
-from mpp.data.index import UNFINISHED, Index, ShardError, splits
 from mpp.data.read import open_batches, windowed
-from mpp.data.remote import is_url
 from mpp.data.subset import digest, lacking
-from mpp.data.write import make_shards
 from mpp.errors import UserError, shown
 from mpp.files import claimed
 from mpp.hardware import device_of
@@ -26,7 +23,10 @@ from mpp.loop import forward_pass, settled, train
 from mpp.objectives import Objective
 from mpp.objectives.labels import Classification, LabelsConfig
 from mpp.recipe import Recipe, differences, load_recipe, save_recipe
+from mpp.remote.urls import is_url
 from mpp.seeds import seed_of
+from mpp.shards.index import UNFINISHED, Index, ShardError, splits
+from mpp.shards.write import make_shards
 from mpp.weights import load_encoder, save_classifier, save_encoder
 
 INITIAL = -1  # in the place of a step in seeds: what is drawn before training

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from mpp.batch import Batch
-from mpp.data.write import make_shards
 from mpp.models.vit import ViT, ViTConfig
+from mpp.shards.write import make_shards
 
 torch.set_num_threads(1)  # the models here are so small that threads would only wait for each other
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpp.data.write import make_shards
 from mpp.errors import UserError
+from mpp.shards.write import make_shards
 
 
 def image(seed: int = 0, kind: str = "JPEG", h: int = 12, w: int = 16) -> bytes:

@@ -7,12 +7,12 @@ import pytest
 from conftest import picture_folder
 from shard_files import labelled, write_tar
 
-from mpp.data.build import index_folder
 from mpp.data.chosen import chosen
 from mpp.data.config import DataConfig, MixConfig
-from mpp.data.index import Index, ShardError, read_index
 from mpp.data.subset import SubsetConfig, held_out
-from mpp.data.write import make_shards
+from mpp.shards.build import index_folder
+from mpp.shards.index import Index, ShardError, read_index
+from mpp.shards.write import make_shards
 
 
 def make(source, out) -> str:

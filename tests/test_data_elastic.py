@@ -9,12 +9,12 @@ import torch
 from conftest import picture_folder, pictures
 from PIL import Image
 
-from mpp.data.augment import AugmentConfig
+from mpp.augment.plan import AugmentConfig
 from mpp.data.batches import Batches
 from mpp.data.config import DataConfig, MixConfig
-from mpp.data.index import ShardError, read_index
 from mpp.data.read import open_batches, read_shards
-from mpp.data.write import make_shards
+from mpp.shards.index import ShardError, read_index
+from mpp.shards.write import make_shards
 
 PLAIN = AugmentConfig(crop="none", flip=False)
 BATCH = 10
@@ -192,6 +192,6 @@ def test_a_thread_that_fails_ends_the_run_at_once(small_shards, monkeypatch):
     def broken(data: bytes, mode: str) -> np.ndarray:
         raise ZeroDivisionError("a bug in a decoder")
 
-    monkeypatch.setattr("mpp.data.pictures.decode_first", broken)
+    monkeypatch.setattr("mpp.shards.pictures.decode_first", broken)
     with pytest.raises(ZeroDivisionError, match="a bug in a decoder"):
         next(batches.iterate())

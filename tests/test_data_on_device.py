@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import picture_folder
 
-from mpp.data.augment import AugmentConfig
+from mpp.augment.plan import AugmentConfig
 from mpp.data.batches import Batches, faster
 from mpp.data.config import DataConfig
-from mpp.data.index import read_index
 from mpp.data.on_device import Decoded, DeviceBatches, Kept
 from mpp.data.read import open_batches
-from mpp.data.write import make_shards
 from mpp.seeds import permutation
+from mpp.shards.index import read_index
+from mpp.shards.write import make_shards
 
 CPU = torch.device("cpu")
 CROPS = AugmentConfig(area=(0.3, 1.0))

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpp.data.index import Index
 from mpp.data.order import Chain, Mixture
 from mpp.seeds import permutation
+from mpp.shards.index import Index
 
 
 def index_of(images: list[int]) -> Index:

@@ -7,12 +7,12 @@ import torch
 from conftest import picture_folder
 from PIL import Image
 
-from mpp.data.augment import AugmentConfig
-from mpp.data.decode import decode
-from mpp.data.index import ShardError, read_index
+from mpp.augment.plan import AugmentConfig
 from mpp.data.read import read_shards
-from mpp.data.write import make_shards
+from mpp.decode import decode
 from mpp.seeds import permutation
+from mpp.shards.index import ShardError, read_index
+from mpp.shards.write import make_shards
 
 PLAIN = AugmentConfig(crop="none", flip=False)
 
@@ -114,7 +114,7 @@ def test_a_damaged_image_is_replaced_by_the_next_good_one_and_named_once(own_sha
 def test_an_image_marked_damaged_is_replaced_as_one_found_damaged(own_shards):
     from dataclasses import replace
 
-    from mpp.data.index import write_index
+    from mpp.shards.index import write_index
 
     bad = permutation(53, 0, 0)[[3, 10]].tolist()
     damage(own_shards, bad)
@@ -224,7 +224,7 @@ def test_many_readers_of_one_split_agree(small_shards):
 
 
 def test_auto_keeps_in_memory_what_fits(small_shards):
-    from mpp.data.pictures import Resident
+    from mpp.shards.pictures import Resident
 
     assert isinstance(read_shards(small_shards, 4)._images, Resident)
     assert not isinstance(read_shards(small_shards, 4, memory=1e-6)._images, Resident)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from http_server import File, Server, serving
 
-from mpp.data.augment import AugmentConfig
+from mpp.augment.plan import AugmentConfig
 from mpp.data.batches import Batches
-from mpp.data.index import ShardError, read_index, write_index
 from mpp.data.read import read_shards
-from mpp.data.remote import Cache, RemoteError, Retry
+from mpp.remote.cache import Cache
+from mpp.remote.fetch import Retry
+from mpp.remote.urls import RemoteError
+from mpp.shards.index import ShardError, read_index, write_index
 
 PLAIN = AugmentConfig(crop="none", flip=False)
 WINDOW = {"window": 1, "seed": 6, "threads": 2}

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from conftest import picture_folder
 
-from mpp.data.augment import AugmentConfig
-from mpp.data.index import ShardError, read_index
+from mpp.augment.plan import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.data.subset import SubsetConfig, drawn, lacking
-from mpp.data.write import make_shards
+from mpp.shards.index import ShardError, read_index
+from mpp.shards.write import make_shards
 
 
 def shards(root, counts: dict[str, int], per_shard: int = 30):

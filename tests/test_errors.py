@@ -9,11 +9,11 @@ from shard_files import image, write_files
 
 from mpp import cli
 from mpp.checkpoint import CheckpointError
-from mpp.data.tar import ShardError
 from mpp.errors import UserError, cause, shown
 from mpp.hardware import HardwareError
 from mpp.recipe import RecipeError
 from mpp.run import RunError
+from mpp.shards.tar import ShardError
 from mpp.watch import TrainingError
 from mpp.weights import WeightsError
 

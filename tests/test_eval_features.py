@@ -7,14 +7,14 @@ from conftest import picture_folder, shaken, tiny_config
 from safetensors.torch import save_file
 from tiny_runs import small_disk, small_splits
 
-from mpp.data.index import read_index
 from mpp.data.read import read_shards
-from mpp.data.write import make_shards
 from mpp.errors import UserError
 from mpp.eval import features
 from mpp.eval.features import ProbeError, extract, kept_blocks
 from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.vit import ViT
+from mpp.shards.index import read_index
+from mpp.shards.write import make_shards
 
 
 def small_vit(**changes) -> ViT:

@@ -13,11 +13,11 @@ from conftest import picture_folder
 from PIL import Image
 from tiny_runs import LABELS, RESNET, digests, metrics, run, small_splits, write_recipe
 
-from mpp.data.index import read_index
 from mpp.data.subset import SubsetConfig, drawn
-from mpp.data.write import make_shards
 from mpp.recipe import load_recipe
 from mpp.run import opened
+from mpp.shards.index import read_index
+from mpp.shards.write import make_shards
 from mpp.weights import load_classifier, load_encoder
 
 EVERYTHING = [

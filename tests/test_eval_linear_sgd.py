@@ -8,7 +8,7 @@ from conftest import shaken, tiny_config
 from tiny_runs import small_splits
 from torch import nn
 
-from mpp.data.augment import AugmentConfig
+from mpp.augment.plan import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.eval.features import ProbeError, extract
 from mpp.eval.linear_sgd import LARS, SGDConfig, build_head, linear_sgd
@@ -114,7 +114,7 @@ def test_it_trains_as_a_plain_loop_over_whole_batches_does(splits, encoder, monk
 def test_features_that_tell_the_classes_apart_are_learned(tmp_path, encoder):
     from PIL import Image
 
-    from mpp.data.write import make_shards
+    from mpp.shards.write import make_shards
 
     for split in ("train", "test"):
         for number in range(20):

@@ -11,12 +11,12 @@ from PIL import Image
 from shard_files import write_files
 
 import mpp.eval.images
-from mpp.data.index import read_index
-from mpp.data.write import make_shards
 from mpp.errors import UserError
 from mpp.eval.predict import logits_of, predict, score_split
 from mpp.models.classifier import Classifier, Head
 from mpp.models.vit import ViT
+from mpp.shards.index import read_index
+from mpp.shards.write import make_shards
 from mpp.weights import save_classifier, save_encoder
 
 COUNT = 12  # images of a folder

@@ -6,8 +6,6 @@ import pytest
 from conftest import picture_folder, tiny_config
 from tiny_runs import run, small_splits, write_recipe
 
-from mpp.data.index import read_index
-from mpp.data.write import make_shards
 from mpp.errors import UserError
 from mpp.eval.features import ProbeError, extract
 from mpp.eval.knn import knn_accuracy
@@ -16,6 +14,8 @@ from mpp.eval.linear_sgd import SGDConfig
 from mpp.eval.probe import PROTOCOLS, probe, probe_encoder
 from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.vit import ViT
+from mpp.shards.index import read_index
+from mpp.shards.write import make_shards
 from mpp.weights import save_encoder
 
 BRIEF = SGDConfig(epochs=2, warmup=1)

@@ -19,8 +19,9 @@ from shard_files import image, png, write_tar
 from tiny_runs import LABELS, RECIPE, RESNET, Finished, digests, losses, run, small_disk, small_splits, start
 
 from mpp.data.batches import Batches
-from mpp.data.index import read_index
-from mpp.data.remote import Cache, Retry
+from mpp.remote.cache import Cache
+from mpp.remote.fetch import Retry
+from mpp.shards.index import read_index
 
 STEPS = 35  # five epochs of 53 images in batches of 8
 STREAMED = (

@@ -17,6 +17,9 @@ LAYERS = [
     {"loop"},
     {"objectives"},
     {"optim", "checkpoint", "log", "watch", "models", "masks", "mixing", "targets", "data"},
+    {"shards", "augment"},
+    {"remote", "decode_cuda"},
+    {"decode"},
     {"files", "hardware"},
     {"batch", "seeds", "errors"},
 ]

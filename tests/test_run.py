@@ -14,9 +14,9 @@ import torch
 import yaml
 from tiny_runs import digests, finished, metrics, run, small_disk, small_splits, start, write_recipe
 
-from mpp.data.build import index_folder
-from mpp.data.index import read_index
 from mpp.recipe import load_recipe
+from mpp.shards.build import index_folder
+from mpp.shards.index import read_index
 from mpp.weights import load_encoder
 
 LIVES = Path(__file__).with_name("many_lives.py")
@@ -260,7 +260,7 @@ def test_an_index_that_does_not_match_its_tar_is_named(recipe, tmp_path):
 
 def test_a_split_that_is_not_there_is_named(recipe, tmp_path):
     line = refused("pretrain", recipe, "data.train=trian", f"out={tmp_path / 'run'}")
-    assert "no split trian; it holds test, train" in line
+    assert "no split 'trian'; it holds test, train" in line
 
 
 def test_shards_whose_every_image_is_damaged_are_refused(recipe, tmp_path):

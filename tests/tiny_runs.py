@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from mpp.batch import Batch
 from mpp.cli import main
-from mpp.data.write import make_shards
 from mpp.log import LogConfig
 from mpp.loop import TrainConfig, train
 from mpp.models.vit import ViT
 from mpp.objectives import Objective
 from mpp.objectives.masked_patch import MaskedPatchPrediction
+from mpp.shards.write import make_shards
 
 RECIPE = """\
 seed: 3

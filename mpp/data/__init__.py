@@ -1,1 +1,1 @@
-"""Images: to shards (sources, prepare, write), their index (tar, index, check), to batches (read, decode, augment)."""
+"""Shards to batches: config -> chosen images -> order of positions -> pictures -> batches; read opens them."""

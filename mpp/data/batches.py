@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpp.augment.plan import AugmentConfig, Change, Plan, apply, evaluation_plan, training_plan
 from mpp.batch import Batch
-from mpp.data.augment import AugmentConfig, Change, Plan, apply, evaluation_plan, training_plan
 from mpp.data.config import LastBatch, PrepareName
-from mpp.data.decode import DamagedImage
-from mpp.data.index import ShardError
 from mpp.data.order import Order
-from mpp.data.pictures import Indexed
-from mpp.data.remote import shown_url
+from mpp.decode import DamagedImage
 from mpp.errors import shown
+from mpp.remote.urls import shown_url
+from mpp.shards.index import ShardError
+from mpp.shards.pictures import Indexed
 
 POLL = 0.2  # seconds between two looks whether to stop waiting
 PARTS = 4  # of a batch that each thread takes: photographs differ tenfold in cost, and none should wait for the last

@@ -3,8 +3,8 @@
 import numpy as np
 
 from mpp.data.config import DataConfig
-from mpp.data.index import Index, ShardError, read_index
 from mpp.data.subset import SubsetConfig, drawn, held_out
+from mpp.shards.index import Index, ShardError, read_index
 
 
 def chosen(data: DataConfig, seed: int, labelled: bool) -> tuple[list[Index], Index | None]:

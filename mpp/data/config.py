@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mpp.data.augment import AugmentConfig
+from mpp.augment.plan import AugmentConfig
 from mpp.data.subset import SubsetConfig
 
 LONGEST_TURN = 10_000  # positions in which each of several data sets has its share; a batch sorts them

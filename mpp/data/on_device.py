@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpp.augment.batched import augment
 from mpp.batch import Batch
-from mpp.data.batched import augment
 from mpp.data.batches import Batches, Reading
-from mpp.data.decode import DamagedImage
-from mpp.data.decode_cuda import decode_on, decoded_to
 from mpp.data.order import Order
-from mpp.data.pictures import Indexed, Resident, sizes_of
+from mpp.decode import DamagedImage
+from mpp.decode_cuda import decode_on, decoded_to
+from mpp.shards.pictures import Indexed, Resident, sizes_of
 
 
 class Source(Protocol):

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mpp.data.index import Index
 from mpp.seeds import mix
+from mpp.shards.index import Index
 
 WINDOWS, TURNS = 1, 2  # keep these draws apart from those of images
 

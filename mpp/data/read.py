@@ -9,14 +9,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mpp.data.augment import AugmentConfig
+from mpp.augment.plan import AugmentConfig
 from mpp.data.batches import Batches, Part, Reading
 from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, ShuffleName
-from mpp.data.index import Index, ShardError, merged, read_index
 from mpp.data.order import Chain, Mixture, Order
-from mpp.data.pictures import Indexed, Resident, Shards, decoded_bytes, sizes_of
-from mpp.data.remote import Cache
 from mpp.files import cache_folder
+from mpp.remote.cache import Cache
+from mpp.shards.index import Index, ShardError, merged, read_index
+from mpp.shards.pictures import Indexed, Resident, Shards, decoded_bytes, sizes_of
 
 GIB = 2**30
 # Up to so many pixels decoding takes microseconds, which threads would spend waiting for the interpreter: 32x32 pixels

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpp.data.index import Index, ShardError
 from mpp.seeds import mix
+from mpp.shards.index import Index, ShardError
 
 SHARE, HELD_OUT, FOR_EVER = 1, 2, 3  # what a draw is for
 

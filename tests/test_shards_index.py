@@ -1,0 +1,92 @@
+"""mpp/shards/index.py: an index is read as it was written, or refused in one line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+from shard_files import labelled, quiet, write_tar
+
+from mpp.shards.build import index_folder
+from mpp.shards.check import check_folder
+from mpp.shards.index import ARRAYS, read_index, splits, write_index
+from mpp.shards.tar import ShardError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three shards of two splits, indexed."""
+    write_tar(tmp_path / "train-000000.tar", labelled(5, ["0", "2"]))
+    write_tar(tmp_path / "train-000001.tar", labelled(4, ["0", "2"], start=5))
+    write_tar(tmp_path / "test-000000.tar", labelled(3, ["2"]))
+    index_folder(tmp_path, report=quiet)
+    return tmp_path
+
+
+def test_an_index_is_read_as_it_was_written(folder):
+    index = read_index(folder, "train")
+    write_index(replace(index, mode="L"))
+    again = read_index(folder, "train")
+    assert again.mode == "L"
+    assert all(np.array_equal(getattr(index, name), getattr(again, name)) for name in ARRAYS)
+    assert [getattr(again, name).dtype for name in ARRAYS] == [getattr(index, name).dtype for name in ARRAYS]
+    assert splits(folder) == ["test", "train"]
+    assert not list(folder.glob("*.part"))
+
+
+def message(folder: Path, split: str = "train") -> str:
+    with pytest.raises(ShardError) as caught:
+        read_index(folder, split)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_folder_split_or_index_is_said_in_one_line(folder, tmp_path):
+    assert "no such folder" in message(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "no shards" in message(tmp_path / "empty")
+    assert "it holds test, train" in message(folder, "val")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert f"run `mpp shards index {folder}`" in message(folder)
+    for function in (index_folder, check_folder):
+        with pytest.raises(ShardError, match="no shards"):
+            function(tmp_path / "empty")
+
+
+def test_a_missing_or_cut_shard_is_named_with_both_sizes(folder):
+    path = folder / "train-000001.tar"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:1234])
+    assert f"train-000001.tar: 1234 bytes, the index says {size}" in message(folder)
+    path.unlink()
+    assert "train-000001.tar: missing" in message(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", save({"a": np.zeros(3)}), save({"a": np.zeros(3)}, {"mpp": "{}"})])
+def test_a_foreign_or_cut_index_is_refused(folder, content):
+    path = folder / "train-index.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    assert "train-index.safetensors: cut, or no index of mpp" in message(folder)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "train-index.safetensors: cut, or no index of mpp" in message(folder)
+
+
+def test_an_index_that_points_outside_its_shards_is_refused(folder):
+    index = read_index(folder, "train")
+    write_index(replace(index, offset=index.offset + 10**6))
+    assert "outside its shards" in message(folder)
+
+
+def test_an_index_whose_parts_do_not_fit_is_refused(folder):
+    index = read_index(folder, "train")
+    for change in ({"mode": "CMYK"}, {"shard_bytes": ()}, {"label": index.label[1:]}, {"shard": index.shard + 7}):
+        write_index(replace(index, **change))
+        assert "train-index.safetensors: cut, or no index of mpp" in message(folder)
+
+
+def test_a_file_is_no_folder_of_shards(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    assert "a file, not a folder of shards" in message(tmp_path / "file")

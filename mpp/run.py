@@ -97,7 +97,8 @@ def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool) 
     on_cpu = partial(open_batches, indexes, batch, data, image=image, seed=recipe.seed, train=train)
     if data.prepare == "cpu" or (data.prepare == "auto" and device.type != "cuda"):
         return on_cpu()
-    return on_cpu(device=device) if data.prepare == "device" else faster(on_cpu(), on_cpu(device=device))
+    there = on_cpu(device=device)
+    return there if data.prepare == "device" or there.stored else faster(on_cpu(), there)
 
 
 def resolved(recipe: Recipe, index: Index, epoch: int) -> Recipe:

@@ -68,6 +68,7 @@ class Batches:
     """
 
     prepared: PrepareName = "cpu"  # where pictures are made
+    stored = False  # on a device, for good
 
     def __init__(self, images: Indexed, order: Order, reading: Reading) -> None:
         self.index, self.epoch = images.index, order.epoch  # positions that make one epoch
@@ -120,6 +121,8 @@ class Batches:
                 if len(waiting) > self._ahead:
                     yield waiting.popleft().result()
             for last in waiting:
+                if not self._is_there(last, stop):
+                    return
                 yield last.result()
         finally:
             ahead.shutdown(wait=False, cancel_futures=True)  # what it still fetches may take long to fail

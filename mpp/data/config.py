@@ -44,9 +44,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     reader: ReaderName = "auto"
     memory: float = 4.0  # GiB of decoded images up to which "auto" keeps them
-    prepare: PrepareName = (
-        "auto"  # where images are decoded and augmented; device: that of train; auto: where it is faster
-    )
+    prepare: PrepareName = "auto"  # where pictures are made; device: that of train; auto: where it is faster
     threads: int | None = None  # that decode; where not given one a core, or a single one for small images
     cache: str | None = None  # folder that fetched shards are kept in; ~/.cache/mpp/shards where not given
     cache_gib: float = 32.0  # that fetched shards may take there
@@ -59,10 +57,9 @@ class DataConfig:
                 raise ValueError(f"{name}.path must name a folder, got an empty text")
             if part.weight < 1:
                 raise ValueError(f"{name}.weight must be at least 1, got {part.weight}")
-        weights = [self.weight, *(part.weight for part in self.mixed.values())]
-        if sum(weights) // math.gcd(*weights) > LONGEST_TURN:
+        if sum(self.weights) // math.gcd(*self.weights) > LONGEST_TURN:
             raise ValueError(
-                f"data.weight and those of data.mix are {weights}; write them shorter, such as 3 and 1, for their "
+                f"data.weight and those of data.mix are {self.weights}; write them shorter, such as 3 and 1, for their "
                 f"sum in lowest terms must be at most {LONGEST_TURN}"
             )
         if not 0 <= self.hold_out < 1:
@@ -85,3 +82,8 @@ class DataConfig:
     def mixed(self) -> dict[str, MixConfig]:
         """The data sets beside `path`."""
         return {name: part for name, part in self.mix.items() if part is not None}
+
+    @property
+    def weights(self) -> list[int]:
+        """Of `path` and the data sets beside it."""
+        return [self.weight, *(part.weight for part in self.mixed.values())]

@@ -103,8 +103,8 @@ class DeviceBatches(Batches):
     def __init__(self, images: Indexed, order: Order, reading: Reading, device: torch.device) -> None:
         super().__init__(images, order, reading)
         self._ahead = 1  # a source brings one batch, then gives it
-        kind = Kept if isinstance(images, Resident) and len(sizes_of(images.index)) == 1 else Decoded
-        self._source: Source = kind(images, device, self._pool)
+        self.stored = isinstance(images, Resident) and len(sizes_of(images.index)) == 1
+        self._source: Source = (Kept if self.stored else Decoded)(images, device, self._pool)
         self._device = device
         self._lock = threading.Lock()  # what a source has brought is for one batch
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -107,7 +107,7 @@ def open_batches(
         order = _order(index, [len(index) for index in indexes], config, window, seed)
     else:
         order = Chain(index, np.arange(len(index)), window=window, shuffled=False)
-    shards = Shards(index, _cache(index, config, train))
+    shards = Shards(index, _cache(index, config))
     resident = config.reader == "resident" or (config.reader == "auto" and decoded_bytes(index) <= config.memory * GIB)
     images = (Resident if resident else Indexed)(shards)
     reading = Reading(
@@ -142,17 +142,12 @@ def _order(index: Index, counts: Sequence[int], config: DataConfig, window: int 
     chains = [Chain(index, numbers, seed=seed, window=window) for numbers in sets]
     if len(chains) == 1:
         return chains[0]
-    return Mixture(chains, weights(config), epoch_of(counts[0], config), seed)
-
-
-def weights(config: DataConfig) -> list[int]:
-    """Of the data sets that are mixed."""
-    return [config.weight, *(part.weight for part in config.mixed.values())]
+    return Mixture(chains, config.weights, epoch_of(counts[0], config), seed)
 
 
 def epoch_of(images: int, config: DataConfig) -> int:
     """Positions of an epoch, that of `config.path` with so many images, those mixed in counted."""
-    return math.ceil(images * sum(weights(config)) / config.weight)
+    return math.ceil(images * sum(config.weights) / config.weight)
 
 
 def windowed(index: Index, config: DataConfig) -> bool:
@@ -160,7 +155,7 @@ def windowed(index: Index, config: DataConfig) -> bool:
     return config.shuffle == "window" or (config.shuffle == "auto" and index.remote)
 
 
-def _cache(index: Index, config: DataConfig, train: bool) -> Cache | None:
+def _cache(index: Index, config: DataConfig) -> Cache | None:
     """Where shards are fetched to, if they are: large enough for the windows that are read side by side."""
     if not index.remote:
         return None

@@ -280,6 +280,7 @@ def test_it_compiles_into_one_graph_for_all_plans():
             assert torch.equal(compiled(images, moved, (16, 16)), carry_out(images, moved, (16, 16)))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # torch 2.11 warns of itself when it compiles
 @pytest.mark.slow
 def test_compiled_it_gives_the_same_pictures():
     images = samples((20, 30))

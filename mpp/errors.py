@@ -17,3 +17,8 @@ def cause(error: BaseException) -> str:
 def shown(name: object) -> str:
     """A name or path that others chose, safe to print on one line."""
     return str(name) if str(name).isprintable() else ascii(str(name))
+
+
+def counted(number: int, thing: str) -> str:
+    """1 shard, 2 shards."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -9,7 +9,7 @@ from shard_files import image, write_files
 
 from mpp import cli
 from mpp.checkpoint import CheckpointError
-from mpp.errors import UserError, cause, shown
+from mpp.errors import UserError, cause, counted, shown
 from mpp.hardware import HardwareError
 from mpp.recipe import RecipeError
 from mpp.run import RunError
@@ -48,6 +48,10 @@ def test_causes_and_names_are_one_line():
     assert cause(OSError("a\n  b")) == "a b"
     assert cause(MemoryError()) == "MemoryError"
     assert (shown("日本.jpg"), shown("a\nb"), shown("\udcff")) == ("日本.jpg", "'a\\nb'", "'\\udcff'")
+
+
+def test_one_thing_is_counted_as_one():
+    assert [counted(number, "shard") for number in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
 
 
 def test_names_that_a_terminal_cannot_show_do_no_harm(tmp_path):

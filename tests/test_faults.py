@@ -328,7 +328,7 @@ def test_bad_images_are_named_when_indexing_counted_by_check_and_passed_over_in_
     shards = tars(tmp_path, [*labelled(20), *bad.items(), ("a\nb\x1b[2J.jpg", broken)])
     indexed = run("shards", "index", shards)
     assert indexed.code == 0
-    assert "25 images in 1 shards, 2 classes, 4 damaged" in indexed.out
+    assert "25 images in 1 shard, 2 classes, 4 damaged" in indexed.out
     assert all(f"train-000000.tar {name.split('.')[0]}: " in indexed.out for name in bad)
     assert run("pretrain", written(tmp_path, RECIPE, shards), f"out={tmp_path / 'run'}", "train.steps=4").code == 0
     [named] = [record.getMessage() for record in caplog.records if "damaged and passed over" in record.getMessage()]

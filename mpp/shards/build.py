@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mpp.errors import shown
+from mpp.errors import counted, shown
 from mpp.shards.index import NO_INDEX, SUFFIX, UNFINISHED, Index, loaded, no_index, splits, write_index
 from mpp.shards.labels import Classes, classes_of, labeller
 from mpp.shards.tar import Sample, Scan, ShardError, scan_shard
@@ -121,7 +121,8 @@ def _describe(index: Index, scans: Sequence[Scan], samples: Sequence[Sample], re
     for i in np.flatnonzero(index.damaged).tolist():
         report(f"{shown(index.shards[index.shard[i]])} {shown(samples[i].key)}: {samples[i].damage}")
     name, damaged = shown(index.split), int(index.damaged.sum())
-    report(f"{name}: {len(index)} images in {len(scans)} shards, {len(index.classes)} classes, {damaged} damaged")
+    held = f"{len(index)} images in {counted(len(scans), 'shard')}, {len(index.classes)} classes"
+    report(f"{name}: {held}, {damaged} damaged")
     if index.classes and (without := int((index.label < 0).sum())):
         report(f"{name}: {without} images have no label ({shown(index.labels)})")
     if left_out := sum(scan.without_image for scan in scans):

@@ -11,7 +11,7 @@ from contextlib import suppress
 import numpy as np
 
 from mpp.decode import DamagedImage, decode_again, decode_first, room
-from mpp.errors import cause
+from mpp.errors import UserError, cause
 from mpp.remote.cache import Cache
 from mpp.remote.urls import is_url, shown_url
 from mpp.shards.index import Index
@@ -86,7 +86,7 @@ class Shards:
 
     def _bring(self, shard: int) -> None:
         """Into the cache; a local shard into the memory that the system keeps of files, front to back."""
-        with suppress(OSError, ShardError):  # met again, and told, by whoever reads it
+        with suppress(OSError, UserError):  # met again, and told, by whoever reads it
             file = self._file(shard)
             if not is_url(self.index.shards[shard]):
                 for offset in range(0, self.index.shard_bytes[shard], PIECE):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mpp.errors import shown
+from mpp.errors import counted, shown
 from mpp.shards.duplicates import Copy, Duplicates
 from mpp.shards.stats import SplitStats, Spread, Stats
 
@@ -21,7 +21,7 @@ def table(stats: Stats) -> str:
 
 def _split(name: str, split: SplitStats) -> list[str]:
     lines = [
-        f"{shown(name)}: {split.images} images in {split.shards} shards, {split.bytes / MIB:.1f} MiB, "
+        f"{shown(name)}: {split.images} images in {counted(split.shards, 'shard')}, {split.bytes / MIB:.1f} MiB, "
         f"{split.damaged} damaged",
         f"{'':16}" + "".join(f"{head:>10}" for head in ("min", "5 %", "median", "95 %", "max")),
         _row("height, pixels", split.height),

@@ -99,6 +99,17 @@ def test_the_faster_of_two_is_kept(small_shards, monkeypatch):
     assert faster(on_cpu, on_device) is on_cpu
 
 
+def test_a_device_that_fails_leaves_pictures_to_the_cpu(small_shards, monkeypatch, caplog):
+    on_cpu, on_device = both(small_shards)
+
+    def fail(*_: object, compiled: bool) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mpp.data.on_device.augment", fail)
+    assert faster(on_cpu, on_device) is on_cpu
+    assert "the device fails: CUDA out of memory" in caplog.text
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
 @pytest.mark.parametrize("reader", ["resident", "indexed"])
 def test_on_cuda_pictures_are_those_of_the_cpu(small_shards, reader):

@@ -19,7 +19,7 @@ from mpp.batch import Batch
 from mpp.data.config import LastBatch, PrepareName
 from mpp.data.order import Order
 from mpp.decode import DamagedImage
-from mpp.errors import shown
+from mpp.errors import cause, shown
 from mpp.remote.urls import shown_url
 from mpp.shards.index import ShardError
 from mpp.shards.pictures import Indexed
@@ -194,14 +194,14 @@ class Batches:
         results = self._pool.map(work, parts) if self._pool else map(work, parts)
         return np.array([row for result in results for row in result], np.int64)
 
-    def _report(self, number: int, cause: str) -> None:
+    def _report(self, number: int, why: str) -> None:
         if number in self.damaged:
             return
-        self.damaged[number] = cause
+        self.damaged[number] = why
         self._bad[number] = True
         if len(self.damaged) <= NAMED:
             shard, key = shown_url(self.index.place(self.index.shard[number])), shown(self.index.key(number))
-            logger.warning("%s: image %s is damaged and passed over: %s", shard, key, cause)
+            logger.warning("%s: image %s is damaged and passed over: %s", shard, key, why)
         if len(self.damaged) == NAMED:
             logger.warning("%s: further damaged images are passed over unnamed", self.index.origin)
 
@@ -210,10 +210,14 @@ class Batches:
         self._images.shards.close()
 
 
-def faster(first: Batches, second: Batches) -> Batches:
-    """Whichever reads a few batches in less time; the other is closed."""
-    chosen, other = (first, second) if _seconds(first) <= _seconds(second) else (second, first)
-    other.close()
+def faster(safe: Batches, other: Batches) -> Batches:
+    """Whichever reads a few batches in less time; the first if the other one fails, as on a device without memory."""
+    try:
+        chosen, left = (safe, other) if _seconds(safe) <= _seconds(other) else (other, safe)
+    except RuntimeError as error:  # of torch, whatever it is
+        logger.warning("pictures are made on the CPU, since the device fails: %s", cause(error))
+        chosen, left = safe, other
+    left.close()
     return chosen
 
 

@@ -1,5 +1,6 @@
 """Small encoders, batches and shards that many tests share."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from mpp.batch import Batch
 from mpp.models.vit import ViT, ViTConfig
 from mpp.shards.write import make_shards
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so begins a job in the background, and its children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models here are so small that threads would only wait for each other
 
 

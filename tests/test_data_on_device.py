@@ -49,6 +49,7 @@ def test_pictures_differ_by_rounding_alone(small_shards, reader, train):
     on_cpu, on_device = both(small_shards, reader=reader, train=train)
     assert isinstance(on_device._source, Kept if reader == "resident" else Decoded)
     assert apart(on_cpu, on_device, range(6)) <= 1
+    assert all(image is None for image in getattr(on_device._images, "_kept", [])), "none lies in the host's memory too"
 
 
 @pytest.mark.parametrize("reader", ["resident", "indexed"])

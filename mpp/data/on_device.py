@@ -73,7 +73,7 @@ class Decoded:
 
     def bring(self, numbers: np.ndarray) -> dict[int, str]:
         wanted = np.unique(numbers).tolist()
-        self._now = {number: image for number, image in self._now.items() if number in wanted}
+        self._now = {number: self._now[number] for number in wanted if number in self._now}
         new = [number for number in wanted if number not in self._now]
         encoded = list(self._each(self._images.shards.read, new))
         wrong = {}
@@ -104,7 +104,8 @@ class DeviceBatches(Batches):
         super().__init__(images, order, reading)
         self._ahead = 1  # a source brings one batch, then gives it
         self.stored = isinstance(images, Resident) and len(sizes_of(images.index)) == 1
-        self._source: Source = (Kept if self.stored else Decoded)(images, device, self._pool)
+        kind = Kept if self.stored else Decoded
+        self._source: Source = kind(Indexed(images.shards), device, self._pool)  # nothing is kept in the host's memory
         self._device = device
         self._lock = threading.Lock()  # what a source has brought is for one batch
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -115,6 +116,8 @@ class DeviceBatches(Batches):
             batch = self._made(positions)
         if self._stream:
             self._stream.synchronize()
+            # Its memory must not go to the next batch before training, in another stream, is done with this one.
+            batch.images.record_stream(torch.cuda.default_stream(self._device))
         return batch
 
     def _made(self, positions: np.ndarray) -> Batch:

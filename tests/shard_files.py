@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mpp.errors import UserError
+from mpp.shards.build import index_folder
 from mpp.shards.write import make_shards
 
 
@@ -47,6 +48,15 @@ def labelled(n: int, labels: list[str], start: int = 0) -> list[tuple[str, bytes
 
 def quiet(_: str) -> None:
     pass
+
+
+def three_shards(folder: Path) -> Path:
+    """Three shards of two splits, indexed."""
+    write_tar(folder / "train-000000.tar", labelled(5, ["0", "2"]))
+    write_tar(folder / "train-000001.tar", labelled(4, ["0", "2"], start=5))
+    write_tar(folder / "test-000000.tar", labelled(3, ["2"]))
+    index_folder(folder, report=quiet)
+    return folder
 
 
 def write_files(root: Path, files: dict[str, bytes]) -> Path:

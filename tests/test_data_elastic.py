@@ -1,6 +1,7 @@
 """Exact epochs whatever the ranks, threads and interruptions: every image is counted."""
 
 import itertools
+import os
 from collections import Counter
 
 import numpy as np
@@ -164,6 +165,15 @@ def test_data_sets_are_mixed_by_weight_each_with_its_own_exact_epochs(small_shar
         for start in range(0, len(part) - size, size):
             assert len(set(part[start : start + size])) == size
     assert batches.at(0).labels is None, "their classes are not the same"
+
+
+def test_mixed_data_sets_may_be_named_by_relative_paths(small_shards, uneven, monkeypatch):
+    monkeypatch.chdir(small_shards.parent.parent)
+    paths = [os.path.relpath(path) for path in (small_shards, uneven)]
+    config = DataConfig(paths[0], mix={"more": MixConfig(paths[1])}, reader="indexed")
+    batches = open_batches([read_index(path, "train") for path in paths], 12, config)
+    assert len(batches.at(0)) == 12
+    assert not batches.damaged
 
 
 def test_labels_stay_where_mixed_data_sets_have_the_same_classes(uneven):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from shard_files import labelled, quiet, write_tar
+from shard_files import three_shards
 
 from mpp.shards.build import index_folder
 from mpp.shards.check import check_folder
@@ -16,12 +16,7 @@ from mpp.shards.tar import ShardError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three shards of two splits, indexed."""
-    write_tar(tmp_path / "train-000000.tar", labelled(5, ["0", "2"]))
-    write_tar(tmp_path / "train-000001.tar", labelled(4, ["0", "2"], start=5))
-    write_tar(tmp_path / "test-000000.tar", labelled(3, ["2"]))
-    index_folder(tmp_path, report=quiet)
-    return tmp_path
+    return three_shards(tmp_path)
 
 
 def test_an_index_is_read_as_it_was_written(folder):

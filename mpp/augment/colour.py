@@ -11,6 +11,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from mpp.augment.randaugment import look_up
+
 # torchvision takes a kernel's size from its user. Beyond 4 standard deviations lies less than 1e-4 of the weight, so
 # that any larger kernel (SimCLR and BYOL take 23 pixels for up to 2.0) gives the same pixels but for rounding.
 REACH = 4.0  # of the blur's kernel to each side, in standard deviations
@@ -55,13 +57,13 @@ def recolour(pixels: np.ndarray, colour: Colour) -> np.ndarray:
 
 
 def brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
-    return _look_up(pixels, VALUES * np.float32(factor))
+    return look_up(pixels, _whole(VALUES * np.float32(factor)))
 
 
 def contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
     """Moves values away from the mean of the grey picture."""
     mean = _grey(pixels).mean(dtype=np.float64)
-    return _look_up(pixels, VALUES * np.float32(factor) + mean * (1 - factor))
+    return look_up(pixels, _whole(VALUES * np.float32(factor) + mean * (1 - factor)))
 
 
 def saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
@@ -99,16 +101,11 @@ def reach(sigma: float, side: int) -> int:
 
 
 def solarize(pixels: np.ndarray) -> np.ndarray:
-    return _look_up(pixels, np.where(VALUES < SOLARIZE_FROM, VALUES, 255 - VALUES))
+    return look_up(pixels, _whole(np.where(VALUES < SOLARIZE_FROM, VALUES, 255 - VALUES)))
 
 
 ADJUST = (brightness, contrast, saturation, hue)
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # what of each changes nothing
-
-
-def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Replaces values by those of a table (256,)."""
-    return cv2.LUT(pixels, _whole(table)).reshape(pixels.shape)
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ def _auto_contrast(pixels: np.ndarray, level: float) -> np.ndarray:
     low, high = present.argmax(1, keepdims=True), 255 - present[:, ::-1].argmax(1, keepdims=True)
     scale = 255 / np.maximum(high - low, 1)
     stretched = np.clip((VALUES * scale - low * scale).astype(np.int64), 0, 255)
-    return _look_up(pixels, np.where(high > low, stretched, VALUES))
+    return look_up(pixels, np.where(high > low, stretched, VALUES))
 
 
 def _equalize(pixels: np.ndarray, level: float) -> np.ndarray:
@@ -70,7 +70,7 @@ def _equalize(pixels: np.ndarray, level: float) -> np.ndarray:
     last = np.take_along_axis(counts, highest[:, None], 1)
     step = (counts.sum(1, keepdims=True) - last) // 255
     table = (counts.cumsum(1) - counts + step // 2) // np.maximum(step, 1)
-    return _look_up(pixels, np.where(step > 0, np.minimum(table, 255), VALUES))
+    return look_up(pixels, np.where(step > 0, np.minimum(table, 255), VALUES))
 
 
 def _invert(pixels: np.ndarray, level: float) -> np.ndarray:
@@ -86,13 +86,13 @@ def _posterize(pixels: np.ndarray, level: float) -> np.ndarray:
 def _solarize(pixels: np.ndarray, level: float) -> np.ndarray:
     """Inverts values from a threshold on, which is the lower the higher the magnitude."""
     threshold = 256 - int(abs(level) / HIGHEST * 256)
-    return _look_up(pixels, np.where(threshold > VALUES, VALUES, 255 - VALUES))
+    return look_up(pixels, np.where(threshold > VALUES, VALUES, 255 - VALUES))
 
 
 def _solarize_add(pixels: np.ndarray, level: float) -> np.ndarray:
     """Brightens the lower half of the values by up to 110."""
     brighter = np.minimum(VALUES + int(abs(level) / HIGHEST * 110), 255)
-    return _look_up(pixels, np.where(VALUES < 128, brighter, VALUES))
+    return look_up(pixels, np.where(VALUES < 128, brighter, VALUES))
 
 
 def _color(pixels: np.ndarray, level: float) -> np.ndarray:
@@ -102,11 +102,11 @@ def _color(pixels: np.ndarray, level: float) -> np.ndarray:
 
 def _contrast(pixels: np.ndarray, level: float) -> np.ndarray:
     grey = int(np.asarray(_picture(pixels).convert("L")).mean() + 0.5)
-    return _look_up(pixels, _blend(grey, _factor(level)))
+    return look_up(pixels, _blend(grey, _factor(level)))
 
 
 def _brightness(pixels: np.ndarray, level: float) -> np.ndarray:
-    return _look_up(pixels, _blend(0, _factor(level)))
+    return look_up(pixels, _blend(0, _factor(level)))
 
 
 def _sharpness(pixels: np.ndarray, level: float) -> np.ndarray:
@@ -175,7 +175,7 @@ def _histogram(pixels: np.ndarray) -> np.ndarray:
     return np.stack(counts).astype(np.int64)
 
 
-def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
+def look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Replaces values by those of a table (256,), or (c, 256) with one for each channel."""
     table = np.ascontiguousarray(table.T.astype(np.uint8))
     return cv2.LUT(pixels, table.reshape(1, 256, -1)).reshape(pixels.shape)

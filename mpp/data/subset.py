@@ -12,7 +12,7 @@ import numpy as np
 from mpp.seeds import mix
 from mpp.shards.index import Index, ShardError
 
-SHARE, HELD_OUT, FOR_EVER = 1, 2, 3  # what a draw is for
+SHARE, HELD_OUT, FOR_EVER = 1, 2, 3  # what a draw is for; mpp.shards.stats has 4
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,7 @@ def held_out(index: Index, share: float) -> np.ndarray:
 
     Neither the seed nor other images count: an image that is held out once is so for ever, whatever is added.
     """
-    return mix(FOR_EVER, key_hashes(index)) < np.uint64(share * 2.0**64)
-
-
-def key_hashes(index: Index) -> np.ndarray:
-    """CRC-32 of each key (n,)."""
-    keys, ends = index.key_bytes.tobytes(), index.key_ends.tolist()
-    return np.array([zlib.crc32(keys[start:end]) for start, end in zip([0, *ends], ends, strict=False)], np.uint64)
+    return mix(FOR_EVER, index.key_hashes()) < np.uint64(share * 2.0**64)
 
 
 def digest(index: Index) -> str:
@@ -76,7 +70,7 @@ def _first(
     index: Index, numbers: np.ndarray, share: float, most: int, seed: int, purpose: int, leave: int = 0
 ) -> np.ndarray:
     """Of each class the share of images, rounded but at least one and at most `most`, whose hashes come first."""
-    keys = key_hashes(index)[numbers]
+    keys = index.key_hashes()[numbers]
     order = np.lexsort([mix(seed, purpose, keys), index.label[numbers]])  # class by class, each in hashed order
     _, counts = np.unique(index.label[numbers], return_counts=True)
     wanted = np.maximum(1, np.rint(share * counts)).astype(np.int64)

@@ -6,6 +6,7 @@ made from the tars alone (`mpp shards index`), and trusted only as long as their
 
 import json
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +78,11 @@ class Index:
         places = np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
         return replace(self, **rows, key_bytes=self.key_bytes[places], key_ends=ends)
 
+    def key_hashes(self) -> np.ndarray:
+        """CRC-32 of each key (n,), uint64: what draws by key start from."""
+        keys, ends = self.key_bytes.tobytes(), self.key_ends.tolist()
+        return np.array([zlib.crc32(keys[start:end]) for start, end in zip([0, *ends], ends, strict=False)], np.uint64)
+
     def key(self, i: int) -> str:
         start = self.key_ends[i - 1] if i else 0
         return self.key_bytes[start : self.key_ends[i]].tobytes().decode("utf-8", "surrogateescape")
@@ -95,16 +101,10 @@ ARRAYS = {  # their types in the file and in memory
     "key_ends": "int64",
 }
 FACTS = ("shards", "shard_bytes", "classes", "mode", "labels")
+# What foreign files cause.
 NO_INDEX = (
-    SafetensorError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)  # what foreign files cause
+    SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 def write_index(index: Index) -> Path:
@@ -235,7 +235,7 @@ def merged(indexes: Sequence[Index]) -> Index:
     if not alike:
         rows["label"] = np.full(sum(counts), -1, np.int32)
     return Index(
-        folder=first.folder,
+        folder=Path(),  # their shards are paths of their own
         split=first.split,
         mode=first.mode,
         labels=first.labels,

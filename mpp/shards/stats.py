@@ -21,7 +21,7 @@ from mpp.shards.sweep import sweep
 from mpp.shards.tar import ShardError
 
 FORMATS = {**KINDS, b"II": "TIFF", b"MM": "TIFF"} | {b"P%d" % i: "PNM" for i in range(1, 7)}  # by the first bytes
-SAMPLE = 3  # what the draw of images is for; subset.py has 1 and 2
+SAMPLE = 4  # what the draw of images is for; mpp.data.subset has 1 to 3
 PERCENT = (0, 5, 50, 95, 100)
 
 
@@ -128,9 +128,7 @@ def _sample(index: Index, images: int | None, seed: int) -> np.ndarray:
     good = np.flatnonzero(~index.damaged)
     if images is None or images >= len(good):
         return good
-    keys, ends = index.key_bytes.tobytes(), index.key_ends.tolist()
-    hashes = np.array([zlib.crc32(keys[start:end]) for start, end in zip([0, *ends], ends, strict=False)], np.uint64)
-    return np.sort(good[np.argsort(mix(seed, SAMPLE, hashes[good]), kind="stable")[:images]])
+    return np.sort(good[np.argsort(mix(seed, SAMPLE, index.key_hashes()[good]), kind="stable")[:images]])
 
 
 class _Colours(NamedTuple):

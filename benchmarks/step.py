@@ -102,7 +102,8 @@ def prepare_peer(size: Size, device: str, threads: int, *, name: str) -> Callabl
 
 
 def our_objective(size: Size) -> "MaskedPatchPrediction":
-    from mpp.models.vit import ViT, ViTConfig
+    from mpp.models.vit import ViT
+    from mpp.models.vit_config import ViTConfig
     from mpp.objectives.masked_patch import MaskedPatchPrediction
 
     shape = size.shape() | {"image": (size.image, size.image)}

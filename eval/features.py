@@ -48,7 +48,7 @@ class ProbeError(UserError):
 class Features:
     """What a frozen encoder makes of the labelled images of a split, in the shards' order."""
 
-    parts: dict[str, Tensor]  # "class 6" and "average 6" after block 6, or "output": (n, d), float16 or float32
+    parts: dict[str, Tensor]  # "class 6" and "average 6" after block 6, and "output": (n, d), float16 or float32
     output: str  # the part that is the encoder's own output vector
     labels: Tensor  # (n,) int64
     numbers: np.ndarray  # (n,) which images of the split these are, rising
@@ -69,7 +69,7 @@ def kept_blocks(encoder: Encoder, images: int) -> list[int]:
     if not isinstance(encoder, ViT):
         return []
     depth = encoder.config.depth
-    bytes_of_all = 2 * images * depth * (1 + encoder.prefix) * encoder.width
+    bytes_of_all = 2 * images * depth * (1 + encoder.config.has_class_token) * encoder.width
     return list(range(1 if depth <= SHALLOW and bytes_of_all <= MOST else max(1, depth - LAST + 1), depth + 1))
 
 
@@ -81,8 +81,8 @@ def extract(
     blocks: those of `kept_blocks` where not given. cache: a folder that keeps features; a file there that is cut, or
     not what its name says, is made anew.
 
-    Of a ViT: the class token, if it has one, and the average patch after each of these blocks; after the last one with
-    the encoder's final norm, as in `forward`. Of any other encoder: what `forward` gives.
+    Of a ViT: the class token, if it has one, and the average patch after each of these blocks, after the last one with
+    the encoder's final norm as in `forward`; and what `forward` gives where that is neither. Of any other encoder that.
     """
     index = read_index(shards, split)
     if not (index.label >= 0).any():
@@ -107,7 +107,8 @@ def output_part(encoder: Encoder) -> str:
     """The name of the part that is the encoder's own output vector."""
     if not isinstance(encoder, ViT):
         return "output"
-    return f"{'class' if encoder.prefix else 'average'} {encoder.config.depth}"
+    part = {"cls": "class", "avg": "average"}.get(encoder.config.pool)
+    return f"{part} {encoder.config.depth}" if part else "output"
 
 
 def key(encoder: Encoder, index: Index, blocks: Sequence[int]) -> str:
@@ -139,8 +140,10 @@ def vectors(encoder: Encoder, images: Tensor, blocks: Sequence[int]) -> dict[str
     found = {}
     for block, tokens in zip(blocks, outputs, strict=True):
         if block == encoder.config.depth:
-            tokens = encoder.norm(tokens)
-        if encoder.prefix:
+            tokens = encoder.finish(tokens)
+            if encoder.config.pool in ("avg_norm", "map"):
+                found["output"] = encoder.pool(tokens).float()
+        if encoder.config.has_class_token:
             found[f"class {block}"] = tokens[:, 0].float()
         found[f"average {block}"] = encoder.patches(tokens).float().mean(1)
     return found

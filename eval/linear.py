@@ -45,16 +45,16 @@ def choices(parts: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     """The features that a probe chooses among, each as parts that stand side by side.
 
     As DINOv2's, class token, average patch or both, of the last block or of the last four; and each earlier block's
-    average patch, since after masked pretraining, and in small encoders, the last block is seldom the best. Of other
-    features than a ViT's each part is a choice.
+    average patch, since after masked pretraining, and in small encoders, the last block is seldom the best. A part that
+    is none of these is a choice by itself.
     """
     blocks = sorted(int(match[1]) for name in parts if (match := re.fullmatch(r"average (\d+)", name)))
+    found = {name: [part] for name, part in parts.items() if not re.fullmatch(r"(average|class) \d+", name)}
     if not blocks:
-        return {name: [part] for name, part in parts.items()}
+        return found
     kinds = {"class token": ["class"], "average patch": ["average"], "both": ["class", "average"]}
     if f"class {blocks[-1]}" not in parts:
         kinds = {"average patch": ["average"]}
-    found = {}
     for last in sorted({1, min(LAST, len(blocks))}):
         where = "last block" if last == 1 else f"last {last} blocks"
         for kind, names in kinds.items():

@@ -85,7 +85,7 @@ def linear_sgd(
 ) -> float:
     """The accuracy on `test` of a head trained on the images `numbers` of split `train`, all of which have labels.
 
-    It reads the encoder's own output vector: the class token where there is one, else the average patch.
+    It reads the encoder's own output vector.
     """
     config = config or SGDConfig()
     if len(numbers) < 2:

@@ -208,9 +208,9 @@ def knn_rows(train: Features, test: Features) -> list[Row]:
 
 
 def read_off(features: Features) -> list[str]:
-    """The parts that k-NN and few-shot read: the encoder's own output and, beside a class token, the average patch."""
-    average = features.output.replace("class", "average")
-    return list(dict.fromkeys([features.output, average]))
+    """The parts that k-NN and few-shot read: the encoder's own output and, of a ViT, the last block's average patch."""
+    averages = [name for name in features.parts if name.startswith("average ")]
+    return list(dict.fromkeys([features.output, *sorted(averages, key=lambda name: int(name.split()[1]))[-1:]]))
 
 
 def _before_training(run: Path) -> Encoder:

@@ -7,7 +7,7 @@ import importlib
 
 _HOMES = {
     "ViT": "mpp.models.vit",
-    "ViTConfig": "mpp.models.vit",
+    "ViTConfig": "mpp.models.vit_config",
     "presets": "mpp.models.presets",
     "Batch": "mpp.batch",
     "Objective": "mpp.objectives",

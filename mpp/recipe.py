@@ -243,6 +243,8 @@ def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
     model = values.get("model")
     if isinstance(model, dict) and type(model.get("image")) is int:
         model["image"] = [model["image"], model["image"]]
+    if isinstance(model, dict) and type(model.get("mixer")) is str:
+        model["mixer"] = [model["mixer"]]
     return values  # type: ignore[return-value]  # keys that are no strings are unknown keys
 
 

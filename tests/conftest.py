@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from mpp.batch import Batch
-from mpp.models.vit import ViT, ViTConfig
+from mpp.models.vit import ViT
+from mpp.models.vit_config import ViTConfig
 from mpp.shards.write import make_shards
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so begins a job in the background, and its children inherit it

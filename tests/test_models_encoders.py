@@ -122,11 +122,13 @@ def test_a_class_token_can_not_be_made_up():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"patch": 4}, "patch 8 there, 4 here"),
-        ({"width": 32}, "width 64 there, 32 here; hidden 256 there, 128 here"),
+        ({"stem": "overlap"}, "stem linear there, overlap here"),
+        ({"mixer": ("conv", "attention")}, "mixer ('attention', 'attention') there, ('conv', 'attention') here"),
+        ({"layer_scale": 0.1}, "layer_scale False there, True here"),
+        ({"width": 32}, "width 64 there, 32 here; mlp 256 there, 128 here"),
         ({"depth": 3}, "depth 2 there, 3 here"),
         ({"heads": 4}, "heads 2 there, 4 here"),
-        ({"mlp": 32}, "hidden 256 there, 32 here"),
+        ({"mlp": 32}, "mlp 256 there, 32 here"),
         ({"channels": 1}, "channels 3 there, 1 here"),
         ({"mean": (0.4,)}, "mean (0.5,) there, (0.4,) here"),
         ({"std": (0.4,)}, "std (0.5,) there, (0.4,) here"),

@@ -6,9 +6,13 @@ import torch
 from conftest import shaken, tiny_config
 from torch import Tensor, nn
 
+from mpp.models.layers import take
+from mpp.models.mixers import Places
 from mpp.models.presets import presets
-from mpp.models.vit import ViT, ViTConfig, take
+from mpp.models.vit import ViT
+from mpp.models.vit_config import ViTConfig
 
+THREE = Places((1, 3), 0)  # patches in a row
 POOLS, POSITIONS = ["cls", "avg"], ["learned", "sincos2d", "none"]
 
 
@@ -222,8 +226,8 @@ def test_drop_path_leaves_out_images_more_often_the_deeper_and_scales_the_others
     count, token = 4000, torch.randn(1, 3, 16)
     for number, block in enumerate(encoder.blocks):
         chance = 0.6 * number / 3
-        whole = block.eval()(token) - token
-        change = block.train()(token.expand(count, -1, -1)) - token
+        whole = block.eval()(token, THREE) - token
+        change = block.train()(token.expand(count, -1, -1), THREE) - token
         left_out = (change == 0).all(2).all(1)
         assert left_out.float().mean().item() == pytest.approx(chance, abs=4 * math.sqrt(0.25 / count))
         kept = change[~left_out]
@@ -233,7 +237,7 @@ def test_drop_path_leaves_out_images_more_often_the_deeper_and_scales_the_others
 def test_both_branches_of_a_block_draw_for_themselves():
     block = shaken(ViT(tiny_config(depth=2, width=16, drop_path=0.5))).blocks[1].train()
     token = torch.randn(1, 3, 16)
-    untouched = (block(token.expand(4000, -1, -1)) == token).all(2).all(1).float().mean().item()
+    untouched = (block(token.expand(4000, -1, -1), THREE) == token).all(2).all(1).float().mean().item()
     assert untouched == pytest.approx(0.25, abs=0.03)
 
 
@@ -248,8 +252,8 @@ def test_dropout_drops_single_values_in_the_mlp_behind_it_and_behind_the_positio
     torch.testing.assert_close(found[~left_out], (whole / 0.75)[~left_out])
     with torch.no_grad():
         block.mlp.contract.weight.copy_(torch.eye(16))
-    whole = block.eval()(tokens) - tokens
-    change = block.train()(tokens) - tokens
+    whole = block.eval()(tokens, Places((4, 6), 0)) - tokens
+    change = block.train()(tokens, Places((4, 6), 0)) - tokens
     left_out = change == 0
     assert left_out.float().mean().item() == pytest.approx(1 - 0.75**2, abs=0.01), "once within, once behind"
     torch.testing.assert_close(change[~left_out], (whole / 0.75**2)[~left_out], rtol=1e-3, atol=1e-4)

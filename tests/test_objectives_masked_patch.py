@@ -7,7 +7,8 @@ from conftest import shaken, tiny_config
 
 from mpp import targets
 from mpp.batch import Batch
-from mpp.models.vit import ViT, take
+from mpp.models.layers import take
+from mpp.models.vit import ViT
 from mpp.objectives.masked_patch import Draw, MaskedPatchConfig, MaskedPatchPrediction
 
 TARGETS = ["mean_colour", "colour_grid", "pixels"]

@@ -108,7 +108,7 @@ def test_keys_of_another_kind_of_encoder_are_refused_by_name(key):
     assert refusal("", f"model.{key}={value}", whole=RESNET).startswith(f"command line: model.{key}: unknown key. ")
     found = refusal("objective: {name: labels}", "model.name=resnet")
     assert found.startswith("whole.yaml: model.patch: unknown key. "), "a layer below that was for another kind"
-    assert refusal("model: {norm: batch}").startswith("r.yaml: model.norm: unknown key. ")
+    assert refusal("model: {norm: batch}") == 'r.yaml: model.norm: expected one of layer, rms, found "batch"'
 
 
 def test_an_unknown_kind_of_encoder_is_refused_with_near_names():
@@ -167,7 +167,7 @@ REFUSED = {
     "model: {width: null}": "r.yaml: model.width: expected a whole number, found null",
     "model: {image: [8]}": "r.yaml: model.image: expected [a whole number, a whole number], found [8]",
     "model: {mean: 0.5}": "r.yaml: model.mean: expected [a number, ...], found 0.5",
-    "model: {pool: max}": 'r.yaml: model.pool: expected one of cls, avg, found "max"',
+    "model: {pool: max}": 'r.yaml: model.pool: expected one of cls, avg, avg_norm, map, found "max"',
     "model: 3": "r.yaml: model: expected a section of keys, found 3",
     "model:": "r.yaml: model: expected a section of keys, found null",
     "data: {path: 3}": "r.yaml: data.path: expected text, found 3",

@@ -11,13 +11,13 @@ from mpp.models.encoder import Encoder
 class Head(nn.Module):
     """A linear map to classes that starts at zero, as every head of the ViT paper's code.
 
-    hidden: puts a tanh layer of the encoder's width in front: the paper's head for pretraining (section 3.1).
+    hidden: units of a tanh layer in front, the "pre-logits" of the paper's head for pretraining (section 3.1), or 0.
     """
 
-    def __init__(self, width: int, classes: int, hidden: bool = False) -> None:
+    def __init__(self, width: int, classes: int, hidden: int = 0) -> None:
         super().__init__()
-        self.hidden = nn.Linear(width, width) if hidden else None
-        self.linear = nn.Linear(width, classes)
+        self.hidden = nn.Linear(width, hidden) if hidden else None
+        self.linear = nn.Linear(hidden or width, classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

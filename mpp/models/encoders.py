@@ -4,7 +4,8 @@ from typing import Any
 
 from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.encoder import Encoder, EncoderConfig
-from mpp.models.vit import ViT, ViTConfig
+from mpp.models.vit import ViT
+from mpp.models.vit_config import ViTConfig
 
 ENCODERS: dict[str, tuple[type[Encoder], type[EncoderConfig]]] = {
     "resnet": (ResNet, ResNetConfig),

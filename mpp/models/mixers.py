@@ -1,50 +1,191 @@
-"""Mixers: the part of a block that passes information between tokens."""
+"""Mixers: the part of a block that passes information between tokens. A new one is a class and a line in MIXERS."""
+
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mpp.models.layers import norm_of, take
+from mpp.models.positions import turn
+from mpp.models.vit_config import Grid, ViTConfig
+
 # Above this many keys plain products would hold too large a score matrix. Below it they are faster than PyTorch's fused
 # kernel in bf16 on a CPU: 5.3 times at 65 tokens, 1.9 times at 197 and 577. In float32 there is no such difference
 # (`python -m benchmarks.attention`, benchmarks/results/attention-cpu.json).
 PLAIN_AT_MOST = 2048
+POOL_SIDE = 3  # PoolFormer (arXiv 2111.11418, section 4.1)
+CONV_SIDE = 7  # ConvNeXt (arXiv 2201.03545, section 2.5), and MetaFormer's ConvFormer (2210.13452)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+class Places(NamedTuple):
+    """Where the tokens of a sequence are, for mixers that ask."""
+
+    grid: Grid
+    prefix: int  # tokens in front of the patches
+    angles: Tensor | None = None  # by which queries and keys are turned, (b or 1, 1, n, head size)
+    bias: Tensor | None = None  # of attention's scores, (b or 1, heads, n, n)
+
+
+class Mixer(nn.Module):
+    """`forward(tokens, places, at)` mixes tokens (b, n, d); with `at` (b, k), it gives the outputs there, (b, k, d)."""
+
+    def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def initialise(self) -> None:
+        """Draws initial weights."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention of (b, heads, n, d) queries over keys and values, by the kernel that is fastest there.
 
     The choice depends on device, dtype and length alone, so that a resumed run computes as the first one did.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= PLAIN_AT_MOST:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (b, heads, n, keys)
+        if bias is not None:
+            scores = scores + bias
         return scores.softmax(-1) @ v  # the kernel sums in float32 whatever the dtype
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, bias)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with biases on all four projections (ViT paper, appendix A)."""
+class Attention(Mixer):
+    """Multi-head self-attention (ViT paper, appendix A), its four projections with biases as published."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
+        self.heads, width = config.heads, config.width
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.norm_q = norm_of(config, config.head) if config.qk_norm else None
+        self.norm_k = norm_of(config, config.head) if config.qk_norm else None
+        self.project = nn.Linear(width, width, bias=config.bias)
 
-    def forward(self, tokens: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Mixes tokens (b, n, d); with `queries` (b, k, d), gives the outputs of those alone, (b, k, d)."""
-        if queries is None:
+    def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
+        angles, bias = places.angles, places.bias
+        turned, biased = angles, bias  # of the queries
+        if at is None:
             qkv = self.qkv(tokens)  # (b, n, 3 d)
             q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
         else:
-            width = tokens.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = rearrange(
-                F.linear(queries, weight[:width], bias[:width]), "b k (heads d) -> b heads k d", heads=self.heads
-            )
-            kv = F.linear(tokens, weight[width:], bias[width:])  # (b, n, 2 d)
-            k, v = rearrange(kv, "b n (two heads d) -> two b heads n d", two=2, heads=self.heads)
-        return self.project(rearrange(attend(q, k, v), "b heads k d -> b k (heads d)"))
+            q, k, v = self._queries_at(tokens, at)
+            turned = None if angles is None else _rows(angles, at, (len(tokens), 1))
+            biased = None if bias is None else _rows(bias, at, (len(tokens), self.heads))
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        if angles is not None and turned is not None:
+            q, k = turn(q, turned), turn(k, angles)
+        biased = None if biased is None else biased.to(q.dtype)
+        return self.project(rearrange(attend(q, k, v, biased), "b heads k d -> b k (heads d)"))
+
+    def _queries_at(self, tokens: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the tokens at `at` (b, k), keys and values of all."""
+        width, weight, bias = tokens.shape[-1], self.qkv.weight, self.qkv.bias
+        bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+        q = F.linear(take(tokens, at), weight[:width], bias_q)
+        kv = F.linear(tokens, weight[width:], bias_kv)  # (b, n, 2 d)
+        k, v = rearrange(kv, "b n (two heads d) -> two b heads n d", two=2, heads=self.heads)
+        return rearrange(q, "b k (heads d) -> b heads k d", heads=self.heads), k, v
+
+    def initialise(self) -> None:
+        for part in self.qkv.weight.chunk(3):  # each is a map of its own: Xavier's fan-out is d, not 3 d
+            nn.init.xavier_uniform_(part)
+        nn.init.xavier_uniform_(self.project.weight)
+        for linear in (self.qkv, self.project):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
 
-MIXERS: dict[str, type[Attention]] = {"attention": Attention}
+def _rows(of: Tensor, at: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Rows `at` (b, k) of (b or 1, x, n, m), for (b, x) as in `shape`: (b, x, k, m)."""
+    of = of.expand(*shape, -1, -1)
+    return of.gather(2, at[:, None, :, None].expand(-1, shape[1], -1, of.shape[3]))
+
+
+class OnGrid(Mixer):
+    """A mixer of the grid of patches, all of them. Tokens in front of the patches get nothing from it."""
+
+    def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
+        mixed = self.mix(tokens[:, places.prefix :], places.grid)
+        if places.prefix:
+            mixed = torch.cat([torch.zeros_like(tokens[:, : places.prefix]), mixed], dim=1)
+        return mixed if at is None else take(mixed, at)
+
+    def mix(self, patches: Tensor, grid: Grid) -> Tensor:
+        """Mixes the patches (b, n, d) of a grid."""
+        raise NotImplementedError
+
+
+class TokenMLP(OnGrid):
+    """MLP-Mixer's map across patches (arXiv 2105.01601, equation 1); hidden units half the width (its table 1)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.grid, patches = config.grid, math.prod(config.grid)
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
+        self.expand = nn.Linear(patches, max(1, config.width // 2), bias=config.bias)
+        self.contract = nn.Linear(max(1, config.width // 2), patches, bias=config.bias)
+
+    def mix(self, patches: Tensor, grid: Grid) -> Tensor:
+        if grid != self.grid:
+            have, got = ("x".join(map(str, shape)) for shape in (self.grid, grid))
+            raise ValueError(f"model.mixer mlp has weights for a grid of {have} patches only, got images of {got}")
+        hidden = F.gelu(self.expand(patches.transpose(1, 2)), approximate=self.approximate)  # (b, d, hidden)
+        return self.contract(hidden).transpose(1, 2)
+
+    def initialise(self) -> None:
+        for linear in (self.expand, self.contract):
+            nn.init.xavier_uniform_(linear.weight)
+            if linear.bias is not None:
+                nn.init.normal_(linear.bias, std=1e-6)
+
+
+class Pooling(OnGrid):
+    """The average of each patch's 3x3 neighbours inside the grid, minus itself (arXiv 2111.11418, equation 4)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+
+    def mix(self, patches: Tensor, grid: Grid) -> Tensor:
+        maps = rearrange(patches, "b (h w) d -> b d h w", h=grid[0])
+        mixed = F.avg_pool2d(maps, POOL_SIDE, 1, POOL_SIDE // 2, count_include_pad=False)
+        return rearrange(mixed, "b d h w -> b (h w) d") - patches
+
+
+class DepthwiseConv(OnGrid):
+    """A 7x7 convolution of each channel by itself."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.conv = nn.Conv2d(width, width, CONV_SIDE, padding=CONV_SIDE // 2, groups=width, bias=config.bias)
+
+    def mix(self, patches: Tensor, grid: Grid) -> Tensor:
+        maps = rearrange(patches, "b (h w) d -> b d h w", h=grid[0])
+        return rearrange(self.conv(maps), "b d h w -> b (h w) d")
+
+    def initialise(self) -> None:
+        nn.init.trunc_normal_(self.conv.weight, std=0.02)  # ConvNeXt's
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+
+class IdentityMixer(Mixer):
+    """Every token by itself: what is left of a MetaFormer without mixing (arXiv 2210.13452, IdentityFormer)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+
+    def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
+        return tokens if at is None else take(tokens, at)
+
+
+MIXERS: dict[str, type[Attention] | type[TokenMLP] | type[Pooling] | type[DepthwiseConv] | type[IdentityMixer]] = {
+    "attention": Attention,
+    "mlp": TokenMLP,
+    "pool": Pooling,
+    "conv": DepthwiseConv,
+    "identity": IdentityMixer,
+}

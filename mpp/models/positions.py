@@ -1,87 +1,321 @@
-"""Positions: what is added to patch tokens so that the encoder can tell them apart."""
+"""Positions: how the encoder can tell patches apart. A new kind is a class and a line in POSITIONS.
 
-import functools
+Some are vectors added to the tokens, some turn the queries and keys of attention, some are added to its scores.
+"""
+
+import math
+import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Grid = tuple[int, int]  # patches, (rows, columns)
+from mpp.models.vit_config import Grid, ViTConfig
+
+STD = 0.02  # of learned positions (vit_jax, models_vit.py)
+DINO_OFFSET = 0.1  # patches by which DINO's code enlarges a grid before it computes the scale
+SINCOS_BASE = 10_000.0  # longest wave, in 2 pi patches
+ROPE_BASE = 100.0  # longest period, half the picture's side being 1 (DINOv3's layers/rope_position_encoding.py)
+CAPI_FREQUENCIES = 7.0, 7e-4  # highest and lowest, in turns from edge to edge (CAPI's model.py)
+MOST_TABLES = 32  # kept at once; a long run sees few grids
+TABLES: dict[tuple[object, ...], Tensor] = {}
 
 
-class Learned(nn.Module):
-    """A learned vector for each patch, and for the class token one of its own (ViT paper, appendix D.4, "1-D").
+class Positions(nn.Module):
+    """Nothing at all, from which each kind overrides what it has. (Alone, as `none`: a bag of patches, ViT table 8.)
 
-    For another grid the patches' part is interpolated: "bilinear" with corners aligned as in the paper's code,
-    "bicubic" with pixel centres aligned as in MAE's.
+    Fixed tables are float32 whatever the encoder's dtype; learned ones have the dtype of their parameters.
     """
 
-    def __init__(self, grid: Grid, width: int, prefix: int, resize: str) -> None:
+    place: Tensor
+
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.grid, self.prefix, self.resize = grid, prefix, resize
-        self.table = nn.Parameter(torch.empty(prefix + grid[0] * grid[1], width))
+        self.config = config
+        self.register_buffer("place", torch.zeros(1), persistent=False)  # tells the device where there is no parameter
 
     def patches(self, grid: Grid) -> Tensor:
-        """Positions (n, d) of the patches of a grid."""
-        table = self.table[self.prefix :]
-        if grid == self.grid:
+        """What is added to the patches of a grid: (n, d), or (1, d) zeros where nothing is."""
+        return torch.zeros(1, self.config.width, device=self.place.device)
+
+    def class_token(self) -> Tensor:
+        """What is added to the class token: (d,), zeros where nothing is."""
+        return torch.zeros(self.config.width, device=self.place.device)
+
+    def angles(self, grid: Grid) -> Tensor | None:
+        """Angles by which attention turns queries and keys (`turn`), (prefix + n, head size), or None."""
+        return None
+
+    def bias(self, grid: Grid) -> Tensor | None:
+        """What is added to attention's scores, (heads, prefix + n, prefix + n) for queries by keys, or None."""
+        return None
+
+    def resized(self, grid: Grid) -> dict[str, Tensor]:
+        """This module's state_dict for an encoder whose own grid is another: learned tables interpolated."""
+        return {}
+
+    def initialise(self) -> None:
+        """Draws initial values."""
+
+
+class Learned(Positions):
+    """A learned vector for each patch, and for the class token one of its own (ViT paper, appendix D.4, "1-D")."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.first = int(config.has_class_token)  # rows in front of the patches'; registers have none
+        self.table = nn.Parameter(torch.empty(self.first + math.prod(config.grid), config.width))
+
+    def patches(self, grid: Grid) -> Tensor:
+        table = self.table[self.first :]
+        if grid == self.config.grid:
             return table
-        picture = rearrange(table, "(h w) d -> 1 d h w", h=self.grid[0]).float()
-        picture = F.interpolate(picture, grid, mode=self.resize, align_corners=self.resize == "bilinear")
-        return rearrange(picture, "1 d h w -> (h w) d").to(table.dtype)
+        picture = rearrange(table, "(h w) d -> d h w", h=self.config.grid[0])
+        return rearrange(interpolate(picture, grid, self.config.resize), "d h w -> (h w) d")
 
-    def prefixes(self) -> Tensor:
-        """Positions (prefix, d) of the tokens in front of the patches."""
-        return self.table[: self.prefix]
+    def class_token(self) -> Tensor:
+        return self.table[0] if self.first else super().class_token()
+
+    @torch.no_grad()
+    def resized(self, grid: Grid) -> dict[str, Tensor]:
+        return {"table": torch.cat([self.table[: self.first], self.patches(grid)])}
+
+    def initialise(self) -> None:
+        nn.init.normal_(self.table, std=STD)
 
 
-class SinCos2d(nn.Module):
-    """Fixed 2-D sine-cosine positions in big_vision's layout (sin x, cos x, sin y, cos y); none for prefixes."""
+class Learned2d(Positions):
+    """A learned vector for each column and for each row, halves of a patch's own (ViT paper, appendix D.4, "2-D").
 
-    zero: Tensor
+    The first half is the column's ("X-embedding"), the second the row's. The class token has a whole one.
+    """
 
-    def __init__(self, grid: Grid, width: int, prefix: int, resize: str) -> None:
-        super().__init__()
-        if width % 4:
-            raise ValueError(f"positions sincos2d need a width that 4 divides, got {width}")
-        self.width = width
-        self.register_buffer("zero", torch.zeros(1, width), persistent=False)
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        rows, columns = config.grid
+        self.rows = nn.Parameter(torch.empty(rows, config.width // 2))
+        self.columns = nn.Parameter(torch.empty(columns, config.width // 2))
+        self.token = nn.Parameter(torch.empty(config.width)) if config.has_class_token else None
 
     def patches(self, grid: Grid) -> Tensor:
-        return sincos2d(grid, self.width).to(self.zero.device)
+        rows, columns = self._axes(grid)
+        picture = torch.cat([columns[None].expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)], dim=2)
+        return picture.flatten(0, 1)  # (n, d)
 
-    def prefixes(self) -> Tensor:
-        return self.zero
+    def _axes(self, grid: Grid) -> list[Tensor]:
+        """The vectors of the rows and those of the columns, (side, d / 2) each, for another grid by interpolation."""
+        tables, how = (self.rows, self.columns), self.config.resize
+        pictures = [interpolate(t.T.unsqueeze(2), (side, 1), how) for t, side in zip(tables, grid, strict=True)]
+        return [picture.squeeze(2).T for picture in pictures]  # each (d / 2, side, 1) until here
+
+    def class_token(self) -> Tensor:
+        return super().class_token() if self.token is None else self.token
+
+    @torch.no_grad()
+    def resized(self, grid: Grid) -> dict[str, Tensor]:
+        rows, columns = self._axes(grid)
+        token = {} if self.token is None else {"token": self.token.detach()}
+        return {"rows": rows.detach(), "columns": columns.detach(), **token}
+
+    def initialise(self) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=STD)
 
 
-@functools.lru_cache(maxsize=8)
+class SinCos2d(Positions):
+    """Fixed sines and cosines of a patch's column and row; three layouts, after `config.positions`."""
+
+    def patches(self, grid: Grid) -> Tensor:
+        return fixed(SINCOS[self.config.positions], self.place.device, grid, self.config.width)
+
+
+class Relative(Positions):
+    """A learned bias of each head for each offset of query from key, shared by all blocks (BEiT, arXiv 2106.08254).
+
+    `table` (heads, offsets) holds the picture of (2 rows - 1) x (2 columns - 1) offsets row by row, from the key far
+    below and right of the query to far above and left. Where there are tokens in front of the patches, three values
+    more: of such a query on patches, of patches on such a key, and among such tokens (BEiT's order, transposed).
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.sides = offsets(config.grid)
+        self.table = nn.Parameter(torch.empty(config.heads, math.prod(self.sides) + (3 if config.prefix else 0)))
+
+    def bias(self, grid: Grid) -> Tensor:
+        rows, columns = grid
+        windows = self._picture(grid).unfold(1, rows, 1).unfold(2, columns, 1)  # (heads, query's h w, h w from the end)
+        patches = rearrange(windows.flip(3, 4), "heads h w i j -> heads (h w) (i j)")
+        if not (prefix := self.config.prefix):
+            return patches
+        n = rows * columns
+        to_patches, to_prefix, among = self.table[:, -3:, None, None].unbind(1)  # (heads, 1, 1) each
+        top = torch.cat([among.expand(-1, prefix, prefix), to_patches.expand(-1, prefix, n)], dim=2)
+        return torch.cat([top, torch.cat([to_prefix.expand(-1, n, prefix), patches], dim=2)], dim=1)
+
+    def _picture(self, grid: Grid) -> Tensor:
+        """The biases of patches on patches, (heads, 2 rows - 1, 2 columns - 1)."""
+        picture = self.table[:, : math.prod(self.sides)].unflatten(1, self.sides)
+        return interpolate(picture, offsets(grid), self.config.resize)
+
+    @torch.no_grad()
+    def resized(self, grid: Grid) -> dict[str, Tensor]:
+        return {"table": torch.cat([self._picture(grid).flatten(1), self.table[:, math.prod(self.sides) :]], dim=1)}
+
+    def initialise(self) -> None:
+        nn.init.zeros_(self.table)
+
+
+class Rope(Positions):
+    """Rotary positions along both axes (DINOv3, arXiv 2508.10104): scores depend on offsets alone."""
+
+    def angles(self, grid: Grid) -> Tensor:
+        return fixed(rope, self.place.device, grid, self.config.head, self.config.prefix)
+
+
+class RopeCAPI(Positions):
+    """CAPI's rotary positions (arXiv 2502.08769, its code's model.py), for its published weights.
+
+    No rotation, strictly: `turn` pairs channel i with i + head / 2, hence one that has the row's angle with one that
+    has the column's. For new models take `rope`. CAPI's registers stand around the picture's edge; where patches are
+    dropped it moves them to the edge of those that are left, which we do not. It has no class token; ours stays as is.
+    """
+
+    def angles(self, grid: Grid) -> Tensor:
+        config = self.config
+        return fixed(rope_capi, self.place.device, grid, config.head, int(config.has_class_token), config.registers)
+
+
+def offsets(grid: Grid) -> Grid:
+    """How many offsets two patches of a grid can have, in rows and in columns."""
+    return 2 * grid[0] - 1, 2 * grid[1] - 1
+
+
+def interpolate(picture: Tensor, grid: Grid, how: str) -> Tensor:
+    """Resizes a picture (d, h, w) to (d, *grid), computing in float32 at least.
+
+    bilinear: corners stay corners, as scipy.ndimage.zoom of the ViT paper's code has it. The others keep the edges of
+    the outer pixels: bicubic as MAE; bicubic_antialias as timm, and as DINOv2 with registers; bicubic_offset as DINO
+    and DINOv2 without, whose scale is that of a grid 0.1 patches larger.
+    """
+    own, grid = (
+        picture.shape[1:],
+        plain(grid),
+    )  # of sizes it does not know, PyTorch 2.15 compiles no antialiased gradient
+    if own == grid:
+        return picture
+    if how == "bicubic_antialias" and grid[1] == 1 < grid[0]:
+        return interpolate(picture.mT, (1, grid[0]), how).mT  # PyTorch 2.15 computes a single column wrongly on the CPU
+    values = picture[None].to(torch.promote_types(picture.dtype, torch.float32))
+    if how == "bilinear":
+        values = F.interpolate(values, grid, mode="bilinear", align_corners=True)
+    elif how == "bicubic_offset":
+        scale = [(side + DINO_OFFSET) / own_side for side, own_side in zip(grid, own, strict=True)]
+        values = F.interpolate(values, scale_factor=scale, mode="bicubic", align_corners=False)
+    else:
+        values = F.interpolate(values, grid, mode="bicubic", align_corners=False, antialias=how == "bicubic_antialias")
+    return values[0].to(picture.dtype)
+
+
+def turn(values: Tensor, angles: Tensor) -> Tensor:
+    """Turns channels i and i + d / 2 of queries or keys (b, heads, n, d) by angles that broadcast to (b, 1, n, d)."""
+    cos, sin = angles.cos().to(values.dtype), angles.sin().to(values.dtype)
+    first, second = values.chunk(2, dim=-1)
+    return values * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def fixed(make: Callable[..., Tensor], device: torch.device, grid: Grid, *sizes: int) -> Tensor:
+    """`make(grid, *sizes)` in float32 on a device, computed once for all encoders; a constant to torch.compile."""
+    return made(make, device, *plain(grid), *sizes)
+
+
+def plain(grid: Grid) -> Grid:
+    """The grid in numbers that torch.compile knows (and compiles again for others), even if it traces any size."""
+    return operator.index(grid[0]), operator.index(grid[1])
+
+
+@torch.compiler.assume_constant_result
+def made(make: Callable[..., Tensor], device: torch.device, rows: int, columns: int, *sizes: int) -> Tensor:
+    """What `fixed` says, from the tables kept where it is there."""
+    key = (make, device, rows, columns, *sizes)
+    if (table := TABLES.get(key)) is not None:
+        return table
+    with torch.inference_mode(False):  # a table made while evaluating must serve training
+        table = make((rows, columns), *sizes).to(device, torch.float32)
+    if type(table) is Tensor:  # and not the stand-in of a tracer
+        if len(TABLES) >= MOST_TABLES:
+            TABLES.pop(next(iter(TABLES)))
+        TABLES[key] = table
+    return table
+
+
+def steps(count: int) -> Tensor:
+    """0, 1, ..., in float64, in which all fixed tables are computed; not on the "meta" device, where it is default."""
+    return torch.arange(count, dtype=torch.float64, device="cpu")
+
+
+def product(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The row's and the column's coordinate of each patch, (n, 1) both, row by row."""
+    return rows.repeat_interleave(len(columns))[:, None], columns.repeat(len(rows))[:, None]
+
+
 def sincos2d(grid: Grid, width: int) -> Tensor:
-    """Positions (n, width), float32: frequencies 10,000 ** -(k / (width / 4 - 1)), as in big_vision's models/vit.py."""
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    omega = 10_000.0 ** -torch.linspace(0, 1, width // 4, dtype=torch.float64)
-    x, y = columns.reshape(-1, 1) * omega, rows.reshape(-1, 1) * omega  # (n, width / 4)
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+    """(n, width): sin x, cos x, sin y, cos y, the lowest frequency being 1 / 10,000 (big_vision, models/vit.py)."""
+    omega = SINCOS_BASE ** -(steps(width // 4) / max(1, width // 4 - 1))
+    y, x = product(*map(steps, grid))
+    return torch.cat([(x * omega).sin(), (x * omega).cos(), (y * omega).sin(), (y * omega).cos()], dim=1)
 
 
-class NoPositions(nn.Module):
-    """No positions: the encoder sees a bag of patches (the paper's ablation, table 8)."""
-
-    zero: Tensor
-
-    def __init__(self, grid: Grid, width: int, prefix: int, resize: str) -> None:
-        super().__init__()
-        self.register_buffer("zero", torch.zeros(1, width), persistent=False)
-
-    def patches(self, grid: Grid) -> Tensor:
-        return self.zero
-
-    def prefixes(self) -> Tensor:
-        return self.zero
+def sincos2d_mae(grid: Grid, width: int) -> Tensor:
+    """(n, width): the same layout, the lowest frequency a step above 1 / 10,000 (MAE, util/pos_embed.py)."""
+    omega = SINCOS_BASE ** -(steps(width // 4) / (width // 4))
+    y, x = product(*map(steps, grid))
+    return torch.cat([(x * omega).sin(), (x * omega).cos(), (y * omega).sin(), (y * omega).cos()], dim=1)
 
 
-POSITIONS: dict[str, type[Learned] | type[SinCos2d] | type[NoPositions]] = {
+def sincos2d_timm(grid: Grid, width: int) -> Tensor:
+    """(n, width): sin y, sin x, cos y, cos x, with MAE's frequencies (timm, layers/pos_embed_sincos.py)."""
+    sin_x, cos_x, sin_y, cos_y = sincos2d_mae(grid, width).chunk(4, dim=1)
+    return torch.cat([sin_y, sin_x, cos_y, cos_x], dim=1)
+
+
+def rope(grid: Grid, head: int, prefix: int) -> Tensor:
+    """Angles (prefix + n, head): of the row, of the column, and both again, so that `turn` pairs like with like.
+
+    A patch's centre is in [-1, 1] along either axis whatever its length; tokens in front of the patches stay as is.
+    """
+    periods = ROPE_BASE ** (steps(head // 4) / (head // 4))
+    centres = product(*((2 * steps(side) + 1) / side - 1 for side in grid))
+    angles = torch.cat([2 * math.pi * centre / periods for centre in centres] * 2, dim=1)
+    return torch.cat([angles.new_zeros(prefix, head), angles])
+
+
+def rope_capi(grid: Grid, head: int, class_tokens: int, registers: int) -> Tensor:
+    """Angles (class_tokens + registers + n, head): of the row, twice, then of the column, twice.
+
+    Patches are spread from 0 to 1 along either axis, ends included; registers clockwise around them if rows go right.
+    """
+    highest, lowest = CAPI_FREQUENCIES
+    quarter = head // 4
+    turns = highest * (lowest / highest) ** (steps(quarter) / max(1, quarter - 1))
+    rows, columns = product(*(steps(side) / max(1, side - 1) for side in grid))
+    way = steps(registers // 4)[:, None] / max(1, registers // 4)
+    start, end = torch.zeros_like(way), torch.ones_like(way)
+    around = torch.cat([way, end, 1 - way, start]), torch.cat([start, way, end, 1 - way])
+    both = [torch.cat([edge * axis.max(), axis]) for edge, axis in zip(around, (rows, columns), strict=True)]
+    angles = torch.cat([2 * math.pi * axis * turns for axis in both for _ in range(2)], dim=1)
+    return torch.cat([angles.new_zeros(class_tokens, head), angles])
+
+
+SINCOS = {"sincos2d": sincos2d, "sincos2d_mae": sincos2d_mae, "sincos2d_timm": sincos2d_timm}
+POSITIONS: dict[str, type[Positions]] = {
     "learned": Learned,
-    "sincos2d": SinCos2d,
-    "none": NoPositions,
+    "learned2d": Learned2d,
+    **dict.fromkeys(SINCOS, SinCos2d),
+    "relative": Relative,
+    "rope": Rope,
+    "rope_capi": RopeCAPI,
+    "none": Positions,
 }

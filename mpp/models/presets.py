@@ -1,6 +1,6 @@
 """The published sizes by name, "B/16" being ViT-B with patches of 16 pixels."""
 
-from mpp.models.vit import ViTConfig
+from mpp.models.vit_config import ViTConfig
 
 # Width, depth, heads: B, L and H from the ViT paper (table 1), Ti and S from DeiT (arXiv 2012.12877, table 1) and
 # AugReg (arXiv 2106.10270). The MLP is 4 times as wide in all of them.

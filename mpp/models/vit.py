@@ -1,132 +1,47 @@
 """The Vision Transformer (arXiv 2010.11929) as three verbs that objectives compose: embed, encode, pool."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
-from mpp.models.encoder import Encoder, EncoderConfig
-from mpp.models.mixers import MIXERS, Attention
-from mpp.models.positions import POSITIONS, Grid, Learned
+from mpp.models.encoder import Encoder
+from mpp.models.layers import MLP, DropPath, Initialised, dropout_of, norm_of, take
+from mpp.models.mixers import MIXERS, Places
+from mpp.models.pools import POOLS
+from mpp.models.positions import POSITIONS
 from mpp.models.stems import STEMS
+from mpp.models.vit_config import ON_GRID, Grid, ViTConfig
 
-
-@dataclass(frozen=True)
-class ViTConfig(EncoderConfig):
-    """The shape of an encoder. The defaults are the paper's ViT-B/16 (table 1)."""
-
-    name: str = "vit"
-    patch: int = 16  # side, pixels
-    width: int = 768
-    depth: int = 12  # blocks
-    heads: int = 12
-    mlp: int | None = None  # hidden units of a block's MLP; 4 * width where not given
-    stem: Literal["linear"] = "linear"
-    mixer: Literal["attention"] = "attention"
-    positions: Literal["learned", "sincos2d", "none"] = "learned"
-    resize: Literal["bilinear", "bicubic"] = "bilinear"  # of learned positions, for another grid
-    pool: Literal["cls", "avg"] = "cls"  # class token, or average of the patches
-    gelu: Literal["erf", "tanh"] = "erf"  # the paper's code computes tanh, which costs 3 times as much on a CPU
-    norm_eps: float = 1e-6  # flax's default, hence the paper's
-    dropout: float = 0.0  # after positions and after every linear layer but q, k, v (ViT paper, appendix B.1)
-    drop_path: float = 0.0  # chance that the last block's branches leave out an image; falls linearly to 0 at the first
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        height, width = self.image
-        if self.patch < 1 or height % self.patch or width % self.patch or min(height, width) < self.patch:
-            raise ValueError(f"model.image ({height}, {width}) must be a multiple of model.patch ({self.patch})")
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"model.width ({self.width}) must be a multiple of model.heads ({self.heads})")
-        if self.positions == "sincos2d" and self.width % 4:
-            raise ValueError(f"model.positions sincos2d needs a model.width that 4 divides, got {self.width}")
-        for name, most in {"depth": 1000, "hidden": 10**6, "width": 10**6}.items():
-            if not 1 <= getattr(self, name) <= most:
-                name_in_recipe = "mlp" if name == "hidden" else name
-                raise ValueError(f"model.{name_in_recipe} must be 1 to {most}, got {getattr(self, name)}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"model.norm_eps must be above 0, got {self.norm_eps}")
-        for name in ("dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be in [0, 1), got {getattr(self, name)}")
-
-    def describe(self) -> str:
-        return f"ViT, patch {self.patch}, width {self.width}, depth {self.depth}, {self.heads} heads"
-
-    @property
-    def grid(self) -> Grid:
-        """Patches, (rows, columns)."""
-        return self.image[0] // self.patch, self.image[1] // self.patch
-
-    @property
-    def hidden(self) -> int:
-        """Hidden units of a block's MLP."""
-        return 4 * self.width if self.mlp is None else self.mlp
-
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Gathers tokens (b, n, d) at index (b, k): (b, k, d)."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-
-class MLP(nn.Module):
-    """Two linear maps with a GELU between them."""
-
-    def __init__(self, width: int, hidden: int, gelu: str, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.dropout = dropout_of(dropout)
-        self.approximate = "tanh" if gelu == "tanh" else "none"
-        self.expand = nn.Linear(width, hidden)
-        self.contract = nn.Linear(hidden, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = F.gelu(self.expand(tokens), approximate=self.approximate)
-        return self.contract(self.dropout(hidden))
-
-
-def dropout_of(share: float) -> nn.Module:
-    """Dropout, or nothing at all where the share is 0: PyTorch's would copy the tokens."""
-    return nn.Dropout(share) if share else nn.Identity()
-
-
-class DropPath(nn.Module):
-    """Leaves out a residual branch for some images in training (stochastic depth, arXiv 1603.09382)."""
-
-    def __init__(self, chance: float) -> None:
-        super().__init__()
-        self.chance = chance
-
-    def forward(self, branch: Tensor) -> Tensor:
-        if not self.training:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.chance
-        return branch * (kept / (1 - self.chance)).to(branch.dtype)
+FREE = {"image", "resize", "pool", "class_token", "dropout", "drop_path", "mlp"}  # settings that `adopt` lets differ
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block (ViT paper, equations 2 and 3)."""
+    """A pre-norm Transformer block (ViT paper, equations 2 and 3), with any mixer."""
 
-    def __init__(self, config: ViTConfig, drop_path: float = 0.0) -> None:
+    def __init__(self, config: ViTConfig, mixer: str, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
-        self.mixer = MIXERS[config.mixer](config.width, config.heads)
-        self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
-        self.mlp = MLP(config.width, config.hidden, config.gelu, config.dropout)
+        self.norm1 = norm_of(config, config.width)
+        self.mixer = MIXERS[mixer](config)
+        self.norm2 = norm_of(config, config.width)
+        self.mlp = MLP(config)
         path = DropPath(drop_path) if drop_path else nn.Identity()
         self.drop = nn.Sequential(dropout_of(config.dropout), path)  # of both branches
+        scaled = config.layer_scale is not None
+        self.scale1 = nn.Parameter(torch.empty(config.width)) if scaled else None
+        self.scale2 = nn.Parameter(torch.empty(config.width)) if scaled else None
 
-    def forward(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
         """Maps tokens (b, n, d) to (b, n, d), or only those at `at` (b, k) to (b, k, d)."""
-        normed = self.norm1(tokens)
-        if at is None:
-            tokens = tokens + self.drop(self.mixer(normed))
-        else:
-            tokens = take(tokens, at) + self.drop(self.mixer(normed, take(normed, at)))
-        return tokens + self.drop(self.mlp(self.norm2(tokens)))
+        mixed = self.mixer(self.norm1(tokens), places, at)
+        tokens = tokens if at is None else take(tokens, at)
+        tokens = tokens + self.drop(mixed if self.scale1 is None else mixed * self.scale1)
+        mapped = self.mlp(self.norm2(tokens))
+        return tokens + self.drop(mapped if self.scale2 is None else mapped * self.scale2)
 
 
 class ViT(Encoder):
@@ -141,15 +56,19 @@ class ViT(Encoder):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         self.width, self.layers = config.width, config.depth
-        self.prefix = 1 if config.pool == "cls" else 0  # tokens in front of the patches
-        self.tokens = self.prefix + math.prod(config.grid)
-        self.stem = STEMS[config.stem](config.patch, config.channels, config.width)
-        self.positions = POSITIONS[config.positions](config.grid, config.width, self.prefix, config.resize)
-        self.class_token = nn.Parameter(torch.empty(config.width)) if self.prefix else None
+        self.prefix = config.prefix  # tokens in front of the patches
+        self.tokens = self.prefix + config.grid[0] * config.grid[1]
+        self.stem = STEMS[config.stem](config)
+        self.positions = POSITIONS[config.positions](config)
+        self.class_token = nn.Parameter(torch.empty(config.width)) if config.has_class_token else None
+        self.registers = nn.Parameter(torch.empty(config.registers, config.width)) if config.registers else None
         self.dropout = dropout_of(config.dropout)
         rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
-        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.blocks = nn.ModuleList(
+            Block(config, mixer, rate) for mixer, rate in zip(config.mixers, rates, strict=True)
+        )
+        self.norm = norm_of(config, config.width)
+        self.pooling = POOLS[config.pool](config)
         self.initialise()
 
     @torch.no_grad()
@@ -157,21 +76,14 @@ class ViT(Encoder):
         """Draws the paper's initial weights (its code's models_vit.py; flax's defaults where that is silent)."""
         if self.class_token is not None:
             nn.init.zeros_(self.class_token)
-        if isinstance(self.positions, Learned):
-            nn.init.normal_(self.positions.table, std=0.02)
-        lecun_normal_(self.stem.project.weight)
-        nn.init.zeros_(self.stem.project.bias)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
         for module in self.modules():
-            if isinstance(module, Attention):
-                for part in module.qkv.weight.chunk(3):  # each is a map of its own: Xavier's fan-out is d, not 3 d
-                    nn.init.xavier_uniform_(part)
-                nn.init.xavier_uniform_(module.project.weight)
-                nn.init.zeros_(module.qkv.bias)
-                nn.init.zeros_(module.project.bias)
-            elif isinstance(module, MLP):
-                for linear in (module.expand, module.contract):
-                    nn.init.xavier_uniform_(linear.weight)
-                    nn.init.normal_(linear.bias, std=1e-6)
+            if module is not self and isinstance(module, Initialised):
+                module.initialise()
+        for name, parameter in self.named_parameters():
+            if name.endswith((".scale1", ".scale2")):
+                nn.init.constant_(parameter, self.config.layer_scale or 1.0)
 
     def grid(self, images: Tensor) -> Grid:
         """The rows and columns of patches of images (b, c, h, w)."""
@@ -203,6 +115,8 @@ class ViT(Encoder):
             what the last block would compute for the others.
         layers: block numbers from 0; gives a list of these blocks' outputs (b, prefix + n, d), without the final norm.
         grid: (rows, columns) of the patches where it is not the config's.
+
+        The final norm is left to `pool` where that is avg_norm. Raises ValueError for `keep` if a mixer needs the grid.
         """
         grid = grid or self.config.grid
         if grid[0] * grid[1] != tokens.shape[1]:
@@ -211,22 +125,59 @@ class ViT(Encoder):
             raise ValueError("encode takes `at` with neither `keep` nor `layers`")
         tokens = tokens + self.positions.patches(grid).to(tokens.dtype)
         if keep is not None:
+            if needy := [name for name in self.config.mixer if name in ON_GRID]:
+                raise ValueError(f"model.mixer {needy[0]} needs the whole grid, so no patches can be dropped")
             tokens = take(tokens, keep)
-        if self.class_token is not None:
-            prefix = (self.class_token + self.positions.prefixes()).expand(len(tokens), -1, -1)
-            tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
+        if self.prefix:
+            tokens = torch.cat([self._front().to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = self.dropout(tokens)
+        places = self._places(grid, keep)
         if layers is not None:
-            return self._outputs(tokens, layers)
+            return self._outputs(tokens, places, layers)
         for block in self.blocks[:-1]:
-            tokens = block(tokens)
-        last = self.blocks[-1](tokens, None if at is None else at + self.prefix)
-        return self.norm(last)
+            tokens = self._run(block, tokens, places)
+        last = self._run(self.blocks[-1], tokens, places, None if at is None else at + self.prefix)
+        return self.finish(last)
 
-    def _outputs(self, tokens: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Makes of the last block's output what `encode` gives, (b, prefix + n, d): applies the final norm, or not."""
+        return tokens if self.config.pool == "avg_norm" else self.norm(tokens)
+
+    def _front(self) -> Tensor:
+        """The tokens in front of the patches, (prefix, d)."""
+        front = [] if self.class_token is None else [(self.class_token + self.positions.class_token()).unsqueeze(0)]
+        return torch.cat(front if self.registers is None else [*front, self.registers])
+
+    def _places(self, grid: Grid, keep: Tensor | None) -> Places:
+        """Where the tokens are that run through the blocks: all of the grid, or those of `keep` (b, k)."""
+        angles, bias = self.positions.angles(grid), self.positions.bias(grid)
+        if keep is None:
+            angles = None if angles is None else angles[None, None]
+            return Places(grid, self.prefix, angles, None if bias is None else bias[None])
+        front = torch.arange(self.prefix, device=keep.device).expand(len(keep), -1)
+        index = torch.cat([front, keep + self.prefix], dim=1)  # (b, prefix + k)
+        if angles is not None:
+            angles = angles[index].unsqueeze(1)  # (b, 1, prefix + k, head)
+        if bias is not None:
+            bias = bias[:, index[:, :, None], index[:, None, :]].transpose(0, 1)  # (b, heads, prefix + k, prefix + k)
+        return Places(grid, self.prefix, angles, bias)
+
+    def _run(self, block: nn.Module, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
+        """Runs a block; with activation checkpointing it keeps the block's input alone and computes the rest again."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return block(tokens, places, at)
+        # What stands in the parameters' place now, a bfloat16 copy perhaps, no longer does in the backward pass.
+        now: dict[str, Tensor] = dict(block.named_parameters())
+
+        def run(tokens: Tensor) -> Tensor:
+            return functional_call(block, now, (tokens, places, at))
+
+        return checkpoint(run, tokens, use_reentrant=False)
+
+    def _outputs(self, tokens: Tensor, places: Places, layers: Sequence[int]) -> list[Tensor]:
         outputs = []
         for block in self.blocks[: max(layers) + 1]:
-            tokens = block(tokens)
+            tokens = self._run(block, tokens, places)
             outputs.append(tokens)
         return [outputs[layer] for layer in layers]
 
@@ -236,41 +187,59 @@ class ViT(Encoder):
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Maps encoded tokens (b, prefix + n, d) to one vector an image (b, d), as `config.pool` says."""
-        return tokens[:, 0] if self.config.pool == "cls" else self.patches(tokens).mean(1)
+        vectors = self.pooling(tokens)
+        return self.norm(vectors) if self.config.pool == "avg_norm" else vectors
 
     def forward(self, images: Tensor) -> Tensor:
         return self.pool(self.encode(self.embed(images), grid=self.grid(images)))
 
     def layer_of(self, parameter: str) -> int:
-        """MAE's and BEiT's numbering: stem, positions and class token 0, then the blocks, then the final norm."""
+        """MAE's and BEiT's numbering: stem, positions and class token 0, then the blocks, then norm and pooling."""
         part, *rest = parameter.split(".")
         if part == "blocks":
             return 1 + int(rest[0])
-        return self.layers + 1 if part == "norm" else 0
+        return self.layers + 1 if part in ("norm", "pooling") else 0
+
+    def resized(self, image: Grid | None = None, patch: int | None = None) -> "ViT":
+        """A copy for images (h, w) and patches of another size; positions and a linear stem are resampled for it."""
+        config = replace(self.config, image=image or self.config.image, patch=patch or self.config.patch)
+        copy = ViT(config)
+        copy.adopt(self)
+        return copy
 
     @torch.no_grad()
     def adopt(self, given: Encoder) -> None:
-        """Takes another encoder's weights; positions are interpolated for this one's grid as `given` does it.
+        """Takes another encoder's weights. `given` says how positions and patches are resampled for other sizes.
 
-        Raises ValueError if a setting that decides the weights' shapes or meaning differs. A class token that this
-        encoder does not have is left aside.
+        Raises ValueError if a setting that decides the weights' shapes or meaning differs. A class token and attention
+        pooling that this encoder does not have are left aside; a final norm in another place than there (avg_norm) and
+        pooling that is not there stay as they are drawn, as in MAE's fine-tuning.
         """
         if not isinstance(given, ViT):
             raise ValueError(f"model: name {given.config.name} there, {self.config.name} here")
-        fixed = ["patch", "channels", "width", "depth", "heads", "hidden", "stem", "mixer", "positions", "gelu"]
-        fixed += ["norm_eps", "mean", "std"]
-        pairs = {name: (getattr(given.config, name), getattr(self.config, name)) for name in fixed}
-        if self.prefix > given.prefix:
-            pairs["pool"] = (given.config.pool, self.config.pool)
+        there, here = given.config, self.config
+        pairs = {name: (getattr(there, name), getattr(here, name)) for name in asdict(here).keys() - FREE}
+        pairs["mlp"] = there.hidden, here.hidden
+        pairs["layer_scale"] = there.layer_scale is not None, here.layer_scale is not None  # trained since: any value
+        if there.depth == here.depth:
+            pairs["mixer"] = there.mixers, here.mixers  # however they are given
+        if there.stem != "hybrid":
+            del pairs["stages"]
+        if there.stem == "linear":
+            del pairs["patch"]
+        if here.has_class_token > there.has_class_token:
+            pairs["pool"] = there.pool, here.pool
+        if "mlp" in here.mixer and there.grid != here.grid:
+            pairs["image"] = there.image, here.image
         self._refuse(pairs)
         found = given.state_dict()
-        if isinstance(given.positions, Learned):
-            rows = [given.positions.prefixes()[: self.prefix], given.positions.patches(self.config.grid)]
-            found["positions.table"] = torch.cat(rows)
-        self.load_state_dict({name: found[name] for name in self.state_dict()})
-
-
-def lecun_normal_(weight: Tensor) -> None:
-    """Truncated normal with variance 1 / fan-in after truncation at two standard deviations (flax's lecun_normal)."""
-    std = math.sqrt(1 / weight.shape[1]) / 0.87962566103423978  # std of a unit normal cut at +-2
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+        found |= {f"positions.{name}": value for name, value in given.positions.resized(here.grid).items()}
+        if there.patch != here.patch:
+            method: Literal["bilinear", "bicubic"] = "bilinear" if there.resize == "bilinear" else "bicubic"
+            found |= {f"stem.{name}": value for name, value in given.stem.resized(here.patch, method).items()}
+        own = self.state_dict()
+        if there.has_class_token > here.has_class_token and own.get("positions.table") is not None:
+            found["positions.table"] = found["positions.table"][1:]
+        moved = (there.pool == "avg_norm") != (here.pool == "avg_norm")
+        fresh = ("norm.",) * moved + ("pooling.",) * (there.pool != here.pool)
+        self.load_state_dict({name: own[name] if name.startswith(fresh) else found[name] for name in own})

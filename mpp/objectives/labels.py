@@ -49,7 +49,7 @@ class Classification(Objective):
         super().__init__(encoder)
         self.config = config = config or LabelsConfig()
         self.classes = max(1, len(config.classes))  # a recipe that does not know its shards yet has a head of one
-        self.head = Head(encoder.width, self.classes, config.hidden)
+        self.head = Head(encoder.width, self.classes, encoder.width if config.hidden else 0)
         weights = torch.tensor(config.weights)
         self.register_buffer("weights", weights / weights.mean() if len(weights) else weights, persistent=False)
 

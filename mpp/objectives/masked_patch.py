@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mpp import targets
 from mpp.batch import Batch
 from mpp.masks import count_of, random_index
-from mpp.models.vit import ViT, take
+from mpp.models.layers import take
+from mpp.models.vit import ViT
 from mpp.objectives.base import Objective, ObjectiveConfig
 
 GREY = torch.tensor(128, dtype=torch.uint8)  # paints [mask] in pictures
@@ -115,8 +116,27 @@ class MaskedPatchPrediction(Objective):
 
     def predict(self, images: Tensor, draw: Draw) -> Tensor:
         """The head's outputs at the corrupted patches, float32 (b, k, outputs)."""
-        tokens = self.corrupt(self.encoder.embed(images), draw)  # (b, n, d)
+        if self.encoder.stem.overlaps:
+            tokens = self.masked(self.encoder.embed(self.without(images, draw)), draw)  # (b, n, d)
+        else:
+            tokens = self.corrupt(self.encoder.embed(images), draw)  # (b, n, d)
         return self.head(self.encoder.encode(tokens, at=draw.patches)).float()
+
+    def without(self, images: Tensor, draw: Draw) -> Tensor:
+        """The images as an overlapping stem may see them, normalised: with corrupted patches of pixels.
+
+        A token of such a stem sees other patches' pixels too, so that to replace embeddings alone would leave the
+        answer in its neighbours: masked patches get the mean colour, and swapped ones another patch's pixels.
+        """
+        patch, pixels = self.encoder.config.patch, self.encoder.normalise(images)
+        patches = self.corrupt(targets.patch_pixels(pixels, patch), draw, pixels.new_zeros(()))
+        return _picture(patches, images.shape[-1] // patch, patch)
+
+    def masked(self, tokens: Tensor, draw: Draw) -> Tensor:
+        """Replaces those patch embeddings (b, n, d) by [mask] that are to be masked, and no others."""
+        fate = draw.fate.unsqueeze(-1)  # (b, k, 1)
+        new = torch.where(fate < self.config.split[0], self.mask_token.to(tokens.dtype), take(tokens, draw.patches))
+        return tokens.scatter(1, draw.patches.unsqueeze(-1).expand_as(new), new)
 
     def compute(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and what to log, for a given draw."""

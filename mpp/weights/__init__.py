@@ -74,7 +74,8 @@ def load_classifier(path: str | Path) -> Classifier:
     if not isinstance(classes, list) or not classes:
         raise WeightsError(f"{path}: holds no classifier of mpp (its metadata names no classes)")
     classes = [str(name) for name in classes]
-    classifier = Classifier(encoder, Head(encoder.width, len(classes), "head.hidden.weight" in tensors), classes)
+    hidden = len(tensors["head.hidden.bias"]) if "head.hidden.bias" in tensors else 0
+    classifier = Classifier(encoder, Head(encoder.width, len(classes), hidden), classes)
     _fill(classifier, tensors, path)
     return classifier.eval()
 

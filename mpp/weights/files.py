@@ -1,0 +1,414 @@
+"""Files of weights as tensors by name, whoever wrote them, read without running anything that is in them."""
+
+import io
+import itertools
+import json
+import math
+import pickle
+import pickletools
+import re
+import threading
+import warnings
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mpp.errors import UserError, cause, shown
+
+
+class WeightsError(UserError):
+    """A file of weights is not there, not whole or not of a kind this library knows."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a file or folder of weights holds, on the CPU; every floating tensor in float32 and contiguous.
+
+    Large tensors may be views of the file, which is then read only where they are used: whoever writes to the same
+    file replaces it (as mpp.files does) and does not write into it.
+    """
+
+    path: Path  # what the user named
+    tensors: dict[str, Tensor]  # by the file's names; nested dictionaries joined by '.'
+    config: dict[str, Any] = field(default_factory=dict)  # config.json beside it (Hugging Face, timm)
+    metadata: dict[str, str] = field(default_factory=dict)  # of safetensors
+    args: dict[str, Any] = field(default_factory=dict)  # plain values of the settings that a checkpoint carries
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # preprocessor_config.json (Hugging Face)
+    aside: tuple[str, ...] = ()  # parts of the file that are not the model's weights, as 'optimizer'
+
+
+# Of a folder the first that is there counts: safetensors before pickles.
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Where checkpoints keep the model. The running average comes first, as in timm's load_checkpoint; the teacher is one
+# too, and what DINO publishes.
+MODELS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "model_state", "module", "student")
+SETTINGS = ("args", "config", "cfg")
+SCALARS = bool | int | float | str
+
+
+def read(path: str | Path) -> Source:
+    """Reads a file of safetensors, npz or torch, known by its content, or a folder of Hugging Face or timm.
+
+    Raises WeightsError, one line that names the file. No code in a file is run, and nothing is written.
+    """
+    path = Path(path)
+    try:
+        source = replace(_folder(path), path=path) if path.is_dir() else _file(path)
+    except OSError as error:
+        raise WeightsError(f"{shown(path)}: cannot be read: {cause(error)}") from error
+    if not source.tensors:
+        raise WeightsError(f"{shown(path)}: holds no tensors")
+    return source
+
+
+def _folder(folder: Path) -> Source:
+    for file in (folder / name for name in FOLDER_FILES):
+        if file.exists():
+            return _shards(file) if file.suffix == ".json" else _file(file)
+    raise WeightsError(f"{shown(folder)}: holds no weights: looked for {', '.join(FOLDER_FILES)}")
+
+
+def _shards(index: Path) -> Source:
+    """Weights cut into several files, by the index that names each tensor's."""
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise WeightsError(f"{shown(index)}: expected 'weight_map' with a file for each tensor")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
+            raise WeightsError(f"{shown(index)}: names a file outside its folder: {shown(name)}")
+        found = _file(index.parent / name).tensors
+        wrong = sorted(found.keys() ^ {key for key, place in places.items() if place == name})
+        if wrong:
+            some = ", ".join(map(shown, wrong[:3]))
+            raise WeightsError(f"{shown(index.parent / name)}: holds other tensors than {index.name} says: {some}")
+        tensors |= found
+    return _beside(Source(index, tensors))
+
+
+def _file(path: Path) -> Source:
+    if not path.exists():
+        raise WeightsError(f"{shown(path)}: is not there")
+    if not path.is_file():
+        raise WeightsError(f"{shown(path)}: is no file")
+    with path.open("rb") as file:
+        head = file.read(512)
+    try:
+        reader = _reader(path, head)
+        # Google's npz come without settings: a config.json that lies beside them belongs to something else.
+        return reader(path) if reader is _npz else _beside(reader(path))
+    except WeightsError:
+        raise
+    except (
+        Exception
+    ) as error:  # bytes that others chose make the readers of torch, numpy and safetensors raise anything
+        raise WeightsError(f"{shown(path)}: not whole, or damaged ({_reason(error)})") from error
+
+
+def _beside(source: Source) -> Source:
+    folder = source.path.parent
+    config, preprocessing = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
+    return replace(source, config=config, preprocessing=preprocessing)
+
+
+def _reader(path: Path, head: bytes) -> Callable[[Path], Source]:
+    """Who reads a file, by its first bytes."""
+    text = head.lstrip().lower()
+    if head.startswith(b"PK\3\4"):
+        with zipfile.ZipFile(path) as archive:
+            arrays = any(name.endswith(".npy") for name in archive.namelist())
+        return _npz if arrays else _torch_zip
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
+        return _safetensors
+    if head[257:262] == b"ustar":
+        found = "a tar archive, as torch wrote it before 2017, which cannot be read without running code"
+    elif head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return _torch_legacy
+    elif not head:
+        found = "an empty file"
+    elif head.startswith(b"version https://git-lfs"):
+        found = "a pointer of git-lfs in place of the file: fetch it with 'git lfs pull'"
+    elif text.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        found = "a web page in place of the file: download it again"
+    else:
+        found = f"none of these (it begins with {head[:8]!r})"
+    raise WeightsError(f"{shown(path)}: expected weights as safetensors, npz or a checkpoint of torch, found {found}")
+
+
+def _safetensors(path: Path) -> Source:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Source(path, _in_float32(tensors, path), metadata=dict(file.metadata() or {}))
+
+
+# npz
+
+
+def _npz(path: Path) -> Source:
+    """Arrays as numpy.savez writes them. Of a checkpoint of big_vision the parameters, without its 'params/'."""
+    tensors: dict[str, Tensor] = {}
+    with zipfile.ZipFile(path) as archive:
+        _refuse_bomb(sum(member.file_size for member in archive.infolist()), path)
+        names = [member.filename for member in archive.infolist()]
+        prefix = next((p for p in ("params/", "opt/target/") if any(name.startswith(p) for name in names)), "")
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name == member.filename or names.count(member.filename) > 1:
+                raise WeightsError(f"{shown(path)}: expected arrays, each once, found {shown(member.filename)}")
+            if name.startswith(prefix):
+                tensors[name.removeprefix(prefix)] = _array(archive, member, path)
+    parts = {name.removesuffix(".npy").split("/")[0] for name in names if not name.startswith(prefix)}
+    return Source(path, tensors, aside=tuple(sorted(parts)))
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Tensor:
+    """One array. numpy.load would make room for what the header claims before it looks what is there."""
+    place = f"{shown(path)}: {shown(member.filename)}"
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, columns_first, dtype = header(file)
+        if dtype.hasobject:
+            raise WeightsError(f"{place}: expected numbers, found a pickle of Python objects; nothing in it was run")
+        data = file.read()  # to the end, where zipfile compares the checksum
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise WeightsError(f"{place}: {len(data)} bytes for shape {shape} of {dtype}")
+    array = np.ndarray(shape, dtype, data, order="F" if columns_first else "C")
+    if dtype == np.dtype("V2"):  # big_vision's bfloat16, which numpy has no name for: the upper half of a float32
+        return torch.from_numpy((array.view("<u2").astype(np.uint32, order="C") << 16).view(np.float32))
+    if dtype.kind not in "fbiu":
+        raise WeightsError(f"{place}: expected numbers, found {dtype}")
+    with np.errstate(over="ignore"):  # as torch's own conversion
+        return torch.from_numpy(array.astype(np.float32 if dtype.kind == "f" else dtype.newbyteorder("="), order="C"))
+
+
+# torch
+
+
+def _torch_zip(path: Path) -> Source:
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        pickles = [member for member in members if member.filename.split("/", 1)[-1] == "data.pkl"]
+        if any(member.filename.split("/", 1)[-1] == "constants.pkl" for member in members):
+            raise WeightsError(f"{shown(path)}: expected weights, found TorchScript, which is code; nothing was run")
+        if not pickles:
+            raise WeightsError(f"{shown(path)}: a zip archive without arrays of numpy and without torch's data.pkl")
+        _refuse_bomb(sum(member.file_size for member in members), path)
+        # torch reads what it maps as it lies in the file, so a packed archive can't be mapped. By the suffix it would
+        # take this one for safetensors.
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        found = _unpickled(path, stored and path.suffix != ".safetensors", lambda: archive.read(pickles[0]))
+    return _checkpoint(found, path)
+
+
+def _torch_legacy(path: Path) -> Source:
+    """As torch wrote files before 1.6: pickles one after another, then the numbers."""
+
+    def beginning() -> bytes:
+        with path.open("rb") as file:
+            return file.read(1 << 24)
+
+    return _checkpoint(_unpickled(path, False, beginning), path)
+
+
+def _unpickled(path: Path, mapped: bool, pickles: Callable[[], bytes]) -> Any:
+    """What torch's unpickler makes of a file, which calls nothing but what torch allows and HARMLESS."""
+    try:
+        with path.open("rb") as file, _only(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another protocol: what can't be read is an error anyway
+            return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        found = [foreign[1].removesuffix(".")] if foreign else _named(pickles())[:3]
+        what = f"of {', '.join(map(shown, found))}" if found else f"that can't be read so ({_reason(error)})"
+        expected = "expected tensors, plain values and argparse.Namespace"
+        raise WeightsError(f"{shown(path)}: {expected}, found a pickle {what}; nothing in it was run") from error
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def _only(harmless: list[Callable | tuple[Callable, str]]) -> Iterator[None]:
+    """Lets torch's unpickler call these beside its own and nothing else, whatever the program has allowed before."""
+    with _lock:
+        before = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            with torch.serialization.safe_globals(harmless):
+                yield
+        finally:
+            torch.serialization.add_safe_globals(before)
+
+
+class _NumpyType:
+    """Stands for numpy.dtype in pickles: the real one takes a state that can make it read and free any memory."""
+
+    def __init__(self, code: str, *_: object):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+def _number(kind: _NumpyType, data: bytes) -> float | int | bool:
+    """Stands for numpy's scalars, as an optimiser's state or a best accuracy holds them."""
+    if not re.fullmatch(r"[<>=|][biuf][1248]", f"{kind.order}{kind.code}"):
+        raise pickle.UnpicklingError(f"a scalar of numpy of type {kind.code!r}")
+    return np.frombuffer(data, f"{kind.order}{kind.code}".replace("|", "="), count=1).item()
+
+
+def _path(*parts: str) -> str:
+    """Stands for paths, which are settings here, not places."""
+    return str(Path(*parts))
+
+
+# What published checkpoints hold beside what torch allows of itself (tensors, dictionaries, lists, plain values).
+HARMLESS: list[Callable | tuple[Callable, str]] = [
+    (Namespace, "argparse.Namespace"),
+    (_NumpyType, "numpy.dtype"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_number, "numpy._core.multiarray.scalar"),
+    (_path, "pathlib.PosixPath"),
+    (_path, "pathlib._local.PosixPath"),
+]
+
+
+OWN = r"torch\._utils\._rebuild_|torch(\.storage)?\.\w*Storage$|collections\.OrderedDict$|argparse\.Namespace$"
+
+
+def _named(data: bytes) -> list[str]:
+    """The types and functions that pickles name beside tensors, without loading them."""
+    stream, texts, found = io.BytesIO(data), [""], []
+    with suppress(Exception):  # the first byte that is no pickle any more
+        while True:
+            for code, value, _ in pickletools.genops(stream):
+                if code.name == "GLOBAL":
+                    found.append(str(value).replace(" ", "."))
+                elif code.name == "STACK_GLOBAL":
+                    found.append(".".join(texts[-2:]))
+                elif isinstance(value, str):
+                    texts.append(value)
+    return [name for name in dict.fromkeys(found) if not re.match(OWN, name)]
+
+
+def _checkpoint(found: Any, path: Path) -> Source:
+    """The model's tensors of a checkpoint, and the settings beside it."""
+    if not isinstance(found, dict):
+        raise WeightsError(f"{shown(path)}: expected tensors by name, found {type(found).__name__}")
+    limit = _Limit(path)
+    args: dict[str, Any] = {}
+    aside: list[str] = []
+    for depth in itertools.count():
+        limit.enter(found, depth)
+        args = args or next((plain for key in SETTINGS if (plain := _settings(found.get(key), limit))), {})
+        model = next((key for key in MODELS if isinstance(found.get(key), dict) and found[key]), None)
+        if model is None:
+            break
+        aside += [shown(key) for key, value in found.items() if key != model and isinstance(value, dict | Tensor)]
+        found = found[model]
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _flat(found, "", limit):
+        if name in tensors:
+            raise WeightsError(f"{shown(path)}: holds two tensors of the name {shown(name)}")
+        tensors[name] = tensor
+    for prefix in ("module.", "_orig_mod.", "module."):  # by DistributedDataParallel and compile, in either order
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    backbone = {name[9:]: tensor for name, tensor in tensors.items() if name.startswith("backbone.")}
+    if backbone:  # DINO, DINOv2, CAPI: the encoder beside its heads
+        aside += sorted({shown(name.split(".")[0]) for name in tensors} - {"backbone"})
+    return Source(path, _in_float32(backbone or tensors, path), args=args, aside=tuple(aside))
+
+
+class _Limit:
+    """How deep and how large nested containers may be: those that hold themselves or each other often never end."""
+
+    def __init__(self, path: Path):
+        self.path, self.left = path, 1_000_000
+
+    def enter(self, container: Any, depth: int) -> None:
+        self.left -= len(container)
+        if self.left < 0 or depth > 32:
+            raise WeightsError(f"{shown(self.path)}: holds dictionaries in dictionaries without end")
+
+
+def _flat(found: Any, prefix: str, limit: _Limit, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dictionaries and lists by their names, joined by '.'; what is no tensor is left out."""
+    limit.enter(found, depth)
+    for name, value in found.items() if isinstance(found, dict) else enumerate(found):
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, dict | list | tuple):
+            yield from _flat(value, f"{prefix}{name}.", limit, depth + 1)
+
+
+def _settings(found: Any, limit: _Limit, depth: int = 0) -> dict[str, Any]:
+    """The plain values of a Namespace or dictionary, also of nested ones; {} of anything else."""
+    values = vars(found) if isinstance(found, Namespace) else found
+    if not isinstance(values, dict):
+        return {}
+    limit.enter(values, depth)
+    plain: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is None or isinstance(value, SCALARS):
+            plain[str(name)] = value
+        elif isinstance(value, list | tuple):
+            limit.enter(value, depth)
+            if all(isinstance(one, SCALARS) for one in value):
+                plain[str(name)] = value
+        elif isinstance(value, dict | Namespace):
+            plain[str(name)] = _settings(value, limit, depth + 1)
+    return plain
+
+
+def _in_float32(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    _refuse_bomb(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path)
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+            raise WeightsError(f"{shown(path)}: {shown(name)}: expected a dense tensor, found one that is {kind}")
+        tensor = tensor.detach()
+        result[name] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+    return result
+
+
+def _refuse_bomb(needed: int, path: Path) -> None:
+    """A small file can claim terabytes: packed, or as one number that a tensor repeats."""
+    size = path.stat().st_size
+    if needed > 100 * size + (1 << 28):
+        raise WeightsError(f"{shown(path)}: claims {needed} bytes of numbers in a file of {size}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} without the file."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{shown(path)}: not readable as JSON: {cause(error)}") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{shown(path)}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """Why a reader failed, in its first words: torch's errors run over paragraphs."""
+    text = str(error).split("WeightsUnpickler error: ")[-1].strip() or type(error).__name__
+    return shown(text.splitlines()[0][:160])

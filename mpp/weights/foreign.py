@@ -1,0 +1,103 @@
+"""Weights that others published: which format a file has, and from it an encoder, and a head if it holds one."""
+
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpp.models.classifier import Head
+from mpp.models.vit import ViT
+from mpp.models.vit_config import ViTConfig
+from mpp.weights import big_vision, capi, dino, google, huggingface, mae, timm
+from mpp.weights.files import Source, WeightsError
+from mpp.weights.format import Layout, Part
+
+# The first that recognises a file reads it: those that others' names could be taken for come last.
+FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, capi, mae, dino, timm)
+SHOWN = 6  # names of tensors in an error
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a file of weights gave."""
+
+    format: str
+    encoder: ViT
+    head: Head | None
+    classes: tuple[str, ...]
+    aside: tuple[str, ...]  # tensors of the file that are no part of encoder or head
+
+
+def load(source: Source, facts: dict[str, Any]) -> Foreign:
+    """Builds what a file holds; `facts` are fields of ViTConfig that it cannot tell.
+
+    Raises WeightsError if the format is not known, or if anything is missing, unexpected or of another shape.
+    """
+    names = {field.name for field in fields(ViTConfig)} - {"name"}
+    for name in facts.keys() - names:
+        near = get_close_matches(name, names) or sorted(names)
+        raise WeightsError(f"{source.path}: {name}: no setting of an encoder; did you mean {', '.join(near)}?")
+    format = next((format for format in FORMATS if format.recognises(source)), None)
+    if format is None:
+        shown = ", ".join(list(source.tensors)[:SHOWN])
+        known = ", ".join(known.NAME for known in FORMATS)
+        raise WeightsError(f"{source.path}: none of the formats {known}; its tensors: {shown}, ...")
+    try:
+        layout: Layout = format.layout(source, facts)
+        encoder = ViT(replace(layout.config, **facts))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{source.path}: {format.NAME}: {error}") from error
+    head = _head(source, layout, encoder)
+    modules = {"encoder": (encoder, layout.encoder), "head": (head, layout.head)}
+    wrong = _unused(source, layout)
+    for module, parts in modules.values():
+        if module is not None:
+            found, problems = _found(source, parts, module.state_dict())
+            wrong += problems
+            if not wrong:
+                module.load_state_dict(found)
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise WeightsError(f"{source.path}: {format.NAME}: {'; '.join(wrong[:SHOWN])}{more}")
+    return Foreign(format.NAME, encoder, head, layout.classes, layout.aside)
+
+
+def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:
+    if not layout.head:
+        return None
+    sizes = {}
+    for name, part in layout.head.items():
+        if not all(piece in source.tensors for piece in part.names):
+            return Head(encoder.width, max(1, len(layout.classes)))  # what is missing is named later
+        sizes[name] = part.read(*(source.tensors[piece] for piece in part.names)).shape
+    return Head(encoder.width, sizes["linear.weight"][0], sizes["hidden.weight"][0] if "hidden.weight" in sizes else 0)
+
+
+def _unused(source: Source, layout: Layout) -> list[str]:
+    used = {name for parts in (layout.encoder, layout.head) for part in parts.values() for name in part.names}
+    return [f"{name} unexpected" for name in source.tensors.keys() - used - set(layout.aside)]
+
+
+def _found(source: Source, parts: dict[str, Part], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Our tensors as far as they are there and fit, and what is wrong with the others."""
+    found, wrong = {}, []
+    for name, ours in own.items():
+        pieces = parts[name].names if name in parts else ()
+        if not pieces:
+            wrong.append(f"{name} has no place in this format")
+        elif missing := [piece for piece in pieces if piece not in source.tensors]:
+            wrong += [f"{piece} missing" for piece in missing]
+        else:
+            try:
+                value = parts[name].read(*(source.tensors[piece] for piece in pieces))
+            except (RuntimeError, ValueError, IndexError):  # torch's and einops' words for a shape that does not fit
+                value = torch.empty(0)
+            if value.shape == ours.shape:
+                found[name] = value
+            else:
+                shapes = " and ".join(str(tuple(source.tensors[piece].shape)) for piece in pieces)
+                wrong.append(f"{', '.join(pieces)} {shapes} where {tuple(ours.shape)} for {name} was expected")
+    return found, wrong

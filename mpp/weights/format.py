@@ -1,0 +1,107 @@
+"""What a format of weights is: where a file keeps each of our tensors, and how the one becomes the other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mpp.models.vit_config import ViTConfig
+from mpp.weights.files import Source
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of our tensors as a format keeps it: the names of its pieces, and how to put them together and take apart.
+
+    The same table of parts serves reading, writing and the list of what a file lacks.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[..., Tensor]  # the pieces, in the order of `names`, to our tensor
+    write: Callable[[Tensor], Sequence[Tensor]]  # our tensor to the pieces
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file of weights holds, by our own names."""
+
+    config: ViTConfig
+    encoder: dict[str, Part]  # each tensor of `ViT(config).state_dict()`
+    head: dict[str, Part] = field(default_factory=dict)  # of Head: linear.*, hidden.*; none where the file has no head
+    classes: tuple[str, ...] = ()  # names of the head's classes
+    aside: tuple[str, ...] = ()  # tensors of the file that belong to something else, such as a decoder
+
+
+def shape_of(source: Source, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor of the file; ValueError if it is not there or has another number of axes."""
+    if name not in source.tensors:
+        raise ValueError(f"{name} missing")
+    shape = tuple(source.tensors[name].shape)
+    if len(shape) != axes:
+        raise ValueError(f"{name} {shape} where {axes} axes were expected")
+    return shape
+
+
+def same(name: str) -> Part:
+    """A tensor that is kept as ours is."""
+    return Part((name,), lambda piece: piece, lambda ours: (ours,))
+
+
+def row(name: str) -> Part:
+    """A vector that is kept with axes of length 1 in front, (1, 1, d)."""
+    return Part((name,), lambda piece: piece.reshape(-1), lambda ours: (ours.reshape(1, 1, -1),))
+
+
+def stacked(*names: str) -> Part:
+    """Several maps, each with its own tensor, that are one of ours: queries, keys and values."""
+    return Part(names, lambda *pieces: torch.cat(pieces), lambda ours: ours.chunk(len(names)))
+
+
+def patch_convolution(name: str, patch: int) -> Part:
+    """The weight of a linear stem, (d, p * p * c), kept as a convolution's (d, c, p, p)."""
+    return Part(
+        (name,),
+        lambda piece: rearrange(piece, "d c p q -> d (p q c)"),
+        lambda ours: (rearrange(ours, "d (p q c) -> d c p q", p=patch, q=patch),),
+    )
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of MAE, DINO and CAPI too
+
+# Heads of the published models by (width, depth): ViT paper, table 1; DeiT and AugReg (Ti, S); DINOv2's giant;
+# big_vision's mu and So400m (models/vit.py, `decode_variant`).
+HEADS = {
+    (32, 1): 2,
+    (192, 12): 3,
+    (384, 12): 6,
+    (512, 12): 8,
+    (768, 12): 12,
+    (1024, 24): 16,
+    (1152, 27): 16,
+    (1280, 32): 16,
+    (1408, 40): 16,
+    (1536, 40): 24,
+    (1664, 48): 16,
+}
+
+
+def heads_of(width: int, depth: int, facts: dict[str, Any]) -> int:
+    """Attention heads, which tensors don't show: from `facts`, or of the published model of that size."""
+    if "heads" in facts:
+        return facts["heads"]
+    if (width, depth) not in HEADS:
+        raise ValueError(f"no published model has width {width} and depth {depth}; say how many heads: heads=")
+    return HEADS[width, depth]
+
+
+def image_of(patches: int, patch: int, facts: dict[str, Any]) -> tuple[int, int]:
+    """The image (h, w) that a table of positions is for: from `facts`, or a square."""
+    if "image" in facts:
+        return facts["image"]
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise ValueError(f"{patches} positions are no square grid; say for which image: image=(h, w)")
+    return side * patch, side * patch

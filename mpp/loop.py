@@ -52,6 +52,7 @@ class TrainConfig:
     device: DeviceName = "auto"
     threads: int | None = None  # of the CPU's arithmetic, on which its last bits depend; torch's number where not given
     compile: bool | None = None  # where not given: on CUDA
+    activation_checkpointing: bool = False  # keep only what goes into each block, and compute the rest again: slower
     deterministic: bool = False  # bit-equal runs on CUDA too, at some cost; on the CPU they always are
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
@@ -207,6 +208,7 @@ def forward_pass(objective: Objective, config: TrainConfig) -> Callable[[Batch],
     casts of single operations. With `compile`, and on CUDA, it is autocast. Losses are float32 everywhere.
     """
     device = device_of(config.device)
+    objective.encoder.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         objective.compile()
     if config.precision == "float32":

@@ -3,10 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +18,7 @@ from mpp.data.chosen import chosen
 from mpp.data.read import epoch_of
 from mpp.hardware import device_of
 from mpp.loop import build_optimizer, forward_pass, settled, update
+from mpp.models.vit import Block
 from mpp.objectives.labels import LabelsConfig
 from mpp.recipe import Recipe
 from mpp.remote.urls import is_url
@@ -22,6 +26,7 @@ from mpp.run import build, resolved
 from mpp.shards.index import Index, splits
 
 MEASURED_STEPS = 5  # after one that is not counted
+COUNTED = 2  # images on which costs are counted: batch norm takes no single one
 MIB = 2**20
 
 
@@ -50,7 +55,7 @@ def plan(recipe: Recipe, *, measure: bool = False) -> str:
     recipe = replace(recipe, train=settled(build(recipe), RandomImages(recipe, recipe.train.batch), recipe.train))
     rows = [("parameters", f"{sum(parameters(recipe).values()):,}")]
     rows += [(f"  {name}", f"{count:,}") for name, count in parameters(recipe).items()]
-    flops, activations = cost(recipe)
+    flops, activations = cost(recipe), activation_bytes(recipe)
     rows.append(("FLOPs an image", f"{flops / 1e9:.3g} GFLOP (matrix products, forward and backward)"))
     rows.append(("micro-batch", f"{recipe.train.micro_batch} of {recipe.train.batch} images, {recipe.train.precision}"))
     rows.append(("memory", memory(recipe, activations)))
@@ -77,35 +82,80 @@ def parameters(recipe: Recipe) -> dict[str, int]:
     return counts
 
 
-def cost(recipe: Recipe) -> tuple[int, int]:
-    """FLOPs of one image, and bytes that its forward pass keeps for the backward pass in float32.
+def cost(recipe: Recipe) -> int:
+    """FLOPs of one image, forward and backward, with what activation checkpointing computes twice.
 
     Counted, not computed: the objective runs on torch's "meta" device, which has shapes and no numbers.
     """
-    kept: dict[int, Tensor] = {}
+    with torch.device("meta"):
+        objective = recipe.build()
+        objective.encoder.activation_checkpointing = recipe.train.activation_checkpointing
+        with FlopCounterMode(display=False) as counter:
+            loss, _ = objective(noise(recipe, COUNTED))
+            loss.backward()
+    return counter.get_total_flops() // COUNTED
+
+
+def activation_bytes(recipe: Recipe) -> int:
+    """Bytes that the forward pass of a micro-batch keeps for the backward pass, in the precision of the recipe.
+
+    Here the objective runs on stand-ins for the device's tensors, on which PyTorch chooses the kernels that it would
+    choose there: a fused one keeps no scores of attention. With activation checkpointing a block keeps its input, and
+    the largest block all else too, once.
+    """
+    micro_batch = recipe.train.micro_batch
+    assert isinstance(micro_batch, int), "settled() comes first"
+    blocks: dict[str, int] = {}  # bytes first kept in a block
+    inputs = 0
+    seen: set[int] = set()
+    tensors: list[Tensor] = []  # alive, so that no two have the same address
+    inside = ""
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[id(tensor.untyped_storage())] = tensor
+        tensors.append(tensor)
+        if (key := id(tensor.untyped_storage())) not in seen:
+            seen.add(key)
+            blocks[inside] = blocks.get(inside, 0) + tensor.untyped_storage().nbytes()
         return tensor
+
+    def enter(name: str, block: nn.Module, given: tuple[Any, ...]) -> None:
+        nonlocal inside, inputs
+        inside, inputs = name, inputs + given[0].untyped_storage().nbytes()
+
+    def leave(block: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal inside
+        inside = ""
 
     with torch.device("meta"):
         objective = recipe.build()
-        images = torch.empty(2, recipe.model.channels, *recipe.model.image, dtype=torch.uint8)
-        with FlopCounterMode(display=False) as counter:
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss, _ = objective(Batch(images, torch.zeros(2, dtype=torch.int64)))
-            loss.backward()
-    own = {id(parameter.untyped_storage()) for parameter in objective.parameters()}
-    activations = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
-    return counter.get_total_flops() // 2, activations // 2
+    device = device_of(recipe.train.device)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        objective.to_empty(device=device)
+        for name, block in objective.encoder.named_modules():
+            if isinstance(block, Block):
+                block.register_forward_pre_hook(partial(enter, name))
+                block.register_forward_hook(leave)
+        seen.update(id(parameter.untyped_storage()) for parameter in objective.parameters())
+        config = replace(recipe.train, compile=False, activation_checkpointing=False)
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            forward_pass(objective, config)(noise(recipe, micro_batch))
+    outside = blocks.pop("", 0)
+    if recipe.train.activation_checkpointing:
+        return outside + inputs + max(blocks.values(), default=0)
+    return outside + sum(blocks.values())
+
+
+def noise(recipe: Recipe, images: int) -> Batch:
+    """A batch of that many images, which nothing is written to."""
+    pixels = torch.empty(images, recipe.model.channels, *recipe.model.image, dtype=torch.uint8)
+    return Batch(pixels, torch.zeros(images, dtype=torch.int64))
 
 
 def memory(recipe: Recipe, activations: int) -> str:
     """An estimate: parameters, gradients, Adam's two averages and a running one, and a micro-batch's activations."""
     train = recipe.train
-    assert isinstance(train.micro_batch, int)
     state = sum(parameters(recipe).values()) * 4 * (4 + (train.ema > 0)) / MIB
-    kept = activations * train.micro_batch * (0.5 if train.precision == "bfloat16" else 1) / MIB
+    kept = activations / MIB
     return f"about {state + kept:,.0f} MiB: {state:,.0f} of parameters and optimizer, {kept:,.0f} of activations"
 
 

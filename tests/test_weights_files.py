@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpp.weights.files import WeightsError, read
@@ -133,7 +133,9 @@ def test_of_a_big_vision_checkpoint_the_parameters_count_and_bfloat16_is_told_by
 
 @pytest.mark.parametrize("write", [saved, legacy, lambda path, state: save_file(state, path) or path])
 def test_floating_tensors_come_as_contiguous_float32_and_others_as_they_are(write, tmp_path):
-    kinds = (torch.float16, torch.bfloat16, torch.float64, torch.float32, torch.float8_e4m3fn)
+    kinds = [torch.float16, torch.bfloat16, torch.float64, torch.float32, torch.float8_e4m3fn]
+    if write is legacy:
+        kinds.pop()  # younger than that format
     state = {str(kind): torch.tensor([[0.5, -2.0, 3.0]]).to(kind) for kind in kinds}
     state |= {"num_batches_tracked": torch.tensor(17), "mask": torch.tensor([True, False])}
     tensors = read(write(tmp_path / "x", state)).tensors
@@ -316,7 +318,11 @@ def test_a_folder_that_transformers_wrote_is_read(tmp_path):
     for size in ("5GB", "20KB"):
         model.save_pretrained(tmp_path / size, max_shard_size=size)
         source = read(tmp_path / size)
-        assert same(source.tensors, {name: value.detach() for name, value in model.state_dict().items()})
+        expected = {}
+        for file in (tmp_path / size).glob("*.safetensors"):
+            expected |= load_file(file)
+        assert same(source.tensors, expected)
+        assert sum(value.numel() for value in source.tensors.values()) == model.num_parameters()
         assert source.config["hidden_size"] == 32
     assert len(list((tmp_path / "20KB").glob("*.safetensors"))) > 1
 

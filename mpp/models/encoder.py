@@ -44,6 +44,7 @@ class Encoder(nn.Module):
     width: int  # of the vectors
     layers: int  # that layer-wise decay counts: what comes before them is layer 0, what follows is layers + 1
     tokens: int  # of an image: what a CPU's micro-batch is measured by
+    left_aside: tuple[str, ...] = ()  # tensors of the file it came from that are no part of it
     activation_checkpointing = False  # recompute a block in the backward pass instead of keeping what it computed
     looks_across_batch = False  # whether an image's vector depends, in training, on the others of its micro-batch
 

@@ -52,8 +52,11 @@ class Positions(nn.Module):
         """What is added to attention's scores, (heads, prefix + n, prefix + n) for queries by keys, or None."""
         return None
 
-    def resized(self, grid: Grid) -> dict[str, Tensor]:
-        """This module's state_dict for an encoder whose own grid is another: learned tables interpolated."""
+    def resized(self, config: ViTConfig) -> dict[str, Tensor]:
+        """This module's state_dict for an encoder of another grid, to which learned tables are interpolated.
+
+        What it holds for a class token and registers is left out where `config` has none.
+        """
         return {}
 
     def initialise(self) -> None:
@@ -79,8 +82,9 @@ class Learned(Positions):
         return self.table[0] if self.first else super().class_token()
 
     @torch.no_grad()
-    def resized(self, grid: Grid) -> dict[str, Tensor]:
-        return {"table": torch.cat([self.table[: self.first], self.patches(grid)])}
+    def resized(self, config: ViTConfig) -> dict[str, Tensor]:
+        first = self.table[: self.first if config.has_class_token else 0]
+        return {"table": torch.cat([first, self.patches(config.grid)])}
 
     def initialise(self) -> None:
         nn.init.normal_(self.table, std=STD)
@@ -114,9 +118,9 @@ class Learned2d(Positions):
         return super().class_token() if self.token is None else self.token
 
     @torch.no_grad()
-    def resized(self, grid: Grid) -> dict[str, Tensor]:
-        rows, columns = self._axes(grid)
-        token = {} if self.token is None else {"token": self.token.detach()}
+    def resized(self, config: ViTConfig) -> dict[str, Tensor]:
+        rows, columns = self._axes(config.grid)
+        token = {"token": self.token.detach()} if self.token is not None and config.has_class_token else {}
         return {"rows": rows.detach(), "columns": columns.detach(), **token}
 
     def initialise(self) -> None:
@@ -161,8 +165,9 @@ class Relative(Positions):
         return interpolate(picture, offsets(grid), self.config.resize)
 
     @torch.no_grad()
-    def resized(self, grid: Grid) -> dict[str, Tensor]:
-        return {"table": torch.cat([self._picture(grid).flatten(1), self.table[:, math.prod(self.sides) :]], dim=1)}
+    def resized(self, config: ViTConfig) -> dict[str, Tensor]:
+        others = self.table[:, math.prod(self.sides) :] if config.prefix else self.table[:, :0]
+        return {"table": torch.cat([self._picture(config.grid).flatten(1), others], dim=1)}
 
     def initialise(self) -> None:
         nn.init.zeros_(self.table)
@@ -200,10 +205,7 @@ def interpolate(picture: Tensor, grid: Grid, how: str) -> Tensor:
     the outer pixels: bicubic as MAE; bicubic_antialias as timm, and as DINOv2 with registers; bicubic_offset as DINO
     and DINOv2 without, whose scale is that of a grid 0.1 patches larger.
     """
-    own, grid = (
-        picture.shape[1:],
-        plain(grid),
-    )  # of sizes it does not know, PyTorch 2.15 compiles no antialiased gradient
+    own, grid = picture.shape[1:], plain(grid)  # PyTorch 2.15 compiles no antialiased gradient of unknown sizes
     if own == grid:
         return picture
     if how == "bicubic_antialias" and grid[1] == 1 < grid[0]:
@@ -295,7 +297,8 @@ def rope(grid: Grid, head: int, prefix: int) -> Tensor:
 def rope_capi(grid: Grid, head: int, class_tokens: int, registers: int) -> Tensor:
     """Angles (class_tokens + registers + n, head): of the row, twice, then of the column, twice.
 
-    Patches are spread from 0 to 1 along either axis, ends included; registers clockwise around them if rows go right.
+    Patches are spread from 0 to 1 along either axis, ends included; registers go round the edge: down
+    the first column, along the last row, up the last column and back.
     """
     highest, lowest = CAPI_FREQUENCIES
     quarter = head // 4

@@ -58,8 +58,8 @@ class LinearStem(Stem):
         """The state dict for another patch size, by FlexiViT's pseudo-inverse (arXiv 2212.08013, section 3.4).
 
         A larger patch's token of an enlarged patch is exactly the old one of the patch before. A smaller patch's come
-        as near to it as a linear map of fewer pixels can (least squares). "bicubic" shrinks with antialias as timm does,
-        "bilinear" without as big_vision's code.
+        as near to it as a linear map of fewer pixels can (least squares). "bicubic" shrinks with antialias as timm,
+        "bilinear" without as big_vision.
         """
         found = self.state_dict()
         if patch == self.patch:

@@ -63,7 +63,7 @@ class ViT(Encoder):
         self.class_token = nn.Parameter(torch.empty(config.width)) if config.has_class_token else None
         self.registers = nn.Parameter(torch.empty(config.registers, config.width)) if config.registers else None
         self.dropout = dropout_of(config.dropout)
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        rates = [config.drop_path * number / max(1, config.depth - 1) for number in range(config.depth)]
         self.blocks = nn.ModuleList(
             Block(config, mixer, rate) for mixer, rate in zip(config.mixers, rates, strict=True)
         )
@@ -233,13 +233,11 @@ class ViT(Encoder):
             pairs["image"] = there.image, here.image
         self._refuse(pairs)
         found = given.state_dict()
-        found |= {f"positions.{name}": value for name, value in given.positions.resized(here.grid).items()}
+        found |= {f"positions.{name}": value for name, value in given.positions.resized(here).items()}
         if there.patch != here.patch:
             method: Literal["bilinear", "bicubic"] = "bilinear" if there.resize == "bilinear" else "bicubic"
             found |= {f"stem.{name}": value for name, value in given.stem.resized(here.patch, method).items()}
         own = self.state_dict()
-        if there.has_class_token > here.has_class_token and own.get("positions.table") is not None:
-            found["positions.table"] = found["positions.table"][1:]
         moved = (there.pool == "avg_norm") != (here.pool == "avg_norm")
         fresh = ("norm.",) * moved + ("pooling.",) * (there.pool != here.pool)
         self.load_state_dict({name: own[name] if name.startswith(fresh) else found[name] for name in own})

@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpp.models.positions import rope_capi
 from mpp.models.vit_config import ViTConfig
@@ -29,12 +28,10 @@ def recognises(source: Source) -> bool:
 def layout(source: Source, facts: dict[str, Any]) -> Layout:
     width, channels, patch, _ = shape_of(source, "patch_embed.weight", 4)
     depth = 1 + max(int(found[1]) for name in source.tensors if (found := BLOCK.match(name)))
-    # The frequencies lie in the file, once a block, and are never trained ("rope_lr_mult: 0.0").
-    frequencies = [f"encoder.blocks.{block}.residual1.fn.rope.freqs" for block in range(depth)]
-    head = shape_of(source, frequencies[0], 2)[1]
-    if width % head:
-        raise ValueError(f"{frequencies[0]} for heads of {head} channels, of which {width} is no multiple")
-    given = {
+    head = shape_of(source, _frequencies(0), 2)[1]
+    if patch < 1 or head < 1 or width % head:
+        raise ValueError(f"patches of {patch} pixels, and heads of {head} channels that are to make {width}")
+    given: dict[str, Any] = {
         "image": (SIDE // patch * patch, SIDE // patch * patch),
         "channels": channels,
         "mean": IMAGENET_MEAN,
@@ -53,8 +50,10 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         "bias": False,
     }
     config = ViTConfig(**given | facts)
+    # They lie in the file once a block, though they are never trained ("rope_lr_mult: 0.0").
+    frequencies = [_frequencies(block) for block in range(depth)]
     for name in frequencies:
-        _check_frequencies(source, name, head)
+        _check_frequencies(source, name, config.head)
     other = ("decoder.", "dec_norm.")
     aside = [name for name in source.tensors if name.startswith(other) or name in ("mask_token", *frequencies)]
     table = parts(config)
@@ -64,7 +63,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
 
 
 def parts(config: ViTConfig) -> dict[str, Part]:
-    """Where a file keeps each tensor. Its final norm has no parameters, which is one of ones."""
+    """Where a file keeps each tensor. Its final norm has no weight, which is the same as one of ones."""
     table = {
         "stem.project.weight": patch_convolution("patch_embed.weight", config.patch),
         "stem.project.bias": same("patch_embed.bias"),
@@ -84,18 +83,14 @@ def parts(config: ViTConfig) -> dict[str, Part]:
     return table
 
 
+def _frequencies(block: int) -> str:
+    return f"encoder.blocks.{block}.residual1.fn.rope.freqs"
+
+
 def _check_frequencies(source: Source, name: str, head: int) -> None:
     """Raises ValueError unless a block turns its queries and keys by the angles that our encoder computes itself."""
-    found = source.tensors[name] if shape_of(source, name, 2) == (2, head) else torch.empty(0)
-    expected = _frequencies(head)
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=CLOSE, atol=0):
-        raise ValueError(
-            f"{name} are not the published frequencies (7 to 7e-4 turns from edge to edge), which are fixed here"
-        )
-
-
-def _frequencies(head: int) -> Tensor:
-    """Angles of a whole picture's height and of its width, (2, head)."""
-    if head % 4:
-        raise ValueError(f"rotary positions need heads of a size that 4 divides, got {head}")
-    return rope_capi((2, 2), head, 0, 0)[[2, 1]].float()  # of the patches (1, 0) and (0, 1)
+    if (shape := shape_of(source, name, 2)) != (2, head):
+        raise ValueError(f"{name} {shape} where {(2, head)} was expected")
+    expected = rope_capi((2, 2), head, 0, 0)[[2, 1]].float()  # at the patches (1, 0) and (0, 1): a whole side away
+    if not torch.allclose(source.tensors[name], expected, rtol=CLOSE, atol=0):
+        raise ValueError(f"{name} are other frequencies than the published 7 to 7e-4 turns from edge to edge")

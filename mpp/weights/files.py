@@ -67,7 +67,10 @@ def read(path: str | Path) -> Source:
     """
     path = Path(path)
     try:
-        source = replace(_folder(path), path=path) if path.is_dir() else _file(path)
+        if path.is_dir():
+            source = replace(_folder(path), path=path)
+        else:
+            source = _shards(path) if path.name.endswith(".index.json") and path.is_file() else _file(path)
     except OSError as error:
         raise WeightsError(f"{shown(path)}: cannot be read: {cause(error)}") from error
     if not source.tensors:
@@ -79,7 +82,8 @@ def _folder(folder: Path) -> Source:
     for file in (folder / name for name in FOLDER_FILES):
         if file.exists():
             return _shards(file) if file.suffix == ".json" else _file(file)
-    raise WeightsError(f"{shown(folder)}: holds no weights: looked for {', '.join(FOLDER_FILES)}")
+    looked = f"neither encoder.safetensors nor a checkpoint of mpp, nor another's {', '.join(FOLDER_FILES)}"
+    raise WeightsError(f"{shown(folder)}: holds no weights: {looked}")
 
 
 def _shards(index: Path) -> Source:

@@ -40,6 +40,7 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
     for name in facts.keys() - names:
         near = get_close_matches(name, names) or sorted(names)
         raise WeightsError(f"{source.path}: {name}: no setting of an encoder; did you mean {', '.join(near)}?")
+    facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
     format = next((format for format in FORMATS if format.recognises(source)), None)
     if format is None:
         shown = ", ".join(list(source.tensors)[:SHOWN])
@@ -62,7 +63,8 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise WeightsError(f"{source.path}: {format.NAME}: {'; '.join(wrong[:SHOWN])}{more}")
-    return Foreign(format.NAME, encoder, head, layout.classes, layout.aside)
+    numbers = range(0 if head is None else head.linear.out_features)
+    return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
 
 
 def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:
@@ -85,8 +87,8 @@ def _found(source: Source, parts: dict[str, Part], own: dict[str, Tensor]) -> tu
     """Our tensors as far as they are there and fit, and what is wrong with the others."""
     found, wrong = {}, []
     for name, ours in own.items():
-        pieces = parts[name].names if name in parts else ()
-        if not pieces:
+        pieces = parts[name].names if name in parts else ()  # none as well of a part that needs no tensor
+        if name not in parts:
             wrong.append(f"{name} has no place in this format")
         elif missing := [piece for piece in pieces if piece not in source.tensors]:
             wrong += [f"{piece} missing" for piece in missing]

@@ -5,12 +5,11 @@ aside. So is DINOv2's classifier, which also takes the mean of the patches: ours
 """
 
 import json
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -18,217 +17,228 @@ from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
-from mpp.weights.format import Layout, Part, heads_of, image_of, patch_convolution, row, same, stacked
+from mpp.weights.format import Layout, Part, patch_convolution, row, same, stacked
+from mpp.weights.huggingface_config import FAMILIES, Told, classes_of, config_of, preprocessing_of, settings_of
 
 NAME = "huggingface"
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-PROJECTION = "embeddings.patch_embeddings.projection.weight"
-TABLE = "embeddings.position_embeddings"
-# Every model has these names; what stands in front of them ("vit.") stands in front of all the encoder's.
-LANDMARKS = (PROJECTION, TABLE, "embeddings.cls_token")
-ERF = ("gelu", "gelu_python")
-TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
-BILINEAR = 2  # PIL's number of the triangle filter, by which our own evaluation resizes
-
-
-@dataclass(frozen=True)
-class Family:
-    """What transformers takes for granted of a `model_type`."""
-
-    norm_eps: float
-    resize: Literal["bicubic", "bicubic_antialias"]
-    imagenet: bool = True  # mean and std of the published weights are ImageNet's
-    dinov2: bool = False
-
-
-FAMILIES = {
-    "vit": Family(1e-12, "bicubic", imagenet=False),
-    "vit_mae": Family(1e-12, "bicubic"),
-    "dinov2": Family(1e-6, "bicubic", dinov2=True),
-    "dinov2_with_registers": Family(1e-6, "bicubic_antialias", dinov2=True),
-}
-# Parts of a block, and in front of them that of all blocks, under every name they have had: files first (of all releases
-# so far, also 5.23), then the modules of release 5, whose state_dict() is torch.save'd here and there. DINOv2's differ.
+CLASS_TOKEN, TABLE = "embeddings.cls_token", "embeddings.position_embeddings"
+PROJECTION = "embeddings.patch_embeddings.projection"
+REGISTERS = "embeddings.register_tokens"
+BOTH = ("weight", "bias")
+# Every name that a part of a block has had: in files of ViT and ViTMAE, whatever release up to 5.23 wrote them; then in
+# those of DINOv2; then in the modules of release 5, whose state_dict() one may have saved oneself.
+BLOCKS = ("encoder.layer", "layers")
 NAMES = {
-    "blocks": ("encoder.layer", "layers"),
     "norm1": ("layernorm_before", "norm1"),
     "query": ("attention.attention.query", "attention.q_proj"),
     "key": ("attention.attention.key", "attention.k_proj"),
     "value": ("attention.attention.value", "attention.v_proj"),
     "project": ("attention.output.dense", "attention.o_proj"),
     "norm2": ("layernorm_after", "norm2"),
-    "expand": ("intermediate.dense", "mlp.fc1", "mlp.weights_in"),
-    "gate": ("mlp.gate_proj",),
-    "up": ("mlp.up_proj",),
+    "expand": ("intermediate.dense", "mlp.fc1", "mlp.weights_in", "mlp.gate_proj"),
     "contract": ("output.dense", "mlp.fc2", "mlp.weights_out", "mlp.down_proj"),
 }
-PUBLISHED = {slot: names[0] for slot, names in NAMES.items()}
+WHOLE, GATE, VALUE = "mlp.weights_in", "mlp.gate_proj", "mlp.up_proj"  # of SwiGLU: one map, or its halves
+# Positions that are added to the tokens, which a table can stand for.
+ADDED = ("learned", "learned2d", "sincos2d", "sincos2d_mae", "sincos2d_timm", "none")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a file calls the parts of the encoder; by default as ViTModel's files do."""
+
+    prefix: str = ""  # of all: "vit." in a classifier
+    blocks: str = BLOCKS[0]
+    parts: Mapping[str, str] = field(default_factory=lambda: {part: names[0] for part, names in NAMES.items()})
+
+    @property
+    def swiglu(self) -> bool:
+        return self.parts["expand"] in (WHOLE, GATE)
 
 
 def recognises(source: Source) -> bool:
-    """Whether the names of tensors, or config.json, are of transformers; `layout` refuses models that are no ViT."""
-    return source.config.get("model_type") in FAMILIES or any(name.endswith(PROJECTION) for name in source.tensors)
+    """Whether config.json or the tensors' names are transformers'; `layout` refuses models that are not of FAMILIES."""
+    marks = (f"{PROJECTION}.weight", TABLE)
+    return source.config.get("model_type") in FAMILIES or any(name.endswith(marks) for name in source.tensors)
 
 
 def layout(source: Source, facts: dict[str, Any]) -> Layout:
-    """The config from config.json, and from the tensors where that is not there or silent; ValueError says why not."""
-    prefix = next((name.removesuffix(m) for name in source.tensors for m in LANDMARKS if name.endswith(m)), "")
-    kind, names = _kind(source), _names_in(source.tensors, prefix)
-    config = _config(source, prefix, names, kind, facts)
-    head = {}
-    if prefix + "classifier.weight" not in source.tensors and not FAMILIES[kind].dinov2:
-        head = {f"linear.{x}": same(f"classifier.{x}") for x in ("weight", "bias") if _has_head(source)}
-    aside = {name for part in ("weight", "bias") for name in (f"{prefix}pooler.dense.{part}", f"classifier.{part}")}
-    aside |= {prefix + "embeddings.mask_token", *(name for name in source.tensors if name.startswith("decoder."))}
-    aside = (aside & source.tensors.keys()) - {name for part in head.values() for name in part.names}
-    return Layout(config, parts(config, prefix, names), head, _classes(source) if head else (), tuple(sorted(aside)))
+    """What the folder holds. Without config.json, sizes are the tensors' and all else is the published models'."""
+    tensors, kind, names = source.tensors, _kind(source), _names(source.tensors)
+    family, told = FAMILIES[kind], _told(source.tensors, names)
+    config = config_of(source, family, told, names.swiglu, facts)
+    head: dict[str, Part] = {}
+    classes: tuple[str, ...] = ()
+    rows = [len(tensors[f"classifier.{w}"]) for w in BOTH if f"classifier.{w}" in tensors]
+    if rows and not family.dinov2:
+        head, classes = _head(), classes_of(source.config, rows[0])
+    known = {f"{names.prefix}pooler.dense.{w}" for w in BOTH} | {f"{names.prefix}embeddings.mask_token"}
+    known |= {f"classifier.{w}" for w in BOTH if family.dinov2}
+    aside = tuple(name for name in tensors if name in known or name.startswith("decoder."))
+    return Layout(config, parts(config, names), head, classes, aside)
 
 
-def parts(config: ViTConfig, prefix: str = "", names: Mapping[str, str] = PUBLISHED) -> dict[str, Part]:
-    """Where the tensors of an encoder are; `prefix` stands in front of all, `names` as in NAMES."""
-    biased = ("weight", "bias")
+def parts(config: ViTConfig, names: Names | None = None) -> dict[str, Part]:
+    """Where each tensor of an encoder is."""
+    names = names or Names()
     found = {
-        "stem.project.weight": patch_convolution(PROJECTION, config.patch),
-        "stem.project.bias": same(PROJECTION.replace("weight", "bias")),
-        "class_token": row("embeddings.cls_token"),
+        "class_token": row(CLASS_TOKEN),
+        "stem.project.weight": patch_convolution(f"{PROJECTION}.weight", config.patch),
+        "stem.project.bias": same(f"{PROJECTION}.bias"),
         "positions.table": _rows(TABLE),
     }
     if config.registers:
-        found["registers"] = _rows("embeddings.register_tokens")
-    for block in range(config.depth):
-        at = {slot: f"{names['blocks']}.{block}.{name}" for slot, name in names.items()}
-        expand = ("gate", "up") if "gate" in names else ("expand",)
-        for w in biased:
-            for slot in ("norm1", "norm2"):
-                found[f"blocks.{block}.{slot}.{w}"] = same(f"{at[slot]}.{w}")
-            if w == "weight" or config.qkv_bias:
-                qkv = (f"{at[slot]}.{w}" for slot in ("query", "key", "value"))
-                found[f"blocks.{block}.mixer.qkv.{w}"] = stacked(*qkv)
-            found[f"blocks.{block}.mixer.project.{w}"] = same(f"{at['project']}.{w}")
-            found[f"blocks.{block}.mlp.expand.{w}"] = stacked(*(f"{at[slot]}.{w}" for slot in expand))
-            found[f"blocks.{block}.mlp.contract.{w}"] = same(f"{at['contract']}.{w}")
-        for branch in (1, 2) if config.layer_scale is not None else ():
-            scale = f"{names['blocks']}.{block}.layer_scale{branch}.lambda1"
-            found[f"blocks.{block}.scale{branch}"] = same(scale)
-    found |= {f"norm.{w}": same(f"layernorm.{w}") for w in biased}
+        found["registers"] = _rows(REGISTERS)
+    for number in range(config.depth):
+        found |= _block(f"blocks.{number}", f"{names.blocks}.{number}", config, names)
+    found |= {f"norm.{w}": same(f"layernorm.{w}") for w in BOTH}
+    prefix = names.prefix
     return {ours: replace(part, names=tuple(prefix + name for name in part.names)) for ours, part in found.items()}
 
 
-def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str, bytes]:
-    """The files of a folder: ViTForImageClassification with a head, ViTModel (without pooler) otherwise.
+def _block(ours: str, theirs: str, config: ViTConfig, names: Names) -> dict[str, Part]:
+    at = {part: f"{theirs}.{name}" for part, name in names.parts.items()}
+    expand = (at["expand"], f"{theirs}.{VALUE}") if names.parts["expand"] == GATE else (at["expand"],)
+    found = {}
+    for w in BOTH:
+        found[f"{ours}.norm1.{w}"] = same(f"{at['norm1']}.{w}")
+        if w == "weight" or config.qkv_bias:
+            found[f"{ours}.mixer.qkv.{w}"] = stacked(*(f"{at[part]}.{w}" for part in ("query", "key", "value")))
+        found[f"{ours}.mixer.project.{w}"] = same(f"{at['project']}.{w}")
+        found[f"{ours}.norm2.{w}"] = same(f"{at['norm2']}.{w}")
+        found[f"{ours}.mlp.expand.{w}"] = stacked(*(f"{half}.{w}" for half in expand))
+        found[f"{ours}.mlp.contract.{w}"] = same(f"{at['contract']}.{w}")
+    if config.layer_scale is not None:
+        found |= {f"{ours}.scale{branch}": same(f"{theirs}.layer_scale{branch}.lambda1") for branch in (1, 2)}
+    return found
 
-    Fixed positions become a table, and transformers resizes every table bicubically: the same numbers at the encoder's
-    own image size, and at others too for learned ones with resize bicubic. ValueError names what ViT cannot hold.
+
+def _head() -> dict[str, Part]:
+    return {f"linear.{w}": same(f"classifier.{w}") for w in BOTH}
+
+
+def _rows(name: str) -> Part:
+    """The vectors of several tokens, (n, d), kept as (1, n, d)."""
+    return Part((name,), lambda piece: piece.flatten(0, 1), lambda ours: (ours.unsqueeze(0),))
+
+
+def _kind(source: Source) -> str:
+    """The `model_type`; without config.json the tensors', which tell ViTMAE from ViT by its decoder alone."""
+    kind = source.config.get("model_type")
+    if kind is None:
+        registers = any(name.endswith(REGISTERS) for name in source.tensors)
+        scaled = any(name.endswith(".lambda1") for name in source.tensors)
+        masked = any(name.startswith("decoder.decoder_") for name in source.tensors)
+        kind = "dinov2_with_registers" if registers else "dinov2" if scaled else "vit_mae" if masked else "vit"
+    if kind not in FAMILIES:
+        raise ValueError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, found {kind!r}")
+    return kind
+
+
+def _names(tensors: Mapping[str, Tensor]) -> Names:
+    """The names that the file uses; of what it lacks, those of ViT's files."""
+    marks = (f"{PROJECTION}.weight", TABLE, CLASS_TOKEN)
+    prefix = next((name.removesuffix(mark) for name in tensors for mark in marks if name.endswith(mark)), "")
+    blocks = next((b for b in BLOCKS if any(name.startswith(f"{prefix}{b}.") for name in tensors)), BLOCKS[0])
+    start = f"{prefix}{blocks}."
+    # of "vit.encoder.layer.3.output.dense.bias" that is "output.dense"
+    used = {name.removeprefix(start).partition(".")[2].rpartition(".")[0] for name in tensors if name.startswith(start)}
+    chosen = {part: next((name for name in known if name in used), known[0]) for part, known in NAMES.items()}
+    return Names(prefix, blocks, chosen)
+
+
+def _told(tensors: Mapping[str, Tensor], names: Names) -> Told:
+    """What the tensors show of sizes, as far as they are there."""
+    start, told = f"{names.prefix}{names.blocks}.", Told()
+    blocks = {number: name for name in tensors if (number := name.removeprefix(start).partition(".")[0]).isdecimal()}
+    if blocks:
+        last = max(blocks, key=int)
+        told["num_hidden_layers"] = int(last) + 1, blocks[last]
+    expand = names.parts["expand"]
+    for name, axes in {
+        f"{names.prefix}{PROJECTION}.weight": {0: "hidden_size", 1: "num_channels", 2: "patch_size"},
+        f"{names.prefix}{TABLE}": {1: "patches"},
+        f"{names.prefix}{REGISTERS}": {1: "num_register_tokens"},
+        f"{start}0.{expand}.weight": {0: "intermediate_size"},
+    }.items():
+        shape = tensors[name].shape if name in tensors else ()
+        told |= {key: (shape[axis], name) for axis, key in axes.items() if axis < len(shape)}
+    if "patches" in told:
+        told["patches"] = told["patches"][0] - 1, told["patches"][1]  # without the class token's row
+    if expand == WHOLE and "intermediate_size" in told:
+        told["intermediate_size"] = told["intermediate_size"][0] // 2, told["intermediate_size"][1]
+    return told
+
+
+def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str, bytes]:
+    """The files of a folder: of a ViTForImageClassification with a head, of a ViTModel without pooler otherwise.
+
+    ValueError names what transformers' ViT cannot hold. Positions that are added to the tokens become a learned table.
+    transformers resizes that bicubically, which gives our numbers for `resize: bicubic`; of others, and of fixed
+    positions, the numbers are ours for images of the encoder's own size.
     """
     _refuse(encoder.config, head)
-    config = replace(encoder.config, positions="learned")
-    ours = encoder.state_dict() | {"positions.table": _table(encoder)}
-    found = parts(config, "" if head is None else "vit.")
+    positions, patches = encoder.positions, encoder.tokens - encoder.prefix
+    table = [positions.class_token()[None], positions.patches(encoder.config.grid).expand(patches, -1)]
+    ours = {**encoder.state_dict(), "positions.table": torch.cat(table).detach()}
+    found, labels = parts(encoder.config, Names("" if head is None else "vit.")), None
     if head is not None:
+        labels = classes or classes_of({}, head.linear.out_features)
         ours |= {f"head.{name}": value for name, value in head.state_dict().items()}
-        found |= {f"head.linear.{w}": same(f"classifier.{w}") for w in ("weight", "bias")}
-    tensors = {}
+        found |= {f"head.{name}": part for name, part in _head().items()}
+    tensors: dict[str, Tensor] = {}
     for name, part in found.items():
-        for piece, value in zip(part.names, part.write(ours[name]), strict=True):
-            tensors[piece] = value.detach().float().cpu().contiguous().clone()
-    height, width = config.image
-    size: int | list[int] = height if height == width else [height, width]
-    settings: dict[str, Any] = {
-        "architectures": ["ViTModel" if head is None else "ViTForImageClassification"],
-        "model_type": "vit",
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "hidden_act": ERF[0] if config.gelu == "erf" else TANH[0],
-        "layer_norm_eps": config.norm_eps,
-        "image_size": size,
-        "patch_size": config.patch,
-        "num_channels": config.channels,
-        "qkv_bias": config.qkv_bias,
-        "encoder_stride": config.patch,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    if head is not None:
-        labels = classes or _labels(head.linear.out_features)
-        settings["id2label"] = {str(number): label for number, label in enumerate(labels)}
-        settings["label2id"] = {label: number for number, label in enumerate(labels)}
-    preprocessing = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": BILINEAR,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": _each(config.mean, config.channels),
-        "image_std": _each(config.std, config.channels),
-    }
+        pieces = (piece.float().cpu().clone(memory_format=torch.contiguous_format) for piece in part.write(ours[name]))
+        tensors |= dict(zip(part.names, pieces, strict=True))
     return {
-        "config.json": _text(settings),
-        "preprocessor_config.json": _text(preprocessing),
-        "model.safetensors": save(tensors, {"format": "pt"}),
+        "config.json": _json(settings_of(encoder.config, labels)),
+        "preprocessor_config.json": _json(preprocessing_of(encoder.config)),
+        "model.safetensors": save(tensors, {"format": "pt"}),  # as transformers asks of every file
     }
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _refuse(config: ViTConfig, head: Head | None) -> None:
+    """Raises ValueError with all that transformers' ViT has no place for."""
+    plain = ViTConfig()
+    fields = ("stem", "pool", "registers", "norm", "swiglu", "bias", "qk_norm", "layer_scale")
+    wrong = [f"{name} {value}" for name in fields if (value := getattr(config, name)) != getattr(plain, name)]
+    if set(config.mixer) != {"attention"}:
+        wrong.append(f"mixer {'/'.join(config.mixer)}")
+    if config.positions not in ADDED:
+        wrong.append(f"positions {config.positions}")
+    if head is not None and head.hidden is not None:
+        wrong.append(f"head.hidden {head.hidden.out_features}")
+    if wrong:
+        raise ValueError(f"transformers' ViT cannot hold {', '.join(wrong)}")
 
 
 def usage(encoder: ViT, head: Head | None) -> str:
-    """Python that loads the folder with transformers."""
-    kind, options, output = ("ViTModel", ", add_pooling_layer=False", "last_hidden_state[:, 0]  # (1, width)")
+    """Python that loads the folder in transformers and computes what our encoder, or classifier, does."""
+    config = encoder.config
+    size = f"{config.image[0]}x{config.image[1]}"
+    kind, options, output = "ViTModel", ", add_pooling_layer=False", "last_hidden_state[:, 0]  # (1, width)"
     if head is not None:
-        kind, options, output = ("ViTForImageClassification", "", "logits  # (1, classes)")
-    height, width = encoder.config.image
-    other = (
-        f"# Of images that are not {height}x{width}: model(..., interpolate_pos_encoding=True), positions bicubically"
-    )
-    return (
-        f"""\
+        kind, options, output = "ViTForImageClassification", "", "logits  # (1, classes)"
+    if config.image[0] != config.image[1]:
+        other = f"# It takes pictures of {size} alone: transformers resizes positions of square ones only."
+    elif config.positions == "learned" and config.resize == "bicubic":
+        other = "# Other sizes, multiples of the patch: model(pixels, interpolate_pos_encoding=True)."
+    else:
+        other = f"# Elsewhere than at {size} transformers resizes positions in its own way: other numbers than mpp's."
+    return f"""\
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, {kind}
 
-folder = "."  # this folder, or its name on the Hub
+folder = "."  # where this file is, or its name on the Hub
 model = {kind}.from_pretrained(folder{options}).eval()
-processor = AutoImageProcessor.from_pretrained(folder)  # resizes to {height}x{width} whatever the picture's shape
-inputs = processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt")
+processor = AutoImageProcessor.from_pretrained(folder)  # resizes to {size}
+pixels = processor(Image.open("picture.jpg"), return_tensors="pt")["pixel_values"]
 with torch.inference_mode():
-    output = model(**inputs).{output}
-{other if height == width else ""}""".rstrip("\n")
-        + "\n"
-    )
-
-
-def _kind(source: Source) -> str:
-    """The `model_type`; without config.json that of the tensors, which do not tell ViTMAE from ViT."""
-    kind = source.config.get("model_type")
-    if kind is None:
-        kind = "vit"
-        if any(".layer_scale1." in name for name in source.tensors):
-            with_registers = any(name.endswith("embeddings.register_tokens") for name in source.tensors)
-            kind = "dinov2_with_registers" if with_registers else "dinov2"
-        elif any(name.startswith("decoder.decoder_") for name in source.tensors):
-            kind = "vit_mae"
-    if kind not in FAMILIES:
-        raise ValueError(f"config.json: model_type {kind!r} is none of {', '.join(FAMILIES)}")
-    return kind
-
-
-def _names_in(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
-    """Of NAMES those that the file uses; the published ones where it has none."""
-    names = {"blocks": NAMES["blocks"][0]}
-    if any(name.startswith(f"{prefix}{NAMES['blocks'][1]}.") for name in tensors):
-        names["blocks"] = NAMES["blocks"][1]
-    used = {
-        re.sub(r"^\d+\.", "", name.removeprefix(start))
-        for name in tensors
-        if name.startswith(start := f"{prefix}{names['blocks']}.")
-    }
-    for slot, known in NAMES.items():
-        there = [name for name in known if {f"{name}.weight", f"{name}.bias"} & used]
-        if slot not in names and (there or slot not in ("gate", "up")):
-            names[slot] = there[0] if there else known[0]
-    return names
-
-
-def _has_head(source: Source) -> bool:
-    return "classifier.weight" in source.tensors or "classifier.bias" in source.tensors
+    output = model(pixels).{output}
+{other}
+"""

@@ -1,16 +1,290 @@
-"""Stub."""
+"""Weights of timm's VisionTransformer, read and written: state dicts, and folders as timm.models.push_to_hf_hub leaves.
 
+Names and numbers are those of timm 1.0.31, models/vision_transformer.py. timm itself is not needed.
+"""
+
+import json
+import math
+import re
+from dataclasses import replace
 from typing import Any
 
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from mpp.models.classifier import Head
+from mpp.models.vit import ViT
+from mpp.models.vit_config import Grid, ViTConfig
 from mpp.weights.files import Source
-from mpp.weights.format import Layout
+from mpp.weights.format import Layout, Part, heads_of, image_of, patch_convolution, row, same, stacked
+from mpp.weights.timm_config import Told, about
 
 NAME = "timm"
+EPS = 1e-6  # of timm's norms
+LAYER_SCALE = 1e-5  # timm's usual first value, where a file does not tell
 
 
 def recognises(source: Source) -> bool:
-    return False
+    """Whether tensors have the names that timm gives them. Others took these names over: they are asked first."""
+    return {"patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.attn.proj.weight"} <= source.tensors.keys()
+
+
+def parts(config: ViTConfig, placed: int | None = None, split: bool = False) -> dict[str, Part]:
+    """Where timm keeps each of our tensors; of positions only learned ones have any.
+
+    placed: tokens in front of the patches that have a row in `pos_embed`: 0, 1 (the class token) or all, which adds the
+        positions of the registers to them; where not given, the class token if there is one.
+    split: whether gate and value of swiglu are maps of their own (timm's SwiGLU) or one (SwiGLUPacked).
+    """
+    placed = int(config.has_class_token) if placed is None else placed
+    norm = ("weight",) if config.norm == "rms" else ("weight", "bias")
+    found = {
+        "stem.project.weight": patch_convolution("patch_embed.proj.weight", config.patch),
+        "stem.project.bias": same("patch_embed.proj.bias"),
+        **_pairs("norm", "fc_norm" if config.pool == "avg_norm" else "norm", norm),
+    }
+    if config.has_class_token:
+        found["class_token"] = row("cls_token")
+    if config.registers:
+        found["registers"] = _registers(int(config.has_class_token), placed)
+    if config.positions == "learned":
+        found["positions.table"] = _table(int(config.has_class_token), placed)
+    for block in range(config.depth):
+        found |= _block(config, f"blocks.{block}.", norm, split)
+    if config.pool == "map":
+        found["pooling.probe"] = row("attn_pool.latent")
+        names = {"query": "q", "kv": "kv", "project": "proj", "norm": "norm"}
+        for ours, theirs in (names | {"mlp.expand": "mlp.fc1", "mlp.contract": "mlp.fc2"}).items():
+            found |= _pairs(f"pooling.{ours}", f"attn_pool.{theirs}")
+    return found
+
+
+def _block(config: ViTConfig, block: str, norm: tuple[str, ...], split: bool) -> dict[str, Part]:
+    bias = ("weight", "bias") if config.bias else ("weight",)
+    qkv = ("weight", "bias") if config.qkv_bias else ("weight",)
+    kinds = {
+        "norm1": ("norm1", norm),
+        "mixer.qkv": ("attn.qkv", qkv),
+        "mixer.project": ("attn.proj", bias),
+        "norm2": ("norm2", norm),
+        "mlp.expand": ("mlp.fc1", bias),
+        "mlp.contract": ("mlp.fc2", bias),
+    }
+    if config.qk_norm:
+        kinds |= {"mixer.norm_q": ("attn.q_norm", norm), "mixer.norm_k": ("attn.k_norm", norm)}
+    found: dict[str, Part] = {}
+    for ours, (theirs, of) in kinds.items():
+        found |= _pairs(block + ours, block + theirs, of)
+    if config.swiglu and split:
+        for kind in bias:
+            found[f"{block}mlp.expand.{kind}"] = stacked(f"{block}mlp.fc1_g.{kind}", f"{block}mlp.fc1_x.{kind}")
+    if config.layer_scale is not None:
+        found |= {f"{block}scale1": same(f"{block}ls1.gamma"), f"{block}scale2": same(f"{block}ls2.gamma")}
+    return found
+
+
+def _pairs(ours: str, theirs: str, kinds: tuple[str, ...] = ("weight", "bias")) -> dict[str, Part]:
+    return {f"{ours}.{kind}": same(f"{theirs}.{kind}") for kind in kinds}
+
+
+def _registers(first: int, placed: int) -> Part:
+    """Registers (r, d) as (1, r, d). Rows that they have in `pos_embed` are added; they are written without."""
+    if placed <= first:
+        return Part(("reg_token",), lambda piece: piece[0], lambda ours: (ours.unsqueeze(0),))
+    return Part(
+        ("reg_token", "pos_embed"),
+        lambda piece, places: piece[0] + places[0, first:placed],
+        lambda ours: (ours.unsqueeze(0),),  # the table's part writes the zeros that stand there then
+    )
+
+
+def _table(first: int, placed: int) -> Part:
+    """Positions (first + n, d) as (1, placed + n, d)."""
+
+    def fronted(rows: Tensor, have: int, want: int) -> Tensor:
+        kept = rows[: min(have, want)]
+        return torch.cat([kept, rows.new_zeros(want - len(kept), rows.shape[1]), rows[have:]])
+
+    return Part(
+        ("pos_embed",),
+        lambda piece: fronted(piece[0], placed, first),
+        lambda ours: (fronted(ours, first, placed).unsqueeze(0),),
+    )
 
 
 def layout(source: Source, facts: dict[str, Any]) -> Layout:
-    raise NotImplementedError
+    """The encoder, and the head if there is one, of a state dict; `config.json` counts where timm wrote it.
+
+    A bare file cannot tell the heads of sizes that nobody published, a grid that is not square, GELU by tanh, and that
+    the normed patches of a model with a class token are averaged: `facts` do (heads=, image=, gelu="tanh", pool="avg").
+    Nor can it tell timm's two models with "rpn" in their names, whose norms stand elsewhere, from others. ValueError
+    says what is missing or cannot be had.
+    """
+    tensors = source.tensors
+    told = Told(source.config)
+    width, channels, patch, across = _shape(tensors, "patch_embed.proj.weight", 4)
+    if patch != across:
+        raise ValueError(f"patch_embed.proj.weight: expected square patches, got {patch}x{across}")
+    hidden = _shape(tensors, "blocks.0.mlp.fc2.weight", 2)[1]
+    split = "blocks.0.mlp.fc1_g.weight" in tensors
+    swiglu = split or _shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden
+    depth = 1 + max(int(block[1]) for name in tensors if (block := re.match(r"blocks\.(\d+)\.", name)))
+    class_token = "cls_token" in tensors
+    registers = _shape(tensors, "reg_token", 3)[1] if "reg_token" in tensors else 0
+    pool = _pool(tensors, told, facts, class_token + registers)
+    image, placed = _places(tensors, told, facts, patch, class_token + registers)
+    config = ViTConfig(
+        image=image,
+        channels=channels,
+        mean=told.numbers("mean"),
+        std=told.numbers("std"),
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=heads_of(width, depth, told.implied("heads", "num_heads") | facts),
+        mlp=hidden,
+        positions="learned" if "pos_embed" in tensors else "none",
+        resize="bicubic_antialias",
+        pool=pool,  # type: ignore[arg-type]  # or the user's
+        class_token=class_token,
+        registers=registers,
+        norm=told.norm("layer" if "blocks.0.norm1.bias" in tensors else "rms"),
+        norm_eps=EPS,
+        gelu=told.gelu(swiglu),
+        swiglu=swiglu,
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        bias="blocks.0.mlp.fc2.bias" in tensors,
+        qk_norm="blocks.0.attn.q_norm.weight" in tensors,
+        layer_scale=told.args.get("init_values") or LAYER_SCALE if "blocks.0.ls1.gamma" in tensors else None,
+    )
+    head = _pairs("linear", "head") if tensors.keys() & {"head.weight", "head.bias"} else {}
+    aside = () if pool == "map" else tuple(name for name in tensors if name.startswith("attn_pool."))
+    classes = told.classes(_shape(tensors, "head.weight", 2)[0]) if "head.weight" in tensors else ()
+    return Layout(config, parts(config, placed, split), head, classes, aside)
+
+
+def _shape(tensors: dict[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"{name} missing")
+    if tensors[name].ndim != axes:
+        raise ValueError(f"{name} {tuple(tensors[name].shape)}, expected {axes} axes")
+    return tuple(tensors[name].shape)
+
+
+def _pool(tensors: dict[str, Tensor], told: Told, facts: dict[str, Any], prefix: int) -> str:
+    given = told.pool()
+    if "attn_pool.latent" in tensors:
+        found = "map"
+    elif "fc_norm.weight" in tensors and given != "cls":
+        found = "avg_norm"
+    else:
+        found = given or ("cls" if "cls_token" in tensors else "avg")
+    pool = facts.get("pool", found)
+    if "fc_norm.weight" in tensors and pool != "avg_norm":
+        raise ValueError(f'fc_norm is of the patches\' average: expected pool="avg_norm", got {pool!r}')
+    if "norm.weight" in tensors and pool == "avg_norm":
+        raise ValueError("norm is of each token: expected pool=\"avg\" or another, got 'avg_norm'")
+    everything = told.args.get("pool_include_prefix", False)
+    if prefix and everything and pool in ("avg", "avg_norm"):
+        raise ValueError("pool_include_prefix: the average is of patches alone here")
+    if prefix and pool == "map" and not everything:
+        raise ValueError("attn_pool leaves out class token and registers, which are pooled as well here")
+    return pool
+
+
+def _places(tensors: dict[str, Tensor], told: Told, facts: dict[str, Any], patch: int, prefix: int) -> tuple[Grid, int]:
+    """The image that positions are for, and how many of the tokens in front of the patches have one."""
+    images: list[Grid] = [facts["image"]] if "image" in facts else told.images()
+    grids = [(image[0] // patch, image[1] // patch) for image in images]  # timm leaves out pixels beyond the last patch
+    if "pos_embed" not in tensors:
+        if not grids:
+            raise ValueError("no pos_embed, so that nothing tells for which image it is: image=(h, w)")
+        return (grids[0][0] * patch, grids[0][1] * patch), 0
+    rows = _shape(tensors, "pos_embed", 3)[1]
+    apart = told.args.get("no_embed_class")
+    choices = sorted({prefix, 0} if apart is None else {0 if apart else prefix}, reverse=True)
+    for grid in grids:
+        for placed in choices:
+            if math.prod(grid) == rows - placed:
+                return (grid[0] * patch, grid[1] * patch), placed
+    if "image" in facts:
+        n = math.prod(grids[0])
+        expected = " or ".join(str(n + placed) for placed in choices)
+        raise ValueError(f"pos_embed has {rows} rows, expected {expected} for image={facts['image']}")
+    square = [placed for placed in choices if rows > placed and math.isqrt(rows - placed) ** 2 == rows - placed]
+    if len(square) > 1:
+        raise ValueError(f"{rows} rows of pos_embed fit two grids; say for which image: image=(h, w)")
+    placed = square[0] if square else choices[0]
+    return image_of(rows - placed, patch, {}), placed
+
+
+def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str, bytes]:
+    """The files of a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+
+    Positions that are computed are written as a table, which is exact for the encoder's own image; for others timm
+    interpolates it, by its own method whatever `resize` says. Rates of dropout are left out. ValueError names what timm
+    has no place for.
+    """
+    config = encoder.config
+    _refuse(config, head)
+    tensors = encoder.state_dict()
+    table, placed = None, 0
+    if config.positions != "none":
+        patches = encoder.positions.patches(config.grid).detach()
+        first = [encoder.positions.class_token().detach()[None]] if config.has_class_token else []
+        table = torch.cat([*first, patches])
+        placed = config.prefix if first and first[0].any() else 0  # without a position it is as in timm's newer models
+    held = {name: value for name, value in tensors.items() if not name.startswith("positions.")}
+    held |= {} if table is None else {"positions.table": table}
+    places = parts(_with_table(config), placed)
+    written = {}
+    for name, value in held.items():
+        for theirs, piece in zip(places[name].names, places[name].write(value), strict=False):
+            written[theirs] = piece.detach().cpu().contiguous()
+    if head is not None:
+        written |= {f"head.{name}": value.detach().cpu() for name, value in head.linear.state_dict().items()}
+    told = about(config, 0 if head is None else len(head.linear.weight), classes, placed)
+    return {
+        "config.json": (json.dumps(told, indent=2) + "\n").encode(),
+        "model.safetensors": save(written, {"format": "pt"}),
+    }
+
+
+def _with_table(config: ViTConfig) -> ViTConfig:
+    """The config with a table of positions, as any that are added to tokens are written."""
+    return config if config.positions == "none" else replace(config, positions="learned")
+
+
+def _refuse(config: ViTConfig, head: Head | None) -> None:
+    """Raises ValueError with what timm's VisionTransformer cannot hold."""
+    pooled = config.pool == "map"
+    wrong = {
+        f"stem {config.stem}": config.stem != "linear",
+        f"mixer {'/'.join(config.mixer)}": set(config.mixer) != {"attention"},
+        f"positions {config.positions}": config.positions in ("relative", "rope", "rope_capi"),
+        f"norm_eps {config.norm_eps}": config.norm_eps != EPS,
+        "pool map with swiglu": pooled and config.swiglu,
+        "pool map with norm rms": pooled and config.norm == "rms",
+        "pool map without bias": pooled and not config.bias,
+        "a hidden layer in the head": head is not None and head.hidden is not None,
+    }
+    if any(wrong.values()):
+        raise ValueError(f"timm has no place for {', '.join(what for what, is_so in wrong.items() if is_so)}")
+
+
+def usage(encoder: ViT, head: Head | None) -> str:
+    """Python that loads the folder it runs in with timm."""
+    config = encoder.config
+    result = f"(1, {config.width}), one vector an image" if head is None else f"(1, {len(head.linear.weight)}), logits"
+    return f"""\
+import timm
+import torch
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+told = timm.data.resolve_model_data_config(model)
+mean, std = (torch.tensor(told[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+images = torch.rand(1, {config.channels}, {config.image[0]}, {config.image[1]})  # on [0, 1]
+with torch.no_grad():
+    outputs = model((images - mean) / std)  # {result}
+"""

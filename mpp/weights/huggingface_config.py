@@ -1,0 +1,171 @@
+"""transformers' config.json and preprocessor_config.json as a ViTConfig, and the other way round."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mpp.models.vit_config import ViTConfig
+from mpp.weights.files import Source
+from mpp.weights.format import heads_of, image_of
+
+HALF = (0.5,)  # mean and std of Google's weights
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+# transformers' activations.py. The first of each is what we write.
+GELUS: dict[Literal["erf", "tanh"], tuple[str, ...]] = {
+    "erf": ("gelu", "gelu_python"),
+    "tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+}
+BILINEAR = 2  # PIL's number of the triangle filter, by which our evaluation resizes
+
+
+# Sizes that the tensors show, named as in config.json, and `patches`; each with the tensor that shows it.
+Told = dict[str, tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What transformers takes for granted of a `model_type`."""
+
+    norm_eps: float
+    resize: Literal["bicubic", "bicubic_antialias"]
+    imagenet: bool = True  # whether mean and std of the published weights are ImageNet's
+    dinov2: bool = False
+
+
+FAMILIES = {
+    "vit": Family(1e-12, "bicubic", imagenet=False),
+    "vit_mae": Family(1e-12, "bicubic"),
+    "dinov2": Family(1e-6, "bicubic", dinov2=True),
+    "dinov2_with_registers": Family(1e-6, "bicubic_antialias", dinov2=True),
+}
+
+
+def config_of(source: Source, family: Family, told: Told, swiglu: bool, facts: dict[str, Any]) -> ViTConfig:
+    """The encoder's config.
+
+    Raises ValueError where config.json contradicts the tensors, or asks for what our encoder has not. Where it is
+    silent, or not there, sizes are theirs, and heads those of the published model of that size.
+    """
+    settings = source.config
+
+    def size(key: str) -> int:
+        value, place = told.get(key, (None, ""))
+        given = settings.get(key, value)
+        if key == "patch_size":
+            given, side = _pair(given, key)
+            if given != side:
+                raise ValueError(f"config.json: patch_size must be square, found {given, side}")
+        if type(given) is not int or given < 1:
+            raise ValueError(f"config.json: {key} must be a whole number above 0, found {given!r}")
+        if value is not None and given != value:
+            raise ValueError(f"config.json: {key} is {given}, but {value} by {place}")
+        return given
+
+    width, depth = size("hidden_size"), size("num_hidden_layers")
+    patch, channels = size("patch_size"), size("num_channels")
+    if "image_size" in settings:
+        image = _pair(settings["image_size"], "image_size")
+    else:
+        image = image_of(told["patches"][0] if "patches" in told else 1, patch, facts)
+    if family.dinov2 and image[0] != image[1]:  # it resizes every table as if it were square
+        raise ValueError(f"config.json: image_size of DINOv2 must be square, found {image}")
+    mean, std = _normalisation(source, family, channels, facts)
+    return ViTConfig(
+        image=image,
+        channels=channels,
+        mean=mean,
+        std=std,
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=size("num_attention_heads") if "num_attention_heads" in settings else heads_of(width, depth, facts),
+        mlp=size("intermediate_size") if "intermediate_size" in settings.keys() | told.keys() else None,
+        class_token=True,
+        registers=told.get("num_register_tokens", (0, ""))[0],
+        resize=family.resize,
+        norm_eps=settings.get("layer_norm_eps", family.norm_eps),
+        gelu=_gelu(settings.get("hidden_act", "gelu")),
+        swiglu=swiglu,
+        qkv_bias=bool(settings.get("qkv_bias", True)),
+        layer_scale=1.0 if family.dinov2 else None,  # only a first value: the file has what came of it
+    )
+
+
+def _pair(value: Any, key: str) -> tuple[int, int]:
+    """A whole number for both sides, or one for each."""
+    pair = (value, value) if type(value) is int else value
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair):
+        raise ValueError(f"config.json: {key} must be a whole number above 0 or two, found {value!r}")
+    return pair[0], pair[1]
+
+
+def _gelu(name: Any) -> Literal["erf", "tanh"]:
+    for gelu, names in GELUS.items():
+        if name in names:
+            return gelu
+    known = ", ".join(name for names in GELUS.values() for name in names)
+    raise ValueError(f"config.json: hidden_act must be one of {known}, found {name!r}")
+
+
+def _normalisation(
+    source: Source, family: Family, channels: int, facts: dict[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std: those of preprocessor_config.json, or else of the published weights."""
+    says = {key: value for key, value in source.preprocessing.items() if value is not None}
+    scale = 255 * says.get("rescale_factor", 1 / 255) if says.get("do_rescale", True) else 255
+    if abs(scale - 1) > 1e-6 and not {"mean", "std"} <= facts.keys():
+        raise ValueError("preprocessor_config.json: expected pixels times 1/255; give mean= and std= of [0, 1]")
+    if not says.get("do_normalize", True):
+        return (0.0,), (1.0,)
+    usual = IMAGENET if family.imagenet and channels == 3 else dict.fromkeys(IMAGENET, HALF)
+    found = (says.get(key, usual[key]) for key in IMAGENET)
+    mean, std = (tuple(map(float, value if isinstance(value, list | tuple) else [value])) for value in found)
+    return mean, std
+
+
+def classes_of(settings: dict[str, Any], count: int) -> tuple[str, ...]:
+    """Names of so many classes, in the order of their ids; where there are none, those transformers gives them."""
+    labels = settings.get("id2label")
+    if labels is None:
+        return tuple(f"LABEL_{number}" for number in range(count))
+    if not isinstance(labels, dict) or labels.keys() != {str(number) for number in range(count)}:
+        raise ValueError(f"config.json: id2label must name classes 0 to {count - 1}, the classifier's rows")
+    return tuple(str(labels[str(number)]) for number in range(count))
+
+
+def settings_of(config: ViTConfig, classes: Sequence[str] | None) -> dict[str, Any]:
+    """config.json of a ViTForImageClassification, or without classes of a ViTModel."""
+    settings: dict[str, Any] = {
+        "architectures": ["ViTModel" if classes is None else "ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.hidden,
+        "hidden_act": GELUS[config.gelu][0],
+        "layer_norm_eps": config.norm_eps,
+        "image_size": config.image[0] if config.image[0] == config.image[1] else config.image,
+        "patch_size": config.patch,
+        "num_channels": config.channels,
+        "qkv_bias": config.qkv_bias,
+    }
+    if classes is not None:
+        settings["id2label"] = {str(number): name for number, name in enumerate(classes)}
+        settings["label2id"] = {name: number for number, name in enumerate(classes)}
+    return settings
+
+
+def preprocessing_of(config: ViTConfig) -> dict[str, Any]:
+    """preprocessor_config.json: pictures squeezed to the encoder's size, whatever their shape."""
+    mean, std = (value * config.channels if len(value) == 1 else value for value in (config.mean, config.std))
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.image[0], "width": config.image[1]},
+        "resample": BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }

@@ -1,0 +1,115 @@
+"""This library's own files: safetensors, in whose metadata the encoder's config stands."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from mpp import checkpoint
+from mpp.files import write_atomically
+from mpp.models.classifier import Classifier, Head
+from mpp.models.encoder import Encoder
+from mpp.models.encoders import ENCODERS, build_encoder
+from mpp.weights.files import WeightsError
+
+
+def save_encoder(encoder: Encoder, path: Path) -> None:
+    """Writes an encoder with its config, whole or not at all; FileError on a full disk."""
+    _save(encoder, path, {"encoder": json.dumps(asdict(encoder.config))})
+
+
+def save_classifier(classifier: Classifier, path: Path) -> None:
+    """The same for an encoder with its head; the names of its classes stand beside the config.
+
+    In one entry of metadata: safetensors writes several in random order, and equal runs are to leave equal files.
+    """
+    config = asdict(classifier.encoder.config) | {"classes": classifier.classes}
+    _save(classifier, path, {"encoder": json.dumps(config)})
+
+
+def _save(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    write_atomically(path, save(tensors, metadata))
+
+
+def find(path: Path, *names: str) -> Path | None:
+    """The file of ours that a path means, or None if it means another's: in a folder the first of `names` there is.
+
+    A run folder that is not at its end has its newest checkpoint's; those with a running average come first.
+    """
+    if not path.is_dir():
+        return path if _metadata(path).get("encoder") else None
+    saved = [path / f"checkpoints/step-{step:08d}" for step in reversed(checkpoint.steps(path / "checkpoints"))]
+    for file in (place / name for place in (path, *saved) for name in names):
+        # Another library's folder may hold a file of such a name; a checkpoint of ours that is damaged is none of theirs.
+        if file.exists() and (file.parent != path or _metadata(file, True).get("encoder")):
+            return file
+    return None
+
+
+def load_encoder(path: Path) -> Encoder:
+    """The encoder of a file; of a classifier's or an objective's its encoder. WeightsError names the file."""
+    metadata, tensors = _read(path)
+    encoder = _built(metadata, path)
+    prefix = "encoder." if any(name.startswith("encoder.") for name in tensors) else ""
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    _fill(encoder, found, path)
+    return encoder
+
+
+def load_classifier(path: Path) -> Classifier:
+    """The classifier of a file. WeightsError names the file."""
+    metadata, tensors = _read(path)
+    encoder = _built(metadata, path)
+    classes = json.loads(metadata["encoder"]).get("classes")
+    if not isinstance(classes, list) or not classes:
+        raise WeightsError(f"{path}: holds no classifier of mpp (its metadata names no classes)")
+    classes = [str(name) for name in classes]
+    hidden = len(tensors["head.hidden.bias"]) if "head.hidden.bias" in tensors else 0
+    classifier = Classifier(encoder, Head(encoder.width, len(classes), hidden), classes)
+    _fill(classifier, tensors, path)
+    return classifier
+
+
+def _metadata(path: Path, must: bool = False) -> dict[str, str]:
+    """The metadata of a safetensors file; {} for any other, or an error if it `must` be one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        if must:
+            raise WeightsError(f"{path}: not readable as weights ({error})") from error
+        return {}
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        return _metadata(path, True), load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: not readable as weights ({error})") from error
+
+
+def _built(metadata: dict[str, str], path: Path) -> Encoder:
+    if "encoder" not in metadata:
+        raise WeightsError(f"{path}: holds no encoder of mpp (its metadata has no 'encoder')")
+    try:
+        values = json.loads(metadata["encoder"])
+        _, kind = ENCODERS[values.get("name", "vit")]
+        names = {field.name for field in fields(kind)}
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        return build_encoder(kind(**known))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise WeightsError(f"{path}: its encoder's config does not fit ({error})") from error
+
+
+def _fill(module: nn.Module, found: dict[str, Tensor], path: Path) -> None:
+    expected = module.state_dict()
+    wrong = sorted(expected.keys() ^ found.keys())
+    wrong += [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
+    if wrong:
+        raise WeightsError(f"{path}: {', '.join(wrong[:5])} missing, unexpected or of another shape")
+    module.load_state_dict(found)

@@ -1,0 +1,150 @@
+"""What timm's config.json tells about its VisionTransformer beside the tensors, read and written (timm 1.0.31)."""
+
+from typing import Any
+
+from mpp.models.vit_config import Grid, ViTConfig
+
+POOLS = {"token": "cls", "avg": "avg", "map": "map"}  # timm's names to ours
+GELU = {"gelu": "erf", "gelu_tanh": "tanh"}
+# Published models are written as a plain ViT with all its sizes given. SwiGLU can't be asked for in JSON, but this
+# architecture has it, and the sizes given replace all the rest of it.
+PLAIN, SWIGLU = "vit_base_patch16_224", "vit_giant_patch14_dinov2"
+# What the name of an architecture says and neither tensors nor `heads_of` do: the first part of the name that fits.
+IMPLIED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("vit_base_patch16_gap_224", {"heads": 16}),
+    ("vit_base_patch32_siglip_", {"gelu": "tanh"}),
+    ("vit_base_patch16_plus_", {"heads": 14}),
+    ("vit_base_patch32_plus_", {"heads": 14}),
+    ("vit_betwixt_", {"heads": 10}),
+    ("vit_giantopt_patch16_siglip_", {"heads": 16, "gelu": "tanh"}),
+    ("vit_large_patch16_siglip_512", {"gelu": "tanh"}),
+    ("vit_large_patch16_siglip_gap_512", {"gelu": "tanh"}),
+    ("vit_little_", {"heads": 5}),
+    ("vit_mediumd_", {"heads": 8}),
+    ("vit_small_patch16_36x1_", {"heads": 6}),
+    ("vit_so150m2_", {"heads": 13}),
+    ("vit_so150m_", {"heads": 14}),
+    ("vit_so400m_patch16_siglip_", {"gelu": "tanh"}),
+    ("vit_wee_", {"heads": 4}),
+)
+
+
+class Told:
+    """What a config.json of timm says; nothing where another library wrote it or there is none."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config if isinstance(config.get("architecture"), str) else {}
+        self.name = self.config.get("architecture", "").split(".")[0]
+        self.args = self._section("model_args", {})
+        self.pretrained = self._section("pretrained_cfg", self.config)  # in older files these stand in the open
+        if "_rpn_" in self.name:
+            raise ValueError(f"architecture {self.name} has norms after the branches, which its tensors don't show")
+
+    def _section(self, name: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+        found = self.config.get(name, otherwise)
+        if not isinstance(found, dict):
+            raise ValueError(f"config.json: {name} must be an object, got {found!r}")
+        return found
+
+    def implied(self, name: str, argument: str = "") -> dict[str, Any]:
+        """A field of ViTConfig, by an argument of the model's if given there, or by its architecture's name."""
+        if self.args.get(argument) is not None:
+            return {name: self.args[argument]}
+        facts = next((facts for start, facts in IMPLIED if self.name.startswith(start)), {})
+        return {name: facts[name]} if name in facts else {}
+
+    def gelu(self, swiglu: bool) -> Any:
+        name = self.args.get("act_layer")
+        if name is None or (swiglu and name in ("silu", "swish")):
+            return self.implied("gelu").get("gelu", "erf")
+        if swiglu or name not in GELU:
+            raise ValueError(f"act_layer {name!r}, expected {'silu' if swiglu else ' or '.join(GELU)}")
+        return GELU[name]
+
+    def norm(self, found: str) -> Any:
+        """The norm that the tensors show, unless an argument names one that is neither."""
+        name = self.args.get("norm_layer") or found
+        if str(name).lower().replace("_", "").removesuffix("fp32").removesuffix("norm") != found:
+            raise ValueError(f"norm_layer {name!r}, expected layernorm or rmsnorm")
+        return found
+
+    def pool(self) -> str | None:
+        """The encoder's pool, or None where it is not told."""
+        name = self.args.get("global_pool", self.config.get("global_pool")) or None
+        if name is not None and name not in POOLS:
+            raise ValueError(f"global_pool {name!r}, expected {', '.join(POOLS)}")
+        return None if name is None else POOLS[name]
+
+    def images(self) -> list[Grid]:
+        """Images (h, w) that the positions may be for."""
+        sizes = [self.args.get("img_size"), list(self.pretrained.get("input_size") or [])[1:]]
+        pairs = [(size, size) if isinstance(size, int) else tuple(size or ()) for size in sizes]
+        return [pair for pair in pairs if len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair)]
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """`mean` or `std` of the images, timm's usual 0.5 where they are not told."""
+        return tuple(float(number) for number in self.pretrained.get(name) or (0.5,))
+
+    def classes(self, count: int) -> tuple[str, ...]:
+        """The names of the head's classes; none where they are not told, or not of all."""
+        names = self.config.get("label_names") or self.pretrained.get("label_names") or self.pretrained.get("labels")
+        if isinstance(names, dict):
+            names = [names.get(str(number)) for number in range(count)]
+        if not isinstance(names, list) or len(names) != count or None in names:
+            return ()
+        return tuple(str(name) for name in names)
+
+
+def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) -> dict[str, Any]:
+    """The config.json of an encoder with a head of so many classes (0 without one).
+
+    placed: tokens in front of the patches that have a row in `pos_embed`, as in `mpp.weights.timm.parts`.
+    """
+    inner = 2 * config.hidden if config.swiglu else config.hidden
+    ratio = inner / config.width
+    arguments = {
+        "img_size": list(config.image),
+        "patch_size": config.patch,
+        "in_chans": config.channels,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        # timm cuts off after the point: half a unit more where rounding would cost one
+        "mlp_ratio": ratio if int(config.width * ratio) == inner else (inner + 0.5) / config.width,
+        "qkv_bias": config.qkv_bias,
+        "proj_bias": config.bias,
+        "qk_norm": config.qk_norm,
+        "init_values": config.layer_scale,
+        "class_token": config.has_class_token,
+        "reg_tokens": config.registers,
+        "pos_embed": "none" if config.positions == "none" else "learn",
+        "no_embed_class": placed == 0,
+        "global_pool": {"cls": "token", "map": "map"}.get(config.pool, "avg"),
+        "fc_norm": config.pool == "avg_norm",
+        "pool_include_prefix": config.pool == "map" and config.prefix > 0,
+        "norm_layer": {"layer": "layernorm", "rms": "rmsnorm"}[config.norm],
+    }
+    if not config.swiglu:
+        arguments["act_layer"] = next(name for name, gelu in GELU.items() if gelu == config.gelu)
+    pretrained = {
+        "input_size": [config.channels, *config.image],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,  # as evaluation here has it by default (data.augment.centre)
+        "crop_mode": "center",
+        "mean": list(config.mean) * (config.channels // len(config.mean)),
+        "std": list(config.std) * (config.channels // len(config.std)),
+        "num_classes": classes,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    return {
+        "architecture": SWIGLU if config.swiglu else PLAIN,
+        "num_classes": classes,
+        "num_features": config.width,
+        "global_pool": arguments["global_pool"],
+        **({"label_names": list(names)} if names else {}),
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+    }

@@ -1,5 +1,6 @@
 """What a recipe takes, before anything is paid for: parameters, FLOPs, memory, steps and, measured, time."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -90,10 +91,23 @@ def cost(recipe: Recipe) -> int:
     with torch.device("meta"):
         objective = recipe.build()
         objective.encoder.activation_checkpointing = recipe.train.activation_checkpointing
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=COUNTERS) as counter:
             loss, _ = objective(noise(recipe, COUNTED))
             loss.backward()
     return counter.get_total_flops() // COUNTED
+
+
+def convolution_backward_flops(
+    gradient: Sequence[int], images: Sequence[int], weight: Sequence[int], *settings: Any, **shapes: Any
+) -> int:
+    """FLOPs of the gradients of a convolution: those of its forward pass for each that is wanted.
+
+    PyTorch's own count takes a depthwise convolution for a whole one.
+    """
+    return 2 * math.prod(gradient) * math.prod(weight[1:]) * sum(settings[7][:2])
+
+
+COUNTERS = {torch.ops.aten.convolution_backward: convolution_backward_flops}
 
 
 def activation_bytes(recipe: Recipe) -> int:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import numpy_vit
 import pytest
 import torch
 
 from mpp.weights import big_vision, files, foreign
 from mpp.weights.files import WeightsError
-from tests import numpy_vit
 
 SIZES = {"grid": (3, 3), "side": 8, "width": 32, "depth": 2, "heads": 4, "hidden": 80, "classes": 5}
 KINDS = {

@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy_vit
 import pytest
 import torch
+from conftest import shaken
 
 from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import files, foreign, google
 from mpp.weights.files import WeightsError
-from tests import numpy_vit
-from tests.conftest import shaken
 
 SIZES = {"grid": (3, 3), "side": 8, "width": 32, "depth": 2, "heads": 4, "hidden": 80, "classes": 5}
 TINY = {**SIZES, "side": 2, "stages": (1,), "width": 48}  # patches of 8 of a hybrid

@@ -212,8 +212,13 @@ def test_normalisation_and_names_of_classes_come_from_the_folder(tmp_path: Path)
 
 
 def test_without_a_folder_images_are_normalised_by_one_half(tmp_path: Path) -> None:
-    found = loaded(saved(small(), tmp_path / "model.safetensors"), heads=4)
-    assert (found.encoder.config.mean, found.encoder.config.std, found.classes) == ((0.5,), (0.5,), ())
+    path = saved(small(), tmp_path / "model.safetensors")
+    found = format.layout(files.read(path), HEADS)
+    assert (found.config.mean, found.config.std, found.classes) == ((0.5,), (0.5,), ())
+    # numbers stand in for names that are not told, and are not written as names
+    encoder = loaded(path, **HEADS).encoder
+    for names in (tuple("01234"), ()):
+        assert "label_names" not in json.loads(format.write(encoder, Head(32, 5), names)["config.json"])
 
 
 def test_a_checkpoint_of_torch_is_read_as_well(tmp_path: Path) -> None:

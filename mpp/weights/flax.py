@@ -73,7 +73,7 @@ def _most_common(what: str, tensors: dict[str, Tensor], name_ends: str, axis: in
 
 def patch_of(kernel: Tensor) -> tuple[int, int]:
     """The side of the patches of an embedding's kernel (p, p, c, d), and the channels."""
-    if kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1]:
+    if kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1] or not kernel.numel():
         raise ValueError(f"embedding/kernel {tuple(kernel.shape)} where (patch, patch, channels, width) was expected")
     return kernel.shape[0], kernel.shape[2]
 

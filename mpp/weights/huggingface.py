@@ -193,7 +193,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
     return {
         "config.json": _json(settings_of(encoder.config, labels)),
         "preprocessor_config.json": _json(preprocessing_of(encoder.config)),
-        "model.safetensors": save(tensors, {"format": "pt"}),  # as transformers asks of every file
+        "model.safetensors": save(tensors, {"format": "pt"}),  # release 4 asks for it
     }
 
 
@@ -220,6 +220,7 @@ def usage(encoder: ViT, head: Head | None) -> str:
     """Python that loads the folder in transformers and computes what our encoder, or classifier, does."""
     config = encoder.config
     size = f"{config.image[0]}x{config.image[1]}"
+    mode = {1: '.convert("L")', 3: '.convert("RGB")'}.get(config.channels, "")
     kind, options, output = "ViTModel", ", add_pooling_layer=False", "last_hidden_state[:, 0]  # (1, width)"
     if head is not None:
         kind, options, output = "ViTForImageClassification", "", "logits  # (1, classes)"
@@ -237,7 +238,7 @@ from transformers import AutoImageProcessor, {kind}
 folder = "."  # where this file is, or its name on the Hub
 model = {kind}.from_pretrained(folder{options}).eval()
 processor = AutoImageProcessor.from_pretrained(folder)  # resizes to {size}
-pixels = processor(Image.open("picture.jpg"), return_tensors="pt")["pixel_values"]
+pixels = processor(Image.open("picture.jpg"){mode}, return_tensors="pt")["pixel_values"]
 with torch.inference_mode():
     output = model(pixels).{output}
 {other}

@@ -45,7 +45,7 @@ def find(path: Path, *names: str) -> Path | None:
         return path if _metadata(path).get("encoder") else None
     saved = [path / f"checkpoints/step-{step:08d}" for step in reversed(checkpoint.steps(path / "checkpoints"))]
     for file in (place / name for place in (path, *saved) for name in names):
-        # Another library's folder may hold a file of such a name; a checkpoint of ours that is damaged is none of theirs.
+        # Another library's folder may hold a file of such a name.
         if file.exists() and (file.parent != path or _metadata(file, True).get("encoder")):
             return file
     return None

@@ -100,6 +100,7 @@ def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) 
 
     placed: tokens in front of the patches that have a row in `pos_embed`, as in `mpp.weights.timm.parts`.
     """
+    told = names and names != tuple(map(str, range(classes)))  # numbers stand in for names
     inner = 2 * config.hidden if config.swiglu else config.hidden
     ratio = inner / config.width
     arguments = {
@@ -144,7 +145,7 @@ def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) 
         "num_classes": classes,
         "num_features": config.width,
         "global_pool": arguments["global_pool"],
-        **({"label_names": list(names)} if names else {}),
+        **({"label_names": list(names)} if told else {}),
         "model_args": arguments,
         "pretrained_cfg": pretrained,
     }

@@ -10,12 +10,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import harness
 from benchmarks.harness import Bar, Contender, Ratio, Timing
-from benchmarks.step import images_of, settle
+from benchmarks.step import Size, images_of, settle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,68 +34,54 @@ BFLOAT16: dict[str, tuple[Precision, Attention]] = {
 BAR = Bar(1.0)  # issue 5, against the fastest peer
 
 
-@dataclass(frozen=True)
-class Size:
-    preset: str  # of mpp.models.presets
-    image: int
-    batch: int
-
-
 SIZES = {
-    f"{size.preset}@{size.image}": size
-    for size in (
-        Size("Ti/4", 32, 16),
-        Size("S/4", 32, 8),
-        Size("Ti/16", 224, 4),
-        Size("S/16", 224, 2),
-        Size("B/16", 224, 1),
-    )
+    "Ti/4@32": Size(32, 4, 192, 12, 3, 16),
+    "S/4@32": Size(32, 4, 384, 12, 6, 8),
+    "Ti/16@224": Size(224, 16, 192, 12, 3, 4),
+    "S/16@224": Size(224, 16, 384, 12, 6, 2),
+    "B/16@224": Size(224, 16, 768, 12, 12, 1),
 }
 
 
 def our_model(size: Size) -> "nn.Module":
-    from mpp.models.presets import presets
     from mpp.models.vit import ViT
+    from mpp.models.vit_config import ViTConfig
 
-    return ViT(replace(presets[size.preset], image=(size.image, size.image)))
+    side = size.image
+    return ViT(ViTConfig((side, side), patch=size.patch, width=size.width, depth=size.depth, heads=size.heads))
 
 
 def timm_model(size: Size, attention: Attention) -> "nn.Module":
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    from mpp.models.presets import presets
-
     timm.layers.set_fused_attn(attention == "fused")
-    config = presets[size.preset]
-    return VisionTransformer(
-        size.image,
-        config.patch,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        num_classes=0,
-    )
+    sizes = {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
+    return VisionTransformer(size.image, size.patch, num_classes=0, **sizes)
 
 
 def prepare(
     size: Size, threads: int, precision: Precision, peer: Attention | None = None, uint8: bool = False
 ) -> Callable[[], Timing]:
+    """Of ours, or with `peer` of timm's with that attention."""
     import torch
     import torch.nn.functional as F
     from torch.func import functional_call
 
     settle(threads)
     model = our_model(size) if peer is None else timm_model(size, peer)
-    images = images_of_size(size, uint8)
-    target = torch.randn(size.batch, model.get_parameter("norm.weight").shape[0])
+    images = images_of(size, "cpu")  # uint8, as our readers deliver them
+    if not uint8:
+        images = (images.float() / 127.5 - 1).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    target = torch.randn(size.batch, size.width)
 
     def lowered() -> "dict[str, Tensor]":
         return {name: parameter.bfloat16() for name, parameter in model.named_parameters()}
 
     def forward(parameters: "dict[str, Tensor]") -> "Tensor":
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            return functional_call(model, parameters, (images,)) if parameters else model(images)
+            vectors: Tensor = functional_call(model, parameters, (images,))  # (b, d)
+            return vectors
 
     def step() -> None:
         """Forward and backward pass; the parameters and their gradients are float32 in every precision."""
@@ -111,12 +97,6 @@ def prepare(
 
     step()
     return lambda: timed(model, step, infer, size.batch)
-
-
-def images_of_size(size: Size, uint8: bool) -> "Tensor":
-    """A batch (b, 3, h, w): as our readers deliver it, which ours then normalises, or normalised beforehand."""
-    images = images_of(size, "cpu")
-    return images if uint8 else images.float() / 127.5 - 1
 
 
 def timed(model: "nn.Module", step: Callable[[], None], infer: Callable[[], None], batch: int) -> Timing:

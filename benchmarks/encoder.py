@@ -47,8 +47,8 @@ def our_model(size: Size) -> "nn.Module":
     from mpp.models.vit import ViT
     from mpp.models.vit_config import ViTConfig
 
-    side = size.image
-    return ViT(ViTConfig((side, side), patch=size.patch, width=size.width, depth=size.depth, heads=size.heads))
+    image = (size.image, size.image)
+    return ViT(ViTConfig(image=image, patch=size.patch, width=size.width, depth=size.depth, heads=size.heads))
 
 
 def timm_model(size: Size, attention: Attention) -> "nn.Module":
@@ -56,8 +56,9 @@ def timm_model(size: Size, attention: Attention) -> "nn.Module":
     from timm.models.vision_transformer import VisionTransformer
 
     timm.layers.set_fused_attn(attention == "fused")
-    sizes = {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
-    return VisionTransformer(size.image, size.patch, num_classes=0, **sizes)
+    return VisionTransformer(
+        size.image, size.patch, num_classes=0, embed_dim=size.width, depth=size.depth, num_heads=size.heads
+    )
 
 
 def prepare(

@@ -33,10 +33,14 @@ class Average(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """A learned query attends to all tokens, and an MLP follows (MAP, arXiv 1810.00825; big_vision's models/vit.py)."""
+    """A learned query attends to all patches, and an MLP follows (MAP, arXiv 1810.00825; big_vision's models/vit.py).
+
+    Tokens in front of the patches are left out, as by timm.
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
+        self.prefix = config.prefix
         self.heads, width = config.heads, config.width
         self.probe = nn.Parameter(torch.empty(width))
         self.query = nn.Linear(width, width)
@@ -49,7 +53,8 @@ class AttentionPool(nn.Module):
         """Maps (b, prefix + n, d) to (b, d)."""
         query = self.query(self.probe).expand(len(tokens), 1, -1)
         q = rearrange(query, "b one (heads d) -> b heads one d", heads=self.heads)
-        k, v = rearrange(self.kv(tokens), "b n (two heads d) -> two b heads n d", two=2, heads=self.heads)
+        kv = self.kv(tokens[:, self.prefix :])
+        k, v = rearrange(kv, "b n (two heads d) -> two b heads n d", two=2, heads=self.heads)
         vector = self.project(rearrange(attend(q, k, v), "b heads one d -> b (one heads d)"))
         return vector + self.mlp(self.norm(vector))
 

@@ -18,6 +18,7 @@ from mpp.weights.format import Layout, Part
 # The first that recognises a file reads it: those that others' names could be taken for come last.
 FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, capi, mae, dino, timm)
 SHOWN = 6  # names of tensors in an error
+MISFITS = (KeyError, RuntimeError, ValueError, IndexError, TypeError)  # what tensors of another shape cause, or none
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         near = get_close_matches(name, names) or sorted(names)
         raise WeightsError(f"{source.path}: {name}: no setting of an encoder; did you mean {', '.join(near)}?")
     facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    if isinstance(facts.get("image"), int):
+        facts["image"] = (facts["image"], facts["image"])
     format = next((format for format in FORMATS if format.recognises(source)), None)
     if format is None:
         shown = ", ".join(list(source.tensors)[:SHOWN])
@@ -53,14 +56,14 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         raise WeightsError(f"{source.path}: {format.NAME}: {error}") from error
     head = _head(source, layout, encoder)
     modules = {"encoder": (encoder, layout.encoder), "head": (head, layout.head)}
-    wrong = _unused(source, layout)
+    wrong: list[str] = []
     for module, parts in modules.values():
         if module is not None:
             found, problems = _found(source, parts, module.state_dict())
             wrong += problems
             if not wrong:
                 module.load_state_dict(found)
-    if wrong:
+    if wrong := wrong + _unused(source, layout):
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise WeightsError(f"{source.path}: {format.NAME}: {'; '.join(wrong[:SHOWN])}{more}")
     numbers = range(0 if head is None else head.linear.out_features)
@@ -70,17 +73,21 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
 def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:
     if not layout.head:
         return None
-    sizes = {}
-    for name, part in layout.head.items():
-        if not all(piece in source.tensors for piece in part.names):
-            return Head(encoder.width, max(1, len(layout.classes)))  # what is missing is named later
-        sizes[name] = part.read(*(source.tensors[piece] for piece in part.names)).shape
-    return Head(encoder.width, sizes["linear.weight"][0], sizes["hidden.weight"][0] if "hidden.weight" in sizes else 0)
+
+    def units(name: str) -> int:
+        if name not in layout.head:
+            return 0
+        try:
+            return len(layout.head[name].read(*(source.tensors[piece] for piece in layout.head[name].names)))
+        except MISFITS:
+            return 1  # what is wrong with it is named later
+
+    return Head(encoder.width, max(1, units("linear.weight")), units("hidden.weight"))
 
 
 def _unused(source: Source, layout: Layout) -> list[str]:
     used = {name for parts in (layout.encoder, layout.head) for part in parts.values() for name in part.names}
-    return [f"{name} unexpected" for name in source.tensors.keys() - used - set(layout.aside)]
+    return [f"{name} unexpected" for name in source.tensors if name not in used and name not in layout.aside]
 
 
 def _found(source: Source, parts: dict[str, Part], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -95,7 +102,7 @@ def _found(source: Source, parts: dict[str, Part], own: dict[str, Tensor]) -> tu
         else:
             try:
                 value = parts[name].read(*(source.tensors[piece] for piece in pieces))
-            except (RuntimeError, ValueError, IndexError):  # torch's and einops' words for a shape that does not fit
+            except MISFITS:
                 value = torch.empty(0)
             if value.shape == ours.shape:
                 found[name] = value

@@ -185,11 +185,8 @@ def _pool(tensors: dict[str, Tensor], told: Told, facts: dict[str, Any], prefix:
         raise ValueError(f'fc_norm is of the patches\' average: expected pool="avg_norm", got {pool!r}')
     if "norm.weight" in tensors and pool == "avg_norm":
         raise ValueError("norm is of each token: expected pool=\"avg\" or another, got 'avg_norm'")
-    everything = told.args.get("pool_include_prefix", False)
-    if prefix and everything and pool in ("avg", "avg_norm"):
-        raise ValueError("pool_include_prefix: the average is of patches alone here")
-    if prefix and pool == "map" and not everything:
-        raise ValueError("attn_pool leaves out class token and registers, which are pooled as well here")
+    if prefix and told.args.get("pool_include_prefix", False) and pool != "cls":
+        raise ValueError("pool_include_prefix: patches alone are pooled here")
     return pool
 
 

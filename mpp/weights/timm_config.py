@@ -122,7 +122,6 @@ def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) 
         "no_embed_class": placed == 0,
         "global_pool": {"cls": "token", "map": "map"}.get(config.pool, "avg"),
         "fc_norm": config.pool == "avg_norm",
-        "pool_include_prefix": config.pool == "map" and config.prefix > 0,
         "norm_layer": {"layer": "layernorm", "rms": "rmsnorm"}[config.norm],
     }
     if not config.swiglu:

@@ -116,7 +116,7 @@ def _cost(folder: Path, known: dict[Any, int]) -> tuple[int, int, float]:
             before = row["step"]
     kind = recipe.model, recipe.objective
     if kind not in known:
-        known[kind] = cost(recipe)[0]
+        known[kind] = cost(recipe)
     return images, images * known[kind], seconds
 
 

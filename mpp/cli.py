@@ -152,6 +152,12 @@ def predict(options: argparse.Namespace) -> None:
     )
 
 
+def convert(options: argparse.Namespace) -> None:
+    from mpp.weights.convert import convert, facts_of
+
+    print(convert(options.weights, options.out, options.to, head=not options.encoder, **facts_of(options.overrides)))
+
+
 def recipes(options: argparse.Namespace) -> None:
     from mpp.recipe import list_recipes
 
@@ -304,6 +310,24 @@ def parser() -> argparse.ArgumentParser:
     predicted.add_argument("--out", type=Path, metavar="FILE", help=".jsonl or .csv; default: print them")
     predicted.add_argument("--top", type=int, default=5, help="classes named for each image (default: 5)")
     predicted.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, where images have labels")
+    converted = verb(
+        verbs,
+        "convert",
+        convert,
+        "Write weights, ours or others', as another library loads them, with a model card.",
+        "mpp convert runs/cifar10-finetune cifar10-vit --to timm, or: mpp convert mae.pth mae --to huggingface heads=2",
+    )
+    converted.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, or file or folder of weights")
+    converted.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    converted.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="what another's file can't tell, named as in a recipe's model section: heads=2 image=[96,128]",
+    )
+    formats = "timm, huggingface, google (.npz), safetensors (mpp's own) or export (torch.export)"
+    converted.add_argument("--to", required=True, metavar="FORMAT", help=formats)
+    converted.add_argument("--encoder", action="store_true", help="leave the head for classes away")
     verb(verbs, "recipes", recipes, "List the recipes with their sources and results.", "mpp recipes")
     return top
 

@@ -33,6 +33,7 @@ from mpp.loop import EvalConfig, TrainConfig
 from mpp.models.encoder import EncoderConfig
 from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.models.presets import presets
+from mpp.models.vit_config import ViTConfig
 from mpp.objectives import OBJECTIVES, Objective, ObjectiveConfig
 
 PRESET_SIZES = ("patch", "width", "depth", "heads", "mlp")  # of an encoder; its image is the data's
@@ -70,6 +71,9 @@ class Recipe:
             raise ValueError(f"train.{unit} must be above 0, got {duration}")
         if self.train.warmup > duration:
             raise ValueError(f"train.warmup ({self.train.warmup} {unit}) must not exceed train.{unit} ({duration})")
+        if self.train.activation_checkpointing and not isinstance(self.model, ViTConfig):
+            kind = self.model.name
+            raise ValueError(f"train.activation_checkpointing needs blocks (model.name vit), and model.name is {kind}")
         try:
             with torch.device("meta"):  # shapes without memory: what the constructors refuse is refused here
                 self.build()

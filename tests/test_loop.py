@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from conftest import shaken, tiny_config
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import FEW, Brightness, Cut, PowerCut, digests, fit, losses, masked, metrics
@@ -230,6 +230,30 @@ def test_bfloat16_gives_nearly_the_loss_and_gradients_of_float32(tiny_vit, batch
     assert found["bfloat16"][0] == pytest.approx(found["float32"][0], rel=0.03)
     assert found["bfloat16"][0] != found["float32"][0]
     assert F.cosine_similarity(found["bfloat16"][1], found["float32"][1], dim=0) > 0.99
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_activation_checkpointing_changes_memory_and_nothing_else(precision, batch):
+    # Fused attention for the blocks, randomness in them, and an output asked for at some places alone.
+    objective = shaken(MaskedPatchPrediction(ViT(tiny_config(depth=4, dropout=0.1, drop_path=0.2))))
+    found, kept = {}, {}
+    for checkpointing in (False, True):
+        config = replace(FEW, precision=precision, activation_checkpointing=checkpointing, compile=False)
+        sizes: dict[int, int] = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = forward_pass(objective, config)(batch)
+        loss.backward()
+        kept[checkpointing] = sum(sizes.values())
+        found[checkpointing] = [loss.detach(), *(parameter.grad for parameter in objective.parameters())]
+        objective.zero_grad()
+    assert all(torch.equal(*pair) for pair in zip(found[False], found[True], strict=True))
+    assert kept[True] < 0.5 * kept[False]
 
 
 @NO_BFLOAT16

@@ -115,6 +115,51 @@ def test_a_class_token_is_left_aside_where_patches_are_averaged():
     assert all(torch.equal(own[name], other[name]) for name in own if name != "positions.table")
 
 
+def test_a_norm_that_moves_behind_the_average_and_a_pool_that_was_not_there_start_anew():
+    # As MAE's fine-tuning, which deletes the encoder's norm and adds one behind the average.
+    for pool, fresh in {
+        "avg_norm": {"norm.weight", "norm.bias"},
+        "map": {"pooling.probe", "pooling.query.weight"},
+    }.items():
+        given, encoder = vit(pool="cls"), ViT(tiny_config(pool=pool, class_token=True))
+        before = {name: value.clone() for name, value in encoder.state_dict().items()}
+        encoder.adopt(given)
+        own, other = encoder.state_dict(), given.state_dict()
+        kept = {name for name in own if torch.equal(own[name], before[name])}
+        assert fresh <= kept
+        assert all(name.startswith(("pooling.",) if pool == "map" else "norm.") for name in kept)
+        assert all(torch.equal(own[name], other[name]) for name in own.keys() - kept)
+    given, encoder = vit(pool="map"), vit(pool="avg")
+    encoder.adopt(given)  # and attention pooling that is not wanted is left aside
+    assert torch.equal(encoder.blocks[1].mlp.expand.weight, given.blocks[1].mlp.expand.weight)
+
+
+@pytest.mark.parametrize("positions", ["learned", "learned2d", "relative", "rope", "sincos2d_mae"])
+def test_registers_and_all_kinds_of_positions_are_adopted(positions):
+    given = vit(positions=positions, registers=3, resize="bicubic_antialias")
+    encoder = vit(positions=positions, registers=3, image=(56, 40))
+    encoder.adopt(given)
+    pixels = images(56, 40)
+    torch.testing.assert_close(encoder(pixels), given(pixels), atol=1e-5, rtol=1e-5)
+
+
+def test_larger_patches_of_an_enlarged_image_are_the_same_tokens():
+    # FlexiViT (arXiv 2212.08013, section 3.4): the pseudo-inverse makes it exact where patches grow.
+    given = vit()
+    encoder = given.resized(image=(64, 96), patch=16)
+    pixels = torch.randn(3, 3, 4, 6, 8, 8)  # a grid of patches, each enlarged by itself
+    larger = F.interpolate(pixels.flatten(0, 3).unsqueeze(1), (16, 16), mode="bilinear").reshape(3, 3, 4, 6, 16, 16)
+    small, large = (maps.transpose(3, 4).flatten(4, 5).flatten(2, 3) for maps in (pixels, larger))
+    torch.testing.assert_close(encoder(large), given(small), atol=2e-4, rtol=2e-4)
+    assert encoder.config == tiny_config(image=(64, 96), patch=16)
+
+
+def test_an_mlp_mixer_keeps_its_grid():
+    given = vit(mixer="mlp", pool="avg")
+    assert refusal(vit(mixer="mlp", pool="avg", image=(32, 32)), given) == "model: image (32, 48) there, (32, 32) here"
+    vit(mixer="mlp", pool="avg", image=(64, 96), patch=16).adopt(given)
+
+
 def test_a_class_token_can_not_be_made_up():
     assert refusal(vit(), vit(pool="avg")) == "model: pool avg there, cls here"
 

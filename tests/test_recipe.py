@@ -111,6 +111,52 @@ def test_keys_of_another_kind_of_encoder_are_refused_by_name(key):
     assert refusal("model: {norm: batch}") == 'r.yaml: model.norm: expected one of layer, rms, found "batch"'
 
 
+def test_activation_checkpointing_needs_blocks():
+    found = refusal("train: {activation_checkpointing: true}", whole=RESNET)
+    assert found.endswith("train.activation_checkpointing needs blocks (model.name vit), and model.name is resnet")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("{mixer: pol}", "model.mixer must be of attention, mlp, pool, conv, identity, got 'pol'"),
+        ("{mixer: pool}", "model.pool cls needs attention in some block; mixer pool passes it nothing"),
+        ("{mixer: [pool, conv], pool: avg, registers: 2}", "registers needs attention in some block; mixer pool/conv"),
+        (
+            "{mixer: mlp, pool: avg, positions: rope}",
+            "positions rope work inside attention, and model.mixer is mlp",
+        ),
+        ("{mixer: []}", "model.mixer needs 1 to 12 names (model.depth), got 0"),
+        ("{stem: conv, patch: 14, image: 28}", "model.stem conv needs a model.patch of 2, 4, 8, 16, ..., got 14"),
+        ("{stem: conv, patch: 16, image: 32, width: 36, heads: 4}", "needs a model.width that 8 divides, got 36"),
+        (
+            "{stem: hybrid, patch: 8}",
+            "stem hybrid with 3 stages has stride 16, of which model.patch must be a multiple",
+        ),
+        ("{stem: hybrid, stages: [2, 0]}", "model.stages must be at least 1 each, got (2, 0)"),
+        ("{pool: cls, class_token: false}", "model.pool cls needs model.class_token"),
+        ("{registers: -1}", "model.registers must be 0 to 1000, got -1"),
+        ("{layer_scale: 0.0}", "model.layer_scale must be above 0, got 0.0"),
+        ("{positions: rope, width: 36, heads: 6}", "model.positions rope needs heads of a size that 4 divides, got 6"),
+        (
+            "{positions: rope_capi, registers: 2}",
+            "rope_capi needs model.registers that 4 divides, got 2",
+        ),
+        ("{positions: learned2d, width: 33, heads: 3}", "model.positions learned2d needs a model.width that 2 divides"),
+    ],
+)
+def test_parts_of_an_encoder_that_do_not_go_together_are_refused_by_name(model, expected):
+    assert expected in refusal(f"model: {model}")
+
+
+def test_a_single_mixer_needs_no_list():
+    mixed = load_recipe("cifar10/mpp", ["model.mixer=conv"]).model
+    assert mixed.mixer == ("conv",)
+    assert (
+        load_recipe("cifar10/mpp", ["model.mixer=[pool,attention]"]).model.mixers == ("pool",) * 2 + ("attention",) * 2
+    )
+
+
 def test_an_unknown_kind_of_encoder_is_refused_with_near_names():
     assert refusal("model: {name: resnt}") == 'r.yaml: model.name: unknown "resnt". Did you mean: resnet?'
 

@@ -149,7 +149,7 @@ class Pooling(OnGrid):
         super().__init__()
 
     def mix(self, patches: Tensor, grid: Grid) -> Tensor:
-        # Sums along either axis as products with band matrices: avg_pool2d's backward pass is many times slower on a CPU.
+        # Sums along either axis as products with band matrices: avg_pool2d's gradient is many times slower on a CPU.
         down, along = (self._near(side, patches) for side in grid)
         maps = along @ patches.unflatten(1, grid)  # (b, h, w, d)
         maps = down @ maps.flatten(2)  # (b, h, w * d)

@@ -1,8 +1,10 @@
 """Weights in and out: one file a format. `load_encoder` and `load_classifier` recognise what a path holds."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from mpp.errors import shown
 from mpp.models.classifier import Classifier
 from mpp.weights import files, foreign, own
 from mpp.weights.files import WeightsError
@@ -12,6 +14,8 @@ __all__ = ["WeightsError", "load_classifier", "load_encoder", "save_classifier",
 
 ENCODER = ("encoder.safetensors", "ema.safetensors", "model.safetensors")  # the last two in checkpoints
 CLASSIFIER = ("classifier.safetensors",)
+
+logger = logging.getLogger("mpp.weights")
 
 
 def load_encoder(path: str | Path, **facts: Any) -> Any:
@@ -29,9 +33,7 @@ def load_encoder(path: str | Path, **facts: Any) -> Any:
     if found := own.find(path, *ENCODER, *CLASSIFIER):
         _no_facts(found, facts)
         return own.load_encoder(found)
-    read = foreign.load(files.read(path), facts)
-    read.encoder.left_aside = read.aside
-    return read.encoder
+    return _foreign(path, facts).encoder
 
 
 def load_classifier(path: str | Path, **facts: Any) -> Classifier:
@@ -46,10 +48,19 @@ def load_classifier(path: str | Path, **facts: Any) -> Classifier:
         return own.load_classifier(found).eval()
     if own.find(path, *ENCODER):
         raise WeightsError(f"{path}: holds no classifier.safetensors, which a finished run with labels leaves")
-    read = foreign.load(files.read(path), facts)
+    read = _foreign(path, facts)
     if read.head is None:
         raise WeightsError(f"{path}: {read.format}: holds an encoder without a head for classes")
     return Classifier(read.encoder, read.head, read.classes).eval()
+
+
+def _foreign(path: Path, facts: dict[str, Any]) -> foreign.Foreign:
+    read = foreign.load(files.read(path), facts)
+    if read.aside:
+        some = ", ".join(map(shown, read.aside[:3])) + (", ..." if len(read.aside) > 3 else "")
+        logger.info("%s: %s: left aside %d of its parts: %s", shown(path), read.format, len(read.aside), some)
+    read.encoder.left_aside = read.aside
+    return read
 
 
 def _no_facts(path: Path, facts: dict[str, Any]) -> None:

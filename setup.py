@@ -40,6 +40,7 @@ setup(
             "mypy>=1.15",
             "webdataset>=1.0",
             "timm>=1.0",
+            "transformers>=5.0",
             "fsspec[http]>=2024.12",
             "s3fs>=2024.12",
             "moto[server]>=5",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,6 @@ def test_others_weights_become_ours_and_what_is_no_part_of_them_is_named(tmp_pat
     assert set(done.aside) == {"pooler.dense.weight", "pooler.dense.bias"}
     assert "left aside, as no part of it: 2 of the file's parts (pooler.dense." in str(done)
     again = load_encoder(tmp_path / "out")
-    assert {name: value for name, value in again.state_dict().items() if "positions" not in name}.keys()
     assert equal(again, given)
 
 
@@ -224,6 +224,7 @@ def test_an_exported_classifier_gives_equal_logits(tmp_path):
     assert_exported_equal(classifier(tiny(), hidden=6), tmp_path)
 
 
+@pytest.mark.slow
 def test_an_exported_model_needs_no_mpp(tmp_path):
     given = tiny(positions="sincos2d")
     convert(saved(given, tmp_path), tmp_path / "out", "export")
@@ -288,6 +289,13 @@ def test_a_folder_that_is_not_empty_stays_as_it_is(tmp_path):
     assert "cannot be written to" in refused(tmp_path, path, path, "timm")
 
 
+def test_the_working_directory_is_not_replaced(inside_tmp, tmp_path):
+    path = saved(tiny(), tmp_path)
+    (tmp_path / "here").mkdir()
+    os.chdir(tmp_path / "here")
+    assert refused(tmp_path, path, ".", "timm") == ".: is the working directory; choose a new folder"
+
+
 def test_what_a_format_cannot_hold_is_named_by_field(tmp_path):
     path = saved(tiny(registers=4), tmp_path)
     assert "registers 4" in refused(tmp_path, path, tmp_path / "out", "huggingface")
@@ -298,12 +306,17 @@ def test_what_a_format_cannot_hold_is_named_by_field(tmp_path):
 def test_weights_that_cannot_be_read_are_refused(tmp_path):
     assert "none.npz" in refused(tmp_path, tmp_path / "none.npz", tmp_path / "out", "timm")
     (tmp_path / "cut.safetensors").write_bytes(saved(tiny(), tmp_path).read_bytes()[:-9])
+    step = tmp_path / "run/checkpoints/step-00000004"
+    step.mkdir(parents=True)
+    (step / "model.safetensors").write_bytes(b"x" * 100)
+    (step / "state.json").write_text("{}")
+    assert "step-00000004" in refused(tmp_path, tmp_path / "run", tmp_path / "out", "timm")
     assert "cut.safetensors" in refused(tmp_path, tmp_path / "cut.safetensors", tmp_path / "out", "timm")
 
 
 def test_a_damaged_classifier_does_not_pass_for_an_encoder(tmp_path):
     path = saved(classifier(tiny()), tmp_path)
-    about = {"encoder": json.dumps({"width": 32, "classes": []})}
+    about = {"encoder": json.dumps(asdict(tiny_config(width=32, depth=1)) | {"classes": []})}
     save_file(load_file(path), path, about)
     assert "names no classes" in refused(tmp_path, path, tmp_path / "out", "timm")
 

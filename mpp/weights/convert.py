@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -75,6 +75,8 @@ def convert(weights: str | Path, out: str | Path, to: str, *, head: bool = True,
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(CHOICES)}"
         raise ConvertError(f"--to {shown(to)}: no format; {hint}")
     target = Path(out).resolve()
+    if target == Path.cwd():  # it is replaced, and a shell would be left in the old one
+        raise ConvertError(f"{shown(out)}: is the working directory; choose a new folder")
     partial = target.with_name(f".{target.name}.partial")
     with claimed(target, "another `mpp convert` is writing there"):
         if any(path.name != ".lock" for path in target.iterdir()):
@@ -141,8 +143,11 @@ def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
 
 def _names_classes(file: Path) -> bool:
     """Whether a file of ours holds a classifier: its metadata, JSON, has a key that no encoder's config has."""
-    with safe_open(file, "pt") as opened:
-        return '"classes":' in (opened.metadata() or {}).get("encoder", "")
+    try:
+        with safe_open(file, "pt") as opened:
+            return '"classes":' in (opened.metadata() or {}).get("encoder", "")
+    except (OSError, SafetensorError):
+        return False  # loading it says what is wrong
 
 
 def write(given: Given, folder: Path, to: str) -> None:

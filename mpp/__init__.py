@@ -16,7 +16,7 @@ _HOMES = {
     "train": "mpp.loop",
     "load_encoder": "mpp.weights",
     "load_classifier": "mpp.weights",
-    "convert": "mpp.weights.convert",
+    "convert": "mpp.export.convert",
     "read_shards": "mpp.data.read",
     "targets": "mpp",
     "eval": "mpp",

@@ -153,7 +153,7 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    from mpp.weights.convert import convert, facts_of
+    from mpp.export.convert import convert, facts_of
 
     print(convert(options.weights, options.out, options.to, head=not options.encoder, **facts_of(options.overrides)))
 

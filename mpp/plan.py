@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,14 @@ class RandomImages:
     """Batches of noise in the shape that a recipe reads: what a step costs does not depend on the pictures."""
 
     def __init__(self, recipe: Recipe, images: int) -> None:
-        model = recipe.model
-        pixels = torch.randint(0, 256, (images, model.channels, *model.image), dtype=torch.uint8)
-        self.batch = Batch(pixels, torch.zeros(images, dtype=torch.int64))
+        self.shape = (images, recipe.model.channels, *recipe.model.image)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Made when it is asked for: on a CPU no pixels are needed to choose a micro-batch."""
+        return Batch(
+            torch.randint(0, 256, self.shape, dtype=torch.uint8), torch.zeros(self.shape[0], dtype=torch.int64)
+        )
 
     def at(self, step: int) -> Batch:
         return self.batch

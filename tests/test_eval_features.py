@@ -12,6 +12,7 @@ from mpp.errors import UserError
 from mpp.eval import features
 from mpp.eval.features import ProbeError, extract, kept_blocks
 from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.mixers import Places
 from mpp.models.vit import ViT
 from mpp.shards.index import read_index
 from mpp.shards.write import make_shards
@@ -42,7 +43,7 @@ def test_features_are_class_token_and_average_patch_after_each_block(splits, poo
         first = (encoder.class_token + encoder.positions.table[:1]).expand(20, 1, -1)
         tokens = torch.cat([first, tokens], dim=1)
     for number, block in enumerate(encoder.blocks, 1):
-        tokens = block(tokens)
+        tokens = block(tokens, Places((4, 4), encoder.prefix))
         seen = encoder.norm(tokens) if number == 3 else tokens
         expected[f"average {number}"] = seen[:, encoder.prefix :].mean(1).detach()
         if pool == "cls":

@@ -310,7 +310,7 @@ def test_shards_without_labels_are_named(split, splits, tmp_path):
     ("setting", "expected"),
     [
         ("model.width=64", "width 32 there, 64 here"),
-        ("model.patch=2", "patch 4 there, 2 here"),
+        ("model.gelu=tanh", "gelu erf there, tanh here"),
         ("model.depth=3", "depth 2 there, 3 here"),
     ],
 )

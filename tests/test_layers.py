@@ -10,7 +10,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"eval"},
-    {"plan"},
+    {"plan", "export"},
     {"run"},
     {"recipe"},
     {"weights"},

@@ -163,8 +163,8 @@ def test_an_encoder_takes_any_size_of_image_and_says_which_channels_it_wants():
     [
         ({"depth": 20}, "model.depth must be one of 18, 34, 50, 101, got 20"),
         ({"width": 0}, "model.width must be 1 to 10000, got 0"),
-        ({"stem": "tiny"}, "model.stem must be imagenet or small, got 'tiny'"),
-        ({"norm": "layer"}, "model.norm must be batch or group, got 'layer'"),
+        ({"stem": "tiny"}, "model.stem must be one of imagenet, small, got 'tiny'"),
+        ({"norm": "layer"}, "model.norm must be one of batch, group, got 'layer'"),
         ({"image": (0, 32)}, "model.image must be at least 1x1"),
         ({"std": (0.0,)}, "model.std must be positive"),
     ],

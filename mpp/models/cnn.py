@@ -35,13 +35,8 @@ class ResNetConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth not in BLOCKS:
-            raise ValueError(f"model.depth must be one of {', '.join(map(str, BLOCKS))}, got {self.depth}")
         if not 1 <= self.width <= 10**4:
             raise ValueError(f"model.width must be 1 to {10**4}, got {self.width}")
-        for name, known in {"stem": ("imagenet", "small"), "norm": ("batch", "group")}.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"model.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
 
     def describe(self) -> str:
         return f"ResNet-{self.depth}, width {self.width}, {self.norm} norm"

@@ -1,10 +1,18 @@
 """What every encoder has in common: images of any kind in, one vector an image out."""
 
+import math
+import types
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+
+from mpp.errors import shown
+
+MOST_PIXELS = 2**16  # a side
 
 
 @dataclass(frozen=True)
@@ -18,8 +26,14 @@ class EncoderConfig:
     std: tuple[float, ...] = (0.5,)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        self.check_types(vars(self))
         if min(self.image) < 1:
             raise ValueError(f"model.image must be at least 1x1 pixels, got {self.image}")
+        if max(self.image) > MOST_PIXELS:
+            raise ValueError(f"model.image must be at most {MOST_PIXELS} pixels a side, got {self.image}")
         if not 1 <= self.channels <= 1000:
             raise ValueError(f"model.channels must be 1 to 1000, got {self.channels}")
         for name in ("mean", "std"):
@@ -28,9 +42,40 @@ class EncoderConfig:
         if min(self.std) <= 0:
             raise ValueError(f"model.std must be positive, got {self.std}")
 
+    @classmethod
+    def check_types(cls, values: Mapping[str, Any]) -> None:
+        """Raises ValueError for the first of some settings that is not of its field's type, or none of its choices."""
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if not fits(value, hints[name]):
+                hint, found = hints[name], shown(repr(value)[:80])
+                choices = get_args(hint) if get_origin(hint) is Literal else ()
+                expected = (
+                    f"one of {', '.join(map(str, choices))}"
+                    if choices
+                    else (hint.__name__ if hint in (int, float, bool, str) else hint)
+                )
+                raise ValueError(f"model.{name} must be {expected}, got {found}")
+
     def describe(self) -> str:
         """The encoder in a few words, for tables."""
         return self.name
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value, given in Python, is of a setting's type; numbers must be finite."""
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if get_origin(hint) is tuple:
+        wanted = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+        return isinstance(value, tuple) and len(value) == len(wanted) and all(map(fits, value, wanted))
+    if hint in (int, float):
+        kind = Integral if hint is int else Real
+        return isinstance(value, kind) and not isinstance(value, bool) and bool(-math.inf < value < math.inf)
+    return type(value) is hint
 
 
 class Encoder(nn.Module):
@@ -52,8 +97,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         for name in ("mean", "std"):
-            value = torch.tensor(getattr(config, name)).expand(config.channels).reshape(-1, 1, 1)
-            self.register_buffer(name, value.contiguous(), persistent=False)  # kept in the config
+            self.register_buffer(name, self._by_channel(name), persistent=False)  # kept in the config
+
+    def _by_channel(self, name: str) -> Tensor:
+        value = torch.tensor(getattr(self.config, name)).expand(self.config.channels).reshape(-1, 1, 1)
+        return value.contiguous()
 
     def normalise(self, images: Tensor) -> Tensor:
         """Maps uint8 images to float32 with the encoder's mean and std; leaves float images as they are."""
@@ -79,3 +127,13 @@ class Encoder(nn.Module):
                 pairs[name] = here, here
         if wrong := [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]:
             raise ValueError(f"model: {'; '.join(wrong)}")
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives a module that was made on the "meta" device, as an encoder with its head, memory on the CPU and weights."""
+    module.to_empty(device="cpu")
+    for part in module.modules():
+        if isinstance(part, Encoder):
+            for name in ("mean", "std"):
+                part.get_buffer(name).copy_(part._by_channel(name))
+    module.load_state_dict(tensors)

@@ -47,9 +47,9 @@ class ViTConfig(EncoderConfig):
     drop_path: float = 0.0  # chance that the last block's branches leave out an image; falls linearly to 0 at the first
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.mixer, str):
             object.__setattr__(self, "mixer", (self.mixer,))
+        super().__post_init__()
         height, width = self.image
         if self.patch < 1 or height % self.patch or width % self.patch or min(height, width) < self.patch:
             raise ValueError(f"model.image ({height}, {width}) must be a multiple of model.patch ({self.patch})")
@@ -100,8 +100,8 @@ class ViTConfig(EncoderConfig):
                     f"model.stem conv needs a model.width that {self.patch // 2} divides, got {self.width}"
                 )
         if self.stem == "hybrid":
-            if any(units < 1 for units in self.stages):
-                raise ValueError(f"model.stages must be at least 1 each, got {self.stages}")
+            if any(not 1 <= units <= 1000 for units in self.stages):
+                raise ValueError(f"model.stages must be 1 to 1000 each, got {self.stages}")
             if self.patch % self.resnet_stride:
                 raise ValueError(
                     f"model.stem hybrid with {len(self.stages)} stages has stride {self.resnet_stride}, "

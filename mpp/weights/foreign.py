@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpp.errors import cause, shown
 from mpp.models.classifier import Head
+from mpp.models.encoder import fill
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import big_vision, capi, dino, google, huggingface, mae, timm
@@ -42,30 +44,41 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         near = get_close_matches(name, names) or sorted(names)
         raise WeightsError(f"{source.path}: {name}: no setting of an encoder; did you mean {', '.join(near)}?")
     facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-    if isinstance(facts.get("image"), int):
+    if type(facts.get("image")) is int:
         facts["image"] = (facts["image"], facts["image"])
+    if type(facts.get("mixer")) is str:
+        facts["mixer"] = (facts["mixer"],)
+    try:
+        ViTConfig.check_types(facts)
+    except ValueError as error:
+        raise WeightsError(f"{shown(source.path)}: {error}") from error
     format = next((format for format in FORMATS if format.recognises(source)), None)
     if format is None:
-        shown = ", ".join(list(source.tensors)[:SHOWN])
+        some = ", ".join(map(shown, list(source.tensors)[:SHOWN]))
         known = ", ".join(known.NAME for known in FORMATS)
-        raise WeightsError(f"{source.path}: none of the formats {known}; its tensors: {shown}, ...")
+        raise WeightsError(f"{shown(source.path)}: none of the formats {known}; its tensors: {some}, ...")
+    place = f"{shown(source.path)}: {format.NAME}"
     try:
         layout: Layout = format.layout(source, facts)
-        encoder = ViT(replace(layout.config, **facts))
-    except (ValueError, TypeError) as error:
-        raise WeightsError(f"{source.path}: {format.NAME}: {error}") from error
-    head = _head(source, layout, encoder)
-    modules = {"encoder": (encoder, layout.encoder), "head": (head, layout.head)}
+        with torch.device("meta"):  # what the file claims costs no memory before its tensors are seen to be there
+            encoder = ViT(replace(layout.config, **facts))
+    except (*MISFITS, ArithmeticError) as error:
+        raise WeightsError(f"{place}: {shown(cause(error))}") from error
+    with torch.device("meta"):
+        head = _head(source, layout, encoder)
     wrong: list[str] = []
-    for module, parts in modules.values():
+    used = set(layout.aside)
+    for module, parts in ((encoder, layout.encoder), (head, layout.head)):
         if module is not None:
-            found, problems = _found(source, parts, module.state_dict())
+            found, problems = _found(source, parts, own := module.state_dict())
             wrong += problems
+            used |= {piece for name in own.keys() & parts.keys() for piece in parts[name].names}
             if not wrong:
-                module.load_state_dict(found)
-    if wrong := wrong + _unused(source, layout):
+                fill(module, found)
+    wrong += [f"{shown(name)} unexpected" for name in source.tensors if name not in used]
+    if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise WeightsError(f"{source.path}: {format.NAME}: {'; '.join(wrong[:SHOWN])}{more}")
+        raise WeightsError(f"{place}: {'; '.join(wrong[:SHOWN])}{more}")
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
 
@@ -83,11 +96,6 @@ def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:
             return 1  # what is wrong with it is named later
 
     return Head(encoder.width, max(1, units("linear.weight")), units("hidden.weight"))
-
-
-def _unused(source: Source, layout: Layout) -> list[str]:
-    used = {name for parts in (layout.encoder, layout.head) for part in parts.values() for name in part.names}
-    return [f"{name} unexpected" for name in source.tensors if name not in used and name not in layout.aside]
 
 
 def _found(source: Source, parts: dict[str, Part], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

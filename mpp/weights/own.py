@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from mpp import checkpoint
 from mpp.files import write_atomically
 from mpp.models.classifier import Classifier, Head
-from mpp.models.encoder import Encoder
+from mpp.models.encoder import Encoder, fill
 from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.weights.files import WeightsError
 
@@ -70,7 +71,8 @@ def load_classifier(path: Path) -> Classifier:
         raise WeightsError(f"{path}: holds no classifier of mpp (its metadata names no classes)")
     classes = [str(name) for name in classes]
     hidden = len(tensors["head.hidden.bias"]) if "head.hidden.bias" in tensors else 0
-    classifier = Classifier(encoder, Head(encoder.width, len(classes), hidden), classes)
+    with torch.device("meta"):
+        classifier = Classifier(encoder, Head(encoder.width, len(classes), hidden), classes)
     _fill(classifier, tensors, path)
     return classifier
 
@@ -101,8 +103,9 @@ def _built(metadata: dict[str, str], path: Path) -> Encoder:
         _, kind = ENCODERS[values.get("name", "vit")]
         names = {field.name for field in fields(kind)}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
-        return build_encoder(kind(**known))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        with torch.device("meta"):  # what a file claims costs no memory before its tensors are seen to be there
+            return build_encoder(kind(**known))
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: its encoder's config does not fit ({error})") from error
 
 
@@ -112,4 +115,4 @@ def _fill(module: nn.Module, found: dict[str, Tensor], path: Path) -> None:
     wrong += [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
     if wrong:
         raise WeightsError(f"{path}: {', '.join(wrong[:5])} missing, unexpected or of another shape")
-    module.load_state_dict(found)
+    fill(module, found)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from mpp.errors import UserError, cause, counted, shown
+from mpp.export.card import WRITERS, card, facts_needed
+from mpp.export.origin import Given
 from mpp.files import FileError, claimed, sync, write_atomically
 from mpp.models.classifier import Classifier
 from mpp.models.encoder import Encoder
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import CLASSIFIER, ENCODER, files, foreign, own
-from mpp.weights.card import WRITERS, card, facts_needed
-from mpp.weights.origin import Given
 
 CHOICES = (*WRITERS, "safetensors", "export")
 EXPORTED = "model.pt2"

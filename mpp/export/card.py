@@ -11,12 +11,12 @@ from types import ModuleType
 from typing import Any
 
 from mpp.errors import counted
+from mpp.export.markdown import block, code
+from mpp.export.origin import Given, origin, results
 from mpp.models.encoder import Encoder
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import google, huggingface, timm
-from mpp.weights.markdown import block, code
-from mpp.weights.origin import Given, origin, results
 
 WRITERS: dict[str, ModuleType] = {format.NAME: format for format in (timm, huggingface, google)}
 TITLES = {"timm": "timm", "huggingface": "transformers", "google": "vit_jax"}  # of the libraries that load them

@@ -13,12 +13,12 @@ from conftest import shaken, tiny_config
 from safetensors.torch import load_file, save_file
 from tiny_runs import LABELS, RECIPE, run, small_splits, write_recipe
 
+from mpp.export.card import WRITERS
+from mpp.export.convert import CHOICES, convert
+from mpp.export.markdown import block, code, table
 from mpp.models.classifier import Classifier, Head
 from mpp.models.vit import ViT
 from mpp.weights import save_classifier, save_encoder
-from mpp.weights.card import WRITERS
-from mpp.weights.convert import CHOICES, convert
-from mpp.weights.markdown import block, code, table
 
 HOSTILE = (
     "a`b",

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import mpp
 from mpp.errors import UserError
+from mpp.export import convert as module
+from mpp.export.convert import CHOICES, ConvertError, convert, facts_of
 from mpp.models.classifier import Classifier, Head
 from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.vit import ViT
-from mpp.weights import convert as module
 from mpp.weights import load_classifier, load_encoder, save_classifier, save_encoder
-from mpp.weights.convert import CHOICES, ConvertError, convert, facts_of
 
 NAMES = ("cat", "dög", '"')
 # What the three formats can hold, each in its own way.
@@ -383,7 +383,7 @@ def test_a_conversion_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
 def test_a_killed_conversion_leaves_no_folder_that_looks_whole(tmp_path):
     path, out = saved(tiny(), tmp_path), tmp_path / "out"
     code = (
-        "import mpp, time; from mpp.weights import convert as module;"
+        "import mpp, time; from mpp.export import convert as module;"
         "module.check = lambda *_: time.sleep(60);"
         f"mpp.convert({str(path)!r}, {str(out)!r}, 'timm')"
     )

@@ -1,0 +1,1 @@
+"""Weights out: `convert` writes a folder that other libraries load, with a model card."""

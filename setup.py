@@ -41,6 +41,7 @@ setup(
             "webdataset>=1.0",
             "timm>=1.0",
             "transformers>=5.0",
+            "markdown-it-py>=3",
             "fsspec[http]>=2024.12",
             "s3fs>=2024.12",
             "moto[server]>=5",

@@ -217,3 +217,25 @@ def test_a_resnet_of_another_shape_is_refused(changes, expected):
 def test_one_kind_does_not_take_anothers_weights():
     assert refusal(vit(), small()) == "model: name resnet there, vit here"
     assert refusal(small(), vit()).startswith("model: name vit there, resnet here; ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"gelu": "relu"}, "model.gelu must be one of erf, tanh, got 'relu'"),
+        ({"resize": "nearest"}, "model.resize must be one of bilinear, .*, got 'nearest'"),
+        ({"width": 64.0}, "model.width must be int, got 64.0"),
+        ({"mixer": (["pool"],)}, r"model.mixer must be tuple\[str, ...\], got \(\['pool'\],\)"),
+        ({"norm_eps": float("nan")}, "model.norm_eps must be float, got nan"),
+        ({"image": (10**12, 8)}, "model.image must be at most 65536 pixels a side"),
+        ({"stem": "hybrid", "stages": (10**9,)}, "model.stages must be 1 to 1000 each"),
+    ],
+)
+def test_settings_of_another_type_or_size_are_refused_by_name(changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        tiny_config(**changes)
+
+
+def test_lists_are_taken_for_tuples_and_numpys_numbers_for_numbers():
+    assert tiny_config(image=[32, 48], mixer=["pool", "attention"]) == tiny_config(mixer=("pool", "attention"))
+    assert tiny_config(width=np.int64(64)) == tiny_config()

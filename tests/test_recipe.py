@@ -133,7 +133,7 @@ def test_activation_checkpointing_needs_blocks():
             "{stem: hybrid, patch: 8}",
             "stem hybrid with 3 stages has stride 16, of which model.patch must be a multiple",
         ),
-        ("{stem: hybrid, stages: [2, 0]}", "model.stages must be at least 1 each, got (2, 0)"),
+        ("{stem: hybrid, stages: [2, 0]}", "model.stages must be 1 to 1000 each, got (2, 0)"),
         ("{pool: cls, class_token: false}", "model.pool cls needs model.class_token"),
         ("{registers: -1}", "model.registers must be 0 to 1000, got -1"),
         ("{layer_scale: 0.0}", "model.layer_scale must be above 0, got 0.0"),

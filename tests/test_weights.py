@@ -14,7 +14,7 @@ from mpp.errors import UserError
 from mpp.models.classifier import Classifier, Head
 from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.vit import ViT
-from mpp.weights import WeightsError, load_classifier, load_encoder, save_classifier, save_encoder
+from mpp.weights import WeightsError, load_classifier, load_encoder, save_classifier, save_encoder, timm
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +250,60 @@ def test_an_encoder_that_does_not_fit_on_the_disk_leaves_the_old_one(tiny_vit, t
             save_encoder(tiny_vit, disk / "encoder.safetensors")
         assert equal(load_encoder(disk), small.state_dict())
         assert [path.name for path in disk.iterdir()] == ["encoder.safetensors"]
+
+
+def test_a_config_that_claims_what_the_tensors_are_not_costs_no_memory(encoder_file):
+    config = {**asdict(tiny_config()), "width": 10**5, "depth": 100}  # 48 TB of weights
+    save_file(load_file(encoder_file), encoder_file, {"encoder": json.dumps(config)})
+    assert "missing, unexpected or of another shape" in refused(encoder_file)
+
+
+def test_loading_draws_no_random_numbers(encoder_file):
+    before = torch.get_rng_state()
+    load_encoder(encoder_file)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def foreign_file(tiny_vit, tmp_path):
+    (tmp_path / "timm.safetensors").write_bytes(timm.write(tiny_vit, None, ())["model.safetensors"])
+    return tmp_path / "timm.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("fact", "expected"),
+    [
+        ({"heads": "2"}, "model.heads must be int, got '2'"),
+        ({"heads": True}, "model.heads must be int, got True"),
+        ({"image": "x\n"}, "model.image must be tuple[int, int], got 'x\\n'"),
+        ({"image": (16,)}, "model.image must be tuple[int, int], got (16,)"),
+        ({"mean": (float("nan"),)}, "model.mean must be tuple[float, ...], got (nan,)"),
+        ({"gelu": "relu"}, "model.gelu must be one of erf, tanh, got 'relu'"),
+        ({"pool": "max"}, "model.pool must be one of cls, avg, avg_norm, map, got 'max'"),
+        ({"width": 10**6}, "where (1000000,) for class_token was expected"),
+        # What the file holds is not left out because a fact has no place for it.
+        ({"depth": 1}, "blocks.1.attn.proj.bias unexpected"),
+        ({"bias": False}, "blocks.0.attn.proj.bias unexpected"),
+        ({"norm": "rms"}, "blocks.0.norm1.bias unexpected"),
+        ({"positions": "none"}, "pos_embed unexpected"),
+        ({"mixer": ["attention", "pool"]}, "blocks.1.attn.proj.weight unexpected"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused_by_name(fact, expected, foreign_file):
+    facts = {"heads": 2, "image": (32, 48)} | fact
+    assert expected in refused(foreign_file, lambda path: load_encoder(path, **facts))
+
+
+def test_names_that_others_chose_are_shown_harmless(foreign_file):
+    save_file(load_file(foreign_file) | {"red\x1b[31m": torch.zeros(1)}, foreign_file)
+    told = refused(foreign_file, lambda path: load_encoder(path, heads=2, image=(32, 48)))
+    assert "red\\x1b[31m unexpected" in told
+    assert told.isprintable()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1, 0, 64), (0, 0, 0, 0), (64, 3, 0, 0)])
+@pytest.mark.parametrize("name", ["pos_embed", "patch_embed.proj.weight", "cls_token", "blocks.0.mlp.fc2.weight"])
+@pytest.mark.parametrize("facts", [{}, {"heads": 2, "image": (32, 48)}])
+def test_tensors_of_any_shape_are_refused_in_one_line(facts, name, shape, foreign_file):
+    save_file(load_file(foreign_file) | {name: torch.zeros(shape)}, foreign_file)
+    refused(foreign_file, lambda path: load_encoder(path, **facts))

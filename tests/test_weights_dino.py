@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from mpp.weights import dino, files, foreign
 from mpp.weights.files import WeightsError
@@ -148,7 +147,8 @@ def test_a_bare_backbone_of_dino_is_timms_to_the_last_tensor(tmp_path: Path):
 
 
 def test_transformers_gives_the_same_with_the_same_weights(tmp_path: Path):
-    config = Dinov2WithRegistersConfig(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(
         hidden_size=WIDTH,
         num_hidden_layers=DEPTH,
         num_attention_heads=HEADS,
@@ -160,7 +160,7 @@ def test_transformers_gives_the_same_with_the_same_weights(tmp_path: Path):
     tensors = in_float32(dino2(REGISTERS, swiglu=True))
     config.save_pretrained(tmp_path / "peer")
     save_file(in_transformers(tensors), tmp_path / "peer" / "model.safetensors", {"format": "pt"})
-    peer, report = Dinov2WithRegistersModel.from_pretrained(tmp_path / "peer", output_loading_info=True)
+    peer, report = transformers.Dinov2WithRegistersModel.from_pretrained(tmp_path / "peer", output_loading_info=True)
     assert not any(report.values())
     encoder = load(saved(tmp_path, tensors)).encoder.eval()
     images = torch.randn(2, 3, 64, 48)

@@ -324,6 +324,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path, name: str) -> None:
     ("settings", "words"),
     [
         ({"model_type": "swin"}, "model_type must be one of vit, .*'swin'"),
+        ({"model_type": ["vit"]}, r"model_type must be one of vit, .*\['vit'\]"),
         ({"hidden_act": "relu"}, "hidden_act must be one of gelu, .*'relu'"),
         ({"patch_size": [8, 4]}, "patch_size must be square"),
         ({"patch_size": 16}, r"patch_size is 16, but 8 by vit\.embeddings"),

@@ -49,12 +49,8 @@ class EncoderConfig:
         for name, value in values.items():
             if not fits(value, hints[name]):
                 hint, found = hints[name], shown(repr(value)[:80])
-                choices = get_args(hint) if get_origin(hint) is Literal else ()
-                expected = (
-                    f"one of {', '.join(map(str, choices))}"
-                    if choices
-                    else (hint.__name__ if hint in (int, float, bool, str) else hint)
-                )
+                plain = hint.__name__ if hint in (int, float, bool, str) else hint
+                expected = f"one of {', '.join(map(str, get_args(hint)))}" if get_origin(hint) is Literal else plain
                 raise ValueError(f"model.{name} must be {expected}, got {found}")
 
     def describe(self) -> str:
@@ -73,8 +69,8 @@ def fits(value: Any, hint: Any) -> bool:
         wanted = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
         return isinstance(value, tuple) and len(value) == len(wanted) and all(map(fits, value, wanted))
     if hint in (int, float):
-        kind = Integral if hint is int else Real
-        return isinstance(value, kind) and not isinstance(value, bool) and bool(-math.inf < value < math.inf)
+        number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+        return number and bool(-math.inf < value < math.inf)
     return type(value) is hint
 
 

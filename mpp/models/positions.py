@@ -6,6 +6,7 @@ Some are vectors added to the tokens, some turn the queries and keys of attentio
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,11 +129,36 @@ class Learned2d(Positions):
             nn.init.normal_(parameter, std=STD)
 
 
-class SinCos2d(Positions):
+class Fixed(Positions):
+    """Positions that are computed, once for each grid; that of the config's own grid is a constant to torch.compile."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.native = self.make(config.grid)
+
+    def make(self, grid: Grid) -> Tensor:
+        """The table of a grid, float32 on the module's device."""
+        raise NotImplementedError
+
+    def table(self, grid: Grid) -> Tensor:
+        """The same, without computing it again."""
+        return self.native if plain(grid) == self.config.grid else self.make(grid)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves the module; the table goes to its new device and stays float32, as no buffer would."""
+        super()._apply(fn, recurse)
+        self.native = self.make(self.config.grid)
+        return self
+
+
+class SinCos2d(Fixed):
     """Fixed sines and cosines of a patch's column and row; three layouts, after `config.positions`."""
 
-    def patches(self, grid: Grid) -> Tensor:
+    def make(self, grid: Grid) -> Tensor:
         return fixed(SINCOS[self.config.positions], self.place.device, grid, self.config.width)
+
+    def patches(self, grid: Grid) -> Tensor:
+        return self.table(grid)
 
 
 class Relative(Positions):
@@ -173,14 +199,17 @@ class Relative(Positions):
         nn.init.zeros_(self.table)
 
 
-class Rope(Positions):
+class Rope(Fixed):
     """Rotary positions along both axes (DINOv3, arXiv 2508.10104): scores depend on offsets alone."""
 
-    def angles(self, grid: Grid) -> Tensor:
+    def make(self, grid: Grid) -> Tensor:
         return fixed(rope, self.place.device, grid, self.config.head, self.config.prefix)
 
+    def angles(self, grid: Grid) -> Tensor:
+        return self.table(grid)
 
-class RopeCAPI(Positions):
+
+class RopeCAPI(Rope):
     """CAPI's rotary positions (arXiv 2502.08769, its code's model.py), for its published weights.
 
     No rotation, strictly: `turn` pairs channel i with i + head / 2, hence one that has the row's angle with one that
@@ -188,7 +217,7 @@ class RopeCAPI(Positions):
     dropped it moves them to the edge of those that are left, which we do not. It has no class token; ours stays as is.
     """
 
-    def angles(self, grid: Grid) -> Tensor:
+    def make(self, grid: Grid) -> Tensor:
         config = self.config
         return fixed(rope_capi, self.place.device, grid, config.head, int(config.has_class_token), config.registers)
 
@@ -229,28 +258,25 @@ def turn(values: Tensor, angles: Tensor) -> Tensor:
 
 
 def fixed(make: Callable[..., Tensor], device: torch.device, grid: Grid, *sizes: int) -> Tensor:
-    """`make(grid, *sizes)` in float32 on a device, computed once for all encoders; a constant to torch.compile."""
-    return made(make, device, *plain(grid), *sizes)
-
-
-def plain(grid: Grid) -> Grid:
-    """The grid in numbers that torch.compile knows (and compiles again for others), even if it traces any size."""
-    return operator.index(grid[0]), operator.index(grid[1])
-
-
-@torch.compiler.assume_constant_result
-def made(make: Callable[..., Tensor], device: torch.device, rows: int, columns: int, *sizes: int) -> Tensor:
-    """What `fixed` says, from the tables kept where it is there."""
-    key = (make, device, rows, columns, *sizes)
+    """`make(grid, *sizes)` in float32 on a device, computed once for all encoders; in compiled code each time."""
+    grid = plain(grid)
+    if torch.compiler.is_compiling():
+        return make(grid, *sizes).to(device, torch.float32)
+    key = (make, device, *grid, *sizes)
     if (table := TABLES.get(key)) is not None:
         return table
     with torch.inference_mode(False):  # a table made while evaluating must serve training
-        table = make((rows, columns), *sizes).to(device, torch.float32)
+        table = make(grid, *sizes).to(device, torch.float32)
     if type(table) is Tensor:  # and not the stand-in of a tracer
         if len(TABLES) >= MOST_TABLES:
             TABLES.pop(next(iter(TABLES)))
         TABLES[key] = table
     return table
+
+
+def plain(grid: Grid) -> Grid:
+    """The grid in numbers that torch.compile knows (and compiles again for others), even if it traces any size."""
+    return operator.index(grid[0]), operator.index(grid[1])
 
 
 def steps(count: int) -> Tensor:

@@ -15,7 +15,7 @@ from mpp.weights.files import Source
 from mpp.weights.format import IMAGENET_MEAN, IMAGENET_STD, Layout, Part, heads_of, image_of, shape_of
 
 NAME = "dino"
-BLOCK = re.compile(r"(blocks\.(?:\d+\.)?(\d+))\.[a-z]")  # in a chunk, blocks.CHUNK.BLOCK, each keeps its own number
+BLOCK = re.compile(r"(blocks\.(?:\d+\.)?(\d{1,9}))\.[a-z]")  # in a chunk, blocks.CHUNK.BLOCK, each keeps its own number
 BESIDE = {"student", "teacher", "dino_loss", "dino_head", "ibot_head"}  # parts of a checkpoint other than the backbone
 HEADS = "dino_head.", "ibot_head."
 

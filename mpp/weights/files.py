@@ -117,9 +117,7 @@ def _file(path: Path) -> Source:
         return reader(path) if reader is _npz else _beside(reader(path))
     except WeightsError:
         raise
-    except (
-        Exception
-    ) as error:  # bytes that others chose make the readers of torch, numpy and safetensors raise anything
+    except Exception as error:  # bytes that others chose make torch, numpy and safetensors raise anything
         raise WeightsError(f"{shown(path)}: not whole, or damaged ({_reason(error)})") from error
 
 

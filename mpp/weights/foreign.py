@@ -75,10 +75,10 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
             used |= {piece for name in own.keys() & parts.keys() for piece in parts[name].names}
             if not wrong:
                 fill(module, found)
-    wrong += [f"{shown(name)} unexpected" for name in source.tensors if name not in used]
+    wrong += [f"{name} unexpected" for name in source.tensors if name not in used]
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise WeightsError(f"{place}: {'; '.join(wrong[:SHOWN])}{more}")
+        raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
 

@@ -59,7 +59,7 @@ class Names:
 def recognises(source: Source) -> bool:
     """Whether config.json or the tensors' names are transformers'; `layout` refuses models that are not of FAMILIES."""
     marks = (f"{PROJECTION}.weight", TABLE)
-    return source.config.get("model_type") in FAMILIES or any(name.endswith(marks) for name in source.tensors)
+    return str(source.config.get("model_type")) in FAMILIES or any(name.endswith(marks) for name in source.tensors)
 
 
 def layout(source: Source, facts: dict[str, Any]) -> Layout:
@@ -130,7 +130,7 @@ def _kind(source: Source) -> str:
         scaled = any(name.endswith(".lambda1") for name in source.tensors)
         masked = any(name.startswith("decoder.decoder_") for name in source.tensors)
         kind = "dinov2_with_registers" if registers else "dinov2" if scaled else "vit_mae" if masked else "vit"
-    if kind not in FAMILIES:
+    if str(kind) not in FAMILIES:
         raise ValueError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, found {kind!r}")
     return kind
 

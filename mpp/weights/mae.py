@@ -41,9 +41,9 @@ def _has_table(source: Source) -> bool:
     table = source.tensors.get("pos_embed")
     if {"architecture", "pretrained_cfg"} & source.config.keys():
         return False
-    if table is None or table.ndim != 3 or table.shape[0] != 1 or table.shape[2] % 4:
+    if table is None or not table.is_floating_point() or table.ndim != 3 or table.shape[0] != 1 or table.shape[2] % 4:
         return False
-    side = math.isqrt(table.shape[1] - 1)
+    side = math.isqrt(max(0, table.shape[1] - 1))
     if side < 2 or side * side != table.shape[1] - 1:
         return False
     original = sincos2d_mae((side, side), table.shape[2]).to(table.dtype)

@@ -28,6 +28,7 @@ from mpp.data.batches import batches_of
 from mpp.data.config import DataConfig
 from mpp.errors import UserError
 from mpp.files import write_atomically
+from mpp.hints import fits
 from mpp.log import LogConfig
 from mpp.loop import EvalConfig, TrainConfig
 from mpp.models.encoder import EncoderConfig
@@ -326,7 +327,7 @@ def _check(values: dict[str, Any], hints: dict[str, Any], source: str, above: st
             for name, part in value.items():
                 if part is not None:  # null leaves out what a base names
                     _check({name: part}, {name: _required(get_args(hints[key])[1])}, source, f"{dotted}.")
-        elif not _fits(value, hints[key]):
+        elif not fits(_tupled(value), hints[key]):
             raise RecipeError(f"{source}: {dotted}: expected {_expected(hints[key])}, found {_shown(value)}")
 
 
@@ -335,18 +336,9 @@ def _required(hint: Any) -> Any:
     return next(part for part in get_args(hint) if part is not type(None)) if type(None) in get_args(hint) else hint
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is Literal:
-        return any(type(value) is type(part) and value == part for part in parts)
-    if origin is tuple:
-        wanted = parts[:1] * len(value) if isinstance(value, list) and parts[-1] is ... else parts
-        return isinstance(value, list) and len(value) == len(wanted) and all(map(_fits, value, wanted))
-    if hint is float:
-        return type(value) in (int, float) and -math.inf < value < math.inf
-    return type(value) is hint and (hint is not int or abs(value) < 2**63)  # torch's whole numbers
+def _tupled(value: Any) -> Any:
+    """YAML's lists as the tuples that configs hold."""
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 def _expected(hint: Any) -> str:

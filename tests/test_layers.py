@@ -21,7 +21,7 @@ LAYERS = [
     {"remote", "decode_cuda"},
     {"decode"},
     {"files", "hardware"},
-    {"batch", "seeds", "errors"},
+    {"batch", "seeds", "errors", "hints"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 

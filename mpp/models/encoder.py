@@ -1,16 +1,14 @@
 """What every encoder has in common: images of any kind in, one vector an image out."""
 
-import math
-import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from numbers import Integral, Real
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from mpp.errors import shown
+from mpp.hints import fits
 
 MOST_PIXELS = 2**16  # a side
 
@@ -56,22 +54,6 @@ class EncoderConfig:
     def describe(self) -> str:
         """The encoder in a few words, for tables."""
         return self.name
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value, given in Python, is of a setting's type; numbers must be finite."""
-    parts = get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(part) and value == part for part in parts)
-    if get_origin(hint) is tuple:
-        wanted = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
-        return isinstance(value, tuple) and len(value) == len(wanted) and all(map(fits, value, wanted))
-    if hint in (int, float):
-        number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-        return number and bool(-math.inf < value < math.inf)
-    return type(value) is hint
 
 
 class Encoder(nn.Module):

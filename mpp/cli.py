@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -351,6 +352,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `mpp plan RECIPE | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(1) from None
     except UserError as error:
         print(f"mpp: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -358,7 +363,5 @@ def main(arguments: list[str] | None = None) -> None:
         print("mpp: stopped", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        if remote := sys.modules.get(
-            "mpp.remote.cache"
-        ):  # what still waits for a server would keep Python from exiting
-            remote.close_caches()
+        if remote := sys.modules.get("mpp.remote.cache"):
+            remote.close_caches()  # what still waits for a server would keep Python from exiting

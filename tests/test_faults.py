@@ -6,6 +6,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 import zlib
 from functools import partial
@@ -562,3 +563,12 @@ def test_one_image_images_of_one_pixel_and_batches_larger_than_the_set(tmp_path,
     assert run("embed", out, shards, tmp_path / "e.npz").code == 0
     with np.load(tmp_path / "e.npz") as vectors:
         assert len(vectors["features"]) == count
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "mpp", "recipes"]
+    found = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(theirs)
+    assert (found.returncode, found.stderr) == (1, "")

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
-from mpp.weights.format import heads_of, image_of
+from mpp.weights.format import IMAGENET_MEAN, IMAGENET_STD, heads_of, image_of
 
 HALF = (0.5,)  # mean and std of Google's weights
-IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
 # transformers' activations.py. The first of each is what we write.
 GELUS: dict[Literal["erf", "tanh"], tuple[str, ...]] = {
     "erf": ("gelu", "gelu_python"),

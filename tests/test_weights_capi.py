@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy_mae import attend, drawn, gelu, linear, normalised, patch_tokens
 
 from mpp.weights import capi, files, foreign
 from mpp.weights.files import WeightsError
-from tests.numpy_mae import attend, drawn, gelu, linear, normalised, patch_tokens
 
 WIDTH, DEPTH, PATCH, HEADS, REGISTERS = 32, 2, 8, 2, 8
 

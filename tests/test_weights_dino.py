@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy_mae import bicubic, blocks, drawn, encoder_tensors, layer_norm, normalised, patch_tokens
 from safetensors.torch import save_file
 
 from mpp.weights import dino, files, foreign
 from mpp.weights.files import WeightsError
-from tests.numpy_mae import bicubic, blocks, drawn, encoder_tensors, layer_norm, normalised, patch_tokens
 
 WIDTH, DEPTH, PATCH, HEADS, SIDE, REGISTERS = 32, 4, 8, 4, 4, 3
 SIZES = [(32, 32), (64, 48), (24, 104)]

@@ -7,11 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-
-from mpp.weights import files, foreign, mae
-from mpp.weights.files import WeightsError
-from tests.numpy_mae import (
+from numpy_mae import (
     bicubic,
     block_tensors,
     blocks,
@@ -22,6 +18,10 @@ from tests.numpy_mae import (
     patch_tokens,
     sincos,
 )
+from timm.models.vision_transformer import VisionTransformer
+
+from mpp.weights import files, foreign, mae
+from mpp.weights.files import WeightsError
 
 WIDTH, DEPTH, PATCH, HEADS, SIDE, MLP, CLASSES = 32, 2, 8, 4, 4, 128, 5
 SIZES = [(32, 32), (64, 48), (72, 104)]

@@ -12,7 +12,7 @@ from typing import Any
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import timm
 from mpp.weights.files import Source
-from mpp.weights.format import IMAGENET_MEAN, IMAGENET_STD, Layout, Part, heads_of, image_of, shape_of
+from mpp.weights.format import Layout, Part, shape_of, sizes_of
 
 NAME = "dino"
 BLOCK = re.compile(r"(blocks\.(?:\d+\.)?(\d{1,9}))\.[a-z]")  # in a chunk, blocks.CHUNK.BLOCK, each keeps its own number
@@ -34,25 +34,16 @@ def recognises(source: Source) -> bool:
 
 def layout(source: Source, facts: dict[str, Any]) -> Layout:
     names, blocks = source.tensors.keys(), _blocks(source)
-    width, channels, patch, _ = shape_of(source, "patch_embed.proj.weight", 4)
     depth = 1 + max(blocks)
     swiglu = any(".mlp.w12." in name for name in names)
     first = blocks.get(0, "blocks.0")
     hidden = shape_of(source, f"{first}.mlp.{'w12' if swiglu else 'fc1'}.weight", 2)[0]
     registers = shape_of(source, "register_tokens", 3)[1] if "register_tokens" in names else 0
     given: dict[str, Any] = {
-        "image": image_of(shape_of(source, "pos_embed", 3)[1] - 1, patch, facts),
-        "channels": channels,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-        "patch": patch,
-        "width": width,
-        "depth": depth,
-        "heads": heads_of(width, depth, facts),
+        **sizes_of(source, depth, facts),
         "mlp": hidden // 2 if swiglu else hidden,
         # The published models with registers resize with antialias and without the offset (DINOv2's hub/backbones.py).
         "resize": "bicubic_antialias" if registers else "bicubic_offset",
-        "class_token": True,
         "registers": registers,
         "swiglu": swiglu,
         "layer_scale": 1.0 if any(name.endswith(".ls1.gamma") for name in names) else None,

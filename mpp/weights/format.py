@@ -97,6 +97,22 @@ def heads_of(width: int, depth: int, facts: dict[str, Any]) -> int:
     return HEADS[width, depth]
 
 
+def sizes_of(source: Source, depth: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """What tensors under timm's names tell of an encoder with a class token that was trained on ImageNet's mean."""
+    width, channels, patch, _ = shape_of(source, "patch_embed.proj.weight", 4)
+    return {
+        "image": image_of(shape_of(source, "pos_embed", 3)[1] - 1, patch, facts),
+        "channels": channels,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "patch": patch,
+        "width": width,
+        "depth": depth,
+        "heads": heads_of(width, depth, facts),
+        "class_token": True,
+    }
+
+
 def image_of(patches: int, patch: int, facts: dict[str, Any]) -> tuple[int, int]:
     """The image (h, w) that a table of positions is for: from `facts`, or a square."""
     if "image" in facts:

@@ -17,7 +17,7 @@ from mpp.models.positions import sincos2d_mae
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import timm
 from mpp.weights.files import Source
-from mpp.weights.format import IMAGENET_MEAN, IMAGENET_STD, Layout, Part, heads_of, image_of, same, shape_of
+from mpp.weights.format import Layout, Part, same, shape_of, sizes_of
 
 NAME = "mae"
 BATCH_NORM_EPS = 1e-6  # in front of a linear probe (main_linprobe.py)
@@ -51,27 +51,18 @@ def _has_table(source: Source) -> bool:
 
 
 def layout(source: Source, facts: dict[str, Any]) -> Layout:
-    width, channels, patch, _ = shape_of(source, "patch_embed.proj.weight", 4)
     depth = 1 + max(int(found[1]) for name in source.tensors if (found := BLOCK.match(name)))
     averaged = any(name.startswith("fc_norm.") for name in source.tensors)  # fine-tuned with its "global_pool"
     given: dict[str, Any] = {
-        "image": image_of(shape_of(source, "pos_embed", 3)[1] - 1, patch, facts),
-        "channels": channels,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-        "patch": patch,
-        "width": width,
-        "depth": depth,
-        "heads": heads_of(width, depth, facts),
+        **sizes_of(source, depth, facts),
         "mlp": shape_of(source, "blocks.0.mlp.fc1.weight", 2)[0],
         "resize": "bicubic",  # util/pos_embed.py
         "pool": "avg_norm" if averaged else "cls",
-        "class_token": True,
     }
     config = ViTConfig(**given | facts)
     decoder = [name for name in source.tensors if name.startswith("decoder_") or name == "mask_token"]
     counter = [name for name in source.tensors if name == "head.0.num_batches_tracked"]
-    return Layout(config, timm.parts(config), _head(source, width), aside=(*decoder, *counter))
+    return Layout(config, timm.parts(config), _head(source, config.width), aside=(*decoder, *counter))
 
 
 def _head(source: Source, width: int) -> dict[str, Part]:

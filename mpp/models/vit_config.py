@@ -159,5 +159,10 @@ class ViTConfig(EncoderConfig):
 
     @property
     def resnet_stride(self) -> int:
-        """Pixels between the places of the hybrid stem's last map: 4 of its root, and 2 of each stage but the first."""
-        return 4 * 2 ** max(0, len(self.stages) - 1)
+        """Pixels between the places of the hybrid stem's last map."""
+        return resnet_stride(self.stages)
+
+
+def resnet_stride(stages: tuple[int, ...]) -> int:
+    """Pixels between the places of the last map of a ResNet's stages: 4 of its root, and 2 of each but the first."""
+    return 4 * 2 ** max(0, len(stages) - 1)

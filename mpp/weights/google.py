@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpp.models.classifier import Head
 from mpp.models.vit import ViT
-from mpp.models.vit_config import ViTConfig
+from mpp.models.vit_config import ViTConfig, resnet_stride
 from mpp.weights.files import Source
 from mpp.weights.flax import (
     PUBLISHED,
@@ -88,11 +88,6 @@ def resnet_of(tensors: dict[str, Tensor]) -> tuple[tuple[int, ...], int]:
     last = max((stage for stage, _ in units), default=0)
     stages = tuple(max((unit for at, unit in units if at == stage), default=1) for stage in range(1, last + 1))
     return stages, tensors["conv_root/kernel"].shape[2]
-
-
-def resnet_stride(stages: tuple[int, ...]) -> int:
-    """As ViTConfig's, which needs the patch that this gives."""
-    return 4 * 2 ** max(0, len(stages) - 1)
 
 
 # The tables of parts, for both directions

@@ -17,7 +17,7 @@ from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import Grid, ViTConfig
 from mpp.weights.files import Source
-from mpp.weights.format import Layout, Part, heads_of, image_of, patch_convolution, row, same, stacked
+from mpp.weights.format import Layout, Part, heads_of, image_of, patch_convolution, row, same, shape_of, stacked
 from mpp.weights.timm_config import Told, about
 
 NAME = "timm"
@@ -123,17 +123,17 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     """
     tensors = source.tensors
     told = Told(source.config)
-    width, channels, patch, across = _shape(tensors, "patch_embed.proj.weight", 4)
+    width, channels, patch, across = shape_of(source, "patch_embed.proj.weight", 4)
     if patch != across:
         raise ValueError(f"patch_embed.proj.weight: expected square patches, got {patch}x{across}")
-    hidden = _shape(tensors, "blocks.0.mlp.fc2.weight", 2)[1]
+    hidden = shape_of(source, "blocks.0.mlp.fc2.weight", 2)[1]
     split = "blocks.0.mlp.fc1_g.weight" in tensors
-    swiglu = split or _shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden
+    swiglu = split or shape_of(source, "blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden
     depth = 1 + max(int(block[1]) for name in tensors if (block := re.match(r"blocks\.(\d+)\.", name)))
     class_token = "cls_token" in tensors
-    registers = _shape(tensors, "reg_token", 3)[1] if "reg_token" in tensors else 0
+    registers = shape_of(source, "reg_token", 3)[1] if "reg_token" in tensors else 0
     pool = _pool(tensors, told, facts, class_token + registers)
-    image, placed = _places(tensors, told, facts, patch, class_token + registers)
+    image, placed = _places(source, told, facts, patch, class_token + registers)
     config = ViTConfig(
         image=image,
         channels=channels,
@@ -160,16 +160,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     )
     head = _pairs("linear", "head") if tensors.keys() & {"head.weight", "head.bias"} else {}
     aside = () if pool == "map" else tuple(name for name in tensors if name.startswith("attn_pool."))
-    classes = told.classes(_shape(tensors, "head.weight", 2)[0]) if "head.weight" in tensors else ()
+    classes = told.classes(shape_of(source, "head.weight", 2)[0]) if "head.weight" in tensors else ()
     return Layout(config, parts(config, placed, split), head, classes, aside)
-
-
-def _shape(tensors: dict[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
-    if name not in tensors:
-        raise ValueError(f"{name} missing")
-    if tensors[name].ndim != axes:
-        raise ValueError(f"{name} {tuple(tensors[name].shape)}, expected {axes} axes")
-    return tuple(tensors[name].shape)
 
 
 def _pool(tensors: dict[str, Tensor], told: Told, facts: dict[str, Any], prefix: int) -> str:
@@ -190,15 +182,15 @@ def _pool(tensors: dict[str, Tensor], told: Told, facts: dict[str, Any], prefix:
     return pool
 
 
-def _places(tensors: dict[str, Tensor], told: Told, facts: dict[str, Any], patch: int, prefix: int) -> tuple[Grid, int]:
+def _places(source: Source, told: Told, facts: dict[str, Any], patch: int, prefix: int) -> tuple[Grid, int]:
     """The image that positions are for, and how many of the tokens in front of the patches have one."""
     images: list[Grid] = [facts["image"]] if "image" in facts else told.images()
     grids = [(image[0] // patch, image[1] // patch) for image in images]  # timm leaves out pixels beyond the last patch
-    if "pos_embed" not in tensors:
+    if "pos_embed" not in source.tensors:
         if not grids:
             raise ValueError("no pos_embed, so that nothing tells for which image it is: image=(h, w)")
         return (grids[0][0] * patch, grids[0][1] * patch), 0
-    rows = _shape(tensors, "pos_embed", 3)[1]
+    rows = shape_of(source, "pos_embed", 3)[1]
     apart = told.args.get("no_embed_class")
     choices = sorted({prefix, 0} if apart is None else {0 if apart else prefix}, reverse=True)
     for grid in grids:

@@ -93,10 +93,8 @@ def heads_of(width: int, depth: int, facts: dict[str, Any]) -> int:
     if "heads" in facts:
         return facts["heads"]
     if (width, depth) not in HEADS:
-        found, way = (
-            f"no published model has width {width} and depth {depth}",
-            "mpp convert WEIGHTS OUT --to safetensors heads=N",
-        )
+        found = f"no published model has width {width} and depth {depth}"
+        way = "mpp convert WEIGHTS OUT --to safetensors heads=N"
         raise ValueError(f"{found}; say how many heads: heads=N (on the command line, first `{way}`)")
     return HEADS[width, depth]
 

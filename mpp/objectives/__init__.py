@@ -1,16 +1,31 @@
-"""What an encoder can be trained for. A new objective is one file here, one line in OBJECTIVES, a recipe and a test."""
+"""What an encoder can be trained for, by the name that recipes give it. docs/extending.md adds one.
 
-from collections.abc import Callable
-from typing import Any
+Settings stand in modules without torch (`*_config.py`), so that a misspelt key is named at once.
+"""
 
-from mpp.objectives.base import Objective, ObjectiveConfig
-from mpp.objectives.labels import Classification, LabelsConfig
-from mpp.objectives.masked_patch import MaskedPatchConfig, MaskedPatchPrediction
+from typing import TYPE_CHECKING, Any
 
-# name in a recipe -> (the objective, made from an encoder and its settings; the settings)
-OBJECTIVES: dict[str, tuple[Callable[[Any, Any], Objective], type[ObjectiveConfig]]] = {
-    "labels": (Classification, LabelsConfig),
-    "mpp": (MaskedPatchPrediction, MaskedPatchConfig),
-}
+from mpp.extend import Kind, Table
+from mpp.objectives.config import Metric, Needs, ObjectiveConfig
+from mpp.objectives.labels_config import LabelsConfig
+from mpp.objectives.masked_patch_config import MaskedPatchConfig
 
-__all__ = ["OBJECTIVES", "Objective", "ObjectiveConfig"]
+if TYPE_CHECKING:
+    from mpp.objectives.base import Objective
+
+OBJECTIVES: Table[Kind] = Table(
+    "objective",
+    "mpp.objectives",
+    Kind,
+    {
+        "labels": Kind(LabelsConfig, "mpp.objectives.labels:Classification"),
+        "mpp": Kind(MaskedPatchConfig, "mpp.objectives.masked_patch:MaskedPatchPrediction"),
+    },
+)
+
+__all__ = ["OBJECTIVES", "Metric", "Needs", "ObjectiveConfig", "build_objective"]
+
+
+def build_objective(encoder: Any, config: ObjectiveConfig) -> "Objective":
+    """The objective that a config describes, around an encoder that has the weights it starts from."""
+    return OBJECTIVES[config.name].make(encoder, config)

@@ -1,18 +1,23 @@
 """The contract between an objective and the training loop."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mpp.batch import Batch
 from mpp.models.encoder import Encoder
+from mpp.objectives.config import Needs, ObjectiveConfig
+
+Schedule = Callable[[float], float]  # of the share of the run that is done, in [0, 1)
 
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Settings every objective has: the name under which recipes choose it."""
+class Scale(NamedTuple):
+    """Factors of the learning rate and the weight decay of a parameter: numbers, or functions of progress."""
 
-    name: str
+    lr: float | Schedule = 1.0
+    weight_decay: float | Schedule = 1.0
 
 
 class Objective(nn.Module):
@@ -21,18 +26,39 @@ class Objective(nn.Module):
     It owns all that is trained with the encoder: heads, tokens, teachers. Its forward pass computes the loss from
     `self.encoder`'s public verbs; it never calls backward and never waits for the device. Randomness comes from torch's
     global generator, which the loop seeds before every micro-batch.
+
+    The encoder comes with the weights that it starts from, so that a teacher copied in the constructor has them too.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    progress: Tensor  # float32 scalar on the device: the share of the run that is done, in [0, 1), also after a resume
+
+    def __init__(self, encoder: Encoder, config: ObjectiveConfig | None = None) -> None:
         super().__init__()
         self.encoder = encoder
+        self.config = config or ObjectiveConfig(name=type(self).__name__.lower())
+        self.register_buffer("progress", torch.zeros(()), persistent=False)
+        if self.needs.drops_patches and (reason := encoder.undroppable):
+            raise ValueError(f"objective.name {self.config.name} drops patches, which this encoder can't: {reason}")
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks of the data, the loop and the encoder."""
+        return self.config.needs
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Gives the loss, a float32 scalar, and detached scalars to log."""
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
-        """Called after each optimizer step with the share of the run that is done, in (0, 1]: teachers, schedules."""
+        """Called after each optimizer step with the share of the run that is done, in (0, 1]: teachers."""
+
+    def scale(self, parameter: str) -> Scale:
+        """By how much the learning rate and weight decay of a parameter of this name differ from the recipe's."""
+        return Scale()
+
+    def results(self) -> dict[str, nn.Module]:
+        """What training leaves: an `encoder`, which may be a teacher, and perhaps more; the config names the same."""
+        return {"encoder": self.encoder}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures that show what the objective sees and says: name -> uint8 (b, 3, h, w)."""

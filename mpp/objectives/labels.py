@@ -1,40 +1,15 @@
 """Training with labels: the supervised baseline, fine-tuning, and training from scratch, by cross-entropy."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpp.batch import Batch
 from mpp.mixing import mix, smoothed
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder
-from mpp.objectives.base import Objective, ObjectiveConfig
-
-
-@dataclass(frozen=True)
-class LabelsConfig(ObjectiveConfig):
-    """The defaults regularise nothing. Those of MAE's fine-tuning: smoothing 0.1, mixup 0.8, cutmix 1.0."""
-
-    name: str = "labels"
-    classes: tuple[str, ...] = ()  # names by label; those of the shards where not given, written at the first start
-    smoothing: float = 0.0  # share of the target spread over all classes (arXiv 1512.00567)
-    mixup: float = 0.0  # both parameters of the Beta distribution of the share (arXiv 1710.09412); 0 for none
-    cutmix: float = 0.0  # the same (arXiv 1905.04899); with both, each is as likely
-    balance: bool = False  # weight classes by the inverse of their number of images
-    weights: tuple[float, ...] = ()  # of the classes in the loss; what `balance` found is written here
-    hidden: bool = False  # a tanh layer before the last: the paper's head for pretraining
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"objective.smoothing must be in [0, 1), got {self.smoothing}")
-        if min(self.mixup, self.cutmix) < 0:
-            raise ValueError(f"objective.mixup and cutmix must be at least 0, got {self.mixup} and {self.cutmix}")
-        if self.weights and self.classes and len(self.weights) != len(self.classes):
-            raise ValueError(f"objective.weights needs {len(self.classes)} numbers, got {len(self.weights)}")
-        if min(self.weights, default=1) < 0 or max(self.weights, default=1) <= 0:
-            raise ValueError("objective.weights must be at least 0, and one of them above 0")
+from mpp.objectives.base import Objective
+from mpp.objectives.labels_config import LabelsConfig
 
 
 class Classification(Objective):
@@ -43,11 +18,12 @@ class Classification(Objective):
     Evaluated, it is plain cross-entropy.
     """
 
+    config: LabelsConfig
     weights: Tensor  # (classes,), of mean 1 over the classes; empty for none
 
     def __init__(self, encoder: Encoder, config: LabelsConfig | None = None) -> None:
-        super().__init__(encoder)
-        self.config = config = config or LabelsConfig()
+        config = config or LabelsConfig()
+        super().__init__(encoder, config)
         self.classes = max(1, len(config.classes))  # a recipe that does not know its shards yet has a head of one
         self.head = Head(encoder.width, self.classes, encoder.width if config.hidden else 0)
         weights = torch.tensor(config.weights)
@@ -57,6 +33,9 @@ class Classification(Objective):
     def classifier(self) -> Classifier:
         """Encoder and head as one module with the classes' names; its parameters are these."""
         return Classifier(self.encoder, self.head, self.config.classes)
+
+    def results(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, "classifier": self.classifier}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.labels is not None, "a run reads images with labels only"

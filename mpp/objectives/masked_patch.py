@@ -1,8 +1,7 @@
 """Masked patch prediction, the self-supervision of the ViT paper (arXiv 2010.11929, section 4.6, appendix B.1.2)."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,33 +13,12 @@ from mpp.batch import Batch
 from mpp.masks import count_of, random_index
 from mpp.models.layers import take
 from mpp.models.vit import ViT
-from mpp.objectives.base import Objective, ObjectiveConfig
+from mpp.objectives.base import Objective
+from mpp.objectives.masked_patch_config import MaskedPatchConfig
 
 GREY = torch.tensor(128, dtype=torch.uint8)  # paints [mask] in pictures
 LONG = 1024  # patches of an image, from which on a table of all their pairs is not kept
 SAMPLE = 64  # patches of such an image on which the guess "nearest" is measured
-
-
-@dataclass(frozen=True)
-class MaskedPatchConfig(ObjectiveConfig):
-    """The defaults are the paper's."""
-
-    name: str = "mpp"
-    target: Literal["mean_colour", "colour_grid", "pixels"] = "mean_colour"
-    share: float = 0.5  # of the patches that are corrupted; the paper found 0.15 slightly worse
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1)  # of those: [mask], another patch's embedding, kept
-    bits: int = 3  # a colour channel
-    grid: int = 4  # cells a side, of colour_grid
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"objective.share must be in (0, 1], got {self.share}")
-        if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6:
-            raise ValueError(f"objective.split must be three shares that add up to 1, got {self.split}")
-        if not 1 <= self.bits <= 5:
-            raise ValueError(f"objective.bits must be 1 to 5 (2 to 32,768 colours), got {self.bits}")
-        if self.grid < 1:
-            raise ValueError(f"objective.grid must be at least 1, got {self.grid}")
 
 
 class Draw(NamedTuple):
@@ -59,6 +37,7 @@ class MaskedPatchPrediction(Objective):
     """
 
     encoder: ViT
+    config: MaskedPatchConfig
     order: Tensor  # (n, n), each patch's distances to all; empty for long sequences
 
     def __init__(self, encoder: ViT, config: MaskedPatchConfig | None = None) -> None:
@@ -66,8 +45,8 @@ class MaskedPatchPrediction(Objective):
             raise ValueError(
                 f"objective.name mpp needs an encoder of patches (model.name vit), got {encoder.config.name}"
             )
-        super().__init__(encoder)
-        self.config = config = config or MaskedPatchConfig()
+        config = config or MaskedPatchConfig()
+        super().__init__(encoder, config)
         shape = encoder.config
         if config.target == "pixels":
             outputs = shape.patch**2 * shape.channels

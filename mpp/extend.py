@@ -1,0 +1,193 @@
+"""Tables of parts by name: those that mpp brings, those of a file that the user names, those of installed packages.
+
+Nothing here imports torch. What a recipe names is looked up in such a table and never imported by its path, so that
+recipes from anybody stay safe to open: code comes in by `--import` on the command line or by installing a package.
+"""
+
+import functools
+import importlib
+import importlib.util
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mpp.errors import UserError, cause, shown
+
+T = TypeVar("T")
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_importing: list[str] = []  # what `--import` is running now, by the name that the user gave it
+
+
+class ExtensionError(UserError):
+    """A user's own part that can't be had: its file, its name, or the package that offers it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of encoder or objective: the settings that recipes give it, and what is made with them.
+
+    maker: the class, or "module:name" of it, which is imported when one is first made: settings need no torch.
+    """
+
+    config: type[Any]
+    maker: str | Callable[..., Any]
+
+    def make(self, *arguments: Any) -> Any:
+        """The part itself."""
+        return resolve(self.maker)(*arguments)
+
+
+def resolve(home: str | Callable[..., Any]) -> Callable[..., Any]:
+    """What "module:name" means; anything else is it already."""
+    if not isinstance(home, str):
+        return home
+    module, _, name = home.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class Table(Mapping[str, T], Generic[T]):
+    """Parts of one sort by name.
+
+    A package that offers more names them in its metadata, as entry points of the table's group. They are listed from
+    there, and imported only when one is used: the module that such an entry point names then calls `add`.
+    """
+
+    def __init__(self, noun: str, group: str, sort: Callable[..., T], own: Mapping[str, T]) -> None:
+        """noun: for messages; group: of entry points; sort: makes a part of the arguments of `add`."""
+        self.noun, self.group, self._sort = noun, group, sort
+        self._own, self._added = dict(own), dict[str, T]()
+        self._origins: dict[str, str] = {}
+
+    def add(self, name: str, *arguments: Any, **more: Any) -> T:
+        """Adds a part under a name that is free; the arguments are those of the table's sort (Kind, Protocol).
+
+        Raises ExtensionError for a name that is taken, or that could not stand in a recipe.
+        """
+        if not NAME.fullmatch(name):
+            raise ExtensionError(
+                f"{self._where()}{self.noun} {shown(name)!r}: a name is made of a-z, 0-9, - and _, expected such a one"
+            )
+        if name in self._own or name in self._added:
+            whose = "mpp's own" if name in self._own else f"taken by {self._origins.get(name) or 'another part'}"
+            raise ExtensionError(f"{self._where()}{self.noun} {name}: this name is {whose}; choose another")
+        part = self._added[name] = self._sort(*arguments, **more)
+        if _importing:
+            self._origins[name] = _importing[-1]
+        return part
+
+    def origin(self, name: str) -> str | None:
+        """The argument of `--import` by which a part came, or None: it is mpp's, a package's, or was added in Python."""
+        return self._origins.get(name)
+
+    def __getitem__(self, name: str) -> T:
+        offered = self._offered().get(name, [])
+        if offered and name in self._own:
+            raise ExtensionError(f"package {_package(offered[0])} offers the {self.noun} {name}, which mpp has itself")
+        if len(offered) > 1:
+            both = " and ".join(map(_package, offered[:2]))
+            raise ExtensionError(f"packages {both} both offer the {self.noun} {name}; uninstall one")
+        if offered and name not in self._added:
+            self._import(name, offered[0])
+        return {**self._own, **self._added}[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or name in self._added or name in self._offered()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._own, *self._added, *self._offered()]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _offered(self) -> dict[str, list[EntryPoint]]:
+        return _offered_in(self.group, tuple(sys.path))
+
+    def _import(self, name: str, point: EntryPoint) -> None:
+        try:
+            importlib.import_module(point.module)
+        except Exception as error:  # another's code: whatever it raises is that package's fault
+            raise ExtensionError(f"package {_package(point)}: {self.noun} {name}: {cause(error)}") from error
+        if name not in self._added:
+            raise ExtensionError(
+                f"package {_package(point)}: its module {point.module} adds no {self.noun} {name}, as its metadata says"
+            )
+
+    def _where(self) -> str:
+        return f"{_importing[-1]}: " if _importing else ""
+
+
+@functools.lru_cache(maxsize=16)
+def _offered_in(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
+    """What installed packages offer, read once: to look through all metadata takes milliseconds."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.value
+
+
+def import_parts(what: str) -> None:
+    """Runs a Python file, or imports an installed module, that adds parts to the tables: `--import`.
+
+    Neither its folder nor the current one is put on sys.path, where a `torch.py` among the images would be run.
+    Raises ExtensionError, one line that names it.
+    """
+    path, is_file = Path(what), what.endswith(".py") or "/" in what
+    if is_file and not path.is_file():
+        raise ExtensionError(f"--import {shown(what)}: no such file")
+    with _origin(str(path.resolve()) if is_file else what):
+        try:
+            if is_file:
+                _run_file(path.resolve())
+            else:
+                importlib.import_module(what)
+        except ExtensionError:
+            raise
+        except ModuleNotFoundError as error:
+            hint = "" if is_file else "; give an installed module, or the path of a .py file"
+            raise ExtensionError(f"--import {shown(what)}: {cause(error)}{hint}") from error
+        except Exception as error:  # the user's own code: any error in it is theirs to mend
+            raise ExtensionError(f"--import {shown(what)}: {_place(error, path)}{cause(error)}") from error
+
+
+@contextmanager
+def _origin(what: str) -> Iterator[None]:
+    _importing.append(what)
+    try:
+        yield
+    finally:
+        _importing.pop()
+
+
+def _run_file(path: Path) -> None:
+    name = f"mpp_import_{zlib.crc32(str(path).encode()):08x}"
+    if name in sys.modules:
+        return  # given twice
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def _place(error: Exception, path: Path) -> str:
+    """The line of the file that an error comes from, as far as it can be told."""
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename) == path.resolve():
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"line {line}: " if line else ""

@@ -1,0 +1,50 @@
+"""What an objective can be asked for, and what it says of itself. No torch: recipes are checked without it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from mpp.shards.index import Index
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks of the rest of the program, which asks nothing else of it."""
+
+    labels: bool = False  # every image has one: only labelled images are read
+    views: int = 1  # of each image, at least (Batch.images, then Batch.views)
+    whole_batch: bool = False  # its loss looks across the batch, which is never split into micro-batches
+    drops_patches: bool = False  # the encoder sees some of the patches alone, or none of its mixers could
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a figure that an objective reports is shown."""
+
+    title: str
+    share: bool = False  # in [0, 1], shown in per cent
+    guess: bool = False  # what is reached without learning
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Settings every objective has: the name under which recipes choose it."""
+
+    name: str
+
+    results: ClassVar[tuple[str, ...]] = ("encoder",)  # names of `Objective.results()`, each a file of the run folder
+    metrics: ClassVar[Mapping[str, Metric]] = {}  # beside the loss; the first one is shown while training
+    pictures: ClassVar[Mapping[str, str]] = {}  # what each row of `Objective.pictures()` shows
+
+    @property
+    def needs(self) -> Needs:
+        """What the objective asks of the data, the loop and the encoder."""
+        return Needs()
+
+    def settled(self, index: Index) -> Self:
+        """The settings with what follows from the images to train on; ValueError if the two do not go together."""
+        return self
+
+    def counted(self) -> Self:
+        """The settings by which FLOPs and memory are counted: without draws that cost nothing (`mpp plan`)."""
+        return self

@@ -1,0 +1,59 @@
+"""The settings of training with labels."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from mpp.objectives.config import Metric, Needs, ObjectiveConfig
+from mpp.shards.index import Index
+
+
+@dataclass(frozen=True)
+class LabelsConfig(ObjectiveConfig):
+    """The defaults regularise nothing. Those of MAE's fine-tuning: smoothing 0.1, mixup 0.8, cutmix 1.0."""
+
+    name: str = "labels"
+    classes: tuple[str, ...] = ()  # names by label; those of the shards where not given
+    smoothing: float = 0.0  # share of the target spread over all classes (arXiv 1512.00567)
+    mixup: float = 0.0  # both parameters of the Beta distribution of the share (arXiv 1710.09412); 0 for none
+    cutmix: float = 0.0  # the same (arXiv 1905.04899); with both, each is as likely
+    balance: bool = False  # weight classes by the inverse of their number of images
+    weights: tuple[float, ...] = ()  # of the classes in the loss; by the images of each where `balance` asks for it
+    hidden: bool = False  # a tanh layer before the last: the paper's head for pretraining
+
+    results = ("encoder", "classifier")
+    metrics = {"accuracy": Metric("Accuracy", share=True), "top5": Metric("Top-5 accuracy", share=True)}
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"objective.smoothing must be in [0, 1), got {self.smoothing}")
+        if min(self.mixup, self.cutmix) < 0:
+            raise ValueError(f"objective.mixup and cutmix must be at least 0, got {self.mixup} and {self.cutmix}")
+        if self.weights and self.classes and len(self.weights) != len(self.classes):
+            raise ValueError(f"objective.weights needs {len(self.classes)} numbers, got {len(self.weights)}")
+        if min(self.weights, default=1) < 0 or max(self.weights, default=1) <= 0:
+            raise ValueError("objective.weights must be at least 0, and one of them above 0")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=True)
+
+    def settled(self, index: Index) -> Self:
+        """The classes of the images, and with `balance` their weights."""
+        if self.classes and self.classes != index.classes:
+            raise ValueError(
+                f"{index.origin}: has {len(index.classes)} classes ({', '.join(index.classes)[:60]}), "
+                f"objective.classes are {len(self.classes)} ({', '.join(self.classes)[:60]})"
+            )
+        weights = self.weights
+        if weights and len(weights) != len(index.classes):
+            raise ValueError(f"objective.weights needs {len(index.classes)} numbers, one a class, got {len(weights)}")
+        if self.balance and not weights:
+            counts = np.bincount(index.label, minlength=len(index.classes))
+            weights = tuple(round(float(len(index) / count), 6) if count else 0.0 for count in counts)
+        return replace(self, classes=index.classes, weights=weights)
+
+    def counted(self) -> Self:
+        """Without mixup and cutmix, whose shares PyTorch 2.11 can't draw on stand-ins; they cost nothing."""
+        return replace(self, mixup=0.0, cutmix=0.0)

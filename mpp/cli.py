@@ -5,12 +5,13 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpp.errors import UserError
+from mpp.extend import ExtensionError, import_parts
 
 if TYPE_CHECKING:
     from mpp.recipe import Recipe
@@ -71,16 +72,19 @@ def shards_stats(options: argparse.Namespace) -> None:
 
 
 def pretrain(options: argparse.Namespace) -> None:
+    recipe = recipe_of(options)  # without torch, so that what is misspelt is answered at once
     from mpp.run import run
 
-    out = stoppable(lambda: run(recipe_of(options)))
-    print(f"{out}/encoder.safetensors: the encoder; {out}/pictures: what it predicts; {out}/metrics.jsonl: how it went")
+    out = stoppable(lambda: run(recipe))
+    left = {"encoder.safetensors": "the encoder", "pictures": "what it predicts", "metrics.jsonl": "how it went"}
+    print("; ".join(f"{out}/{name}: {what}" for name, what in left.items() if (out / name).exists()))
 
 
 def finetune(options: argparse.Namespace) -> None:
-    from mpp.eval.finetune import finetune
+    recipe = recipe_of(options)
+    from mpp.eval.labelled.finetune import finetune
 
-    out, scores = stoppable(lambda: finetune(recipe_of(options)))
+    out, scores = stoppable(lambda: finetune(recipe))
     if scores:
         print(scores)
     print(f"{out}/classifier.safetensors: encoder and head; {out}/metrics.jsonl: how it went")
@@ -106,10 +110,12 @@ def stoppable(work: Callable[[], T]) -> T:
 
 
 def plan(options: argparse.Namespace) -> None:
-    from mpp.plan import plan
     from mpp.recipe import load_recipe
 
-    print(plan(load_recipe(options.recipe, options.overrides), measure=options.measure))
+    recipe = load_recipe(options.recipe, options.overrides)
+    from mpp.plan import plan
+
+    print(plan(recipe, measure=options.measure))
 
 
 def probe(options: argparse.Namespace) -> None:
@@ -168,10 +174,20 @@ def recipes(options: argparse.Namespace) -> None:
             print(f"    {line}")
 
 
+# Taken out before anything else is parsed, as it adds to what can be chosen: here for the help alone.
+IMPORT: dict[str, Any] = {
+    "metavar": "FILE.py",
+    "dest": "imports",
+    "help": "run a file, or import an installed module, that adds objectives or protocols of your own "
+    "(docs/extending.md); anywhere on the line, more than once if needed",
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser("mpp", description="Masked patch pretraining of Vision Transformers.")
     verbs = top.add_subparsers(metavar="VERB", required=True)
+    top.add_argument("--import", action="append", **IMPORT)
 
     def verb(
         group: "argparse._SubParsersAction", name: str, run: Command, help: str, example: str
@@ -333,7 +349,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
+def import_first(arguments: Sequence[str]) -> list[str]:
+    """Carries out every `--import` of a command line, and gives the rest of it."""
+    rest, words = [], iter(arguments)
+    for word in words:
+        if word == "--import" or word.startswith("--import="):
+            what = word.partition("=")[2] or next(words, "")
+            if not what:
+                raise ExtensionError("--import: expected a .py file or an installed module behind it")
+            import_parts(what)
+        else:
+            rest.append(word)
+    return rest
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line's arguments; argparse by itself refuses key=value behind an option (`--from WEIGHTS`)."""
     top = parser()
     options, rest = top.parse_known_args(arguments)
@@ -344,13 +374,13 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Errors that a user can mend are one line on stderr, with exit status 2."""
     logging.basicConfig(level=logging.INFO, format="mpp: %(message)s", stream=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal can't show
-    options = parsed(arguments)
     try:
+        options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # of `mpp plan RECIPE | head -1`

@@ -66,6 +66,12 @@ def digest(index: Index) -> str:
     return f"{len(index)} images {zlib.crc32(index.crc32.tobytes(), zlib.crc32(index.key_bytes.tobytes())):08x}"
 
 
+def label_digest(index: Index) -> str:
+    """Which label each image has: a checksum of the labels and of the classes' names."""
+    names = "\0".join(index.classes).encode("utf-8", "surrogateescape")
+    return f"{len(index.classes)} classes {zlib.crc32(index.label.tobytes(), zlib.crc32(names)):08x}"
+
+
 def _first(
     index: Index, numbers: np.ndarray, share: float, most: int, seed: int, purpose: int, leave: int = 0
 ) -> np.ndarray:

@@ -8,9 +8,17 @@ from mpp.errors import shown
 from mpp.models.classifier import Classifier
 from mpp.weights import files, foreign, own
 from mpp.weights.files import WeightsError
-from mpp.weights.own import save_classifier, save_encoder
+from mpp.weights.own import fingerprint, save_classifier, save_encoder, save_result
 
-__all__ = ["WeightsError", "load_classifier", "load_encoder", "save_classifier", "save_encoder"]
+__all__ = [
+    "WeightsError",
+    "fingerprint",
+    "load_classifier",
+    "load_encoder",
+    "save_classifier",
+    "save_encoder",
+    "save_result",
+]
 
 ENCODER = ("encoder.safetensors", "ema.safetensors", "model.safetensors")  # the last two in checkpoints
 CLASSIFIER = ("classifier.safetensors",)

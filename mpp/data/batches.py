@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.augment.plan import AugmentConfig, Change, Plan, apply, evaluation_plan, training_plan
+from mpp.augment.config import AugmentConfig
+from mpp.augment.plan import Change, Plan, apply, evaluation_plan, training_plan
 from mpp.batch import Batch
 from mpp.data.config import LastBatch, PrepareName
 from mpp.data.order import Order

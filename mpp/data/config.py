@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mpp.augment.plan import AugmentConfig
-from mpp.data.subset import SubsetConfig
+from mpp.augment.config import AugmentConfig
 
 LONGEST_TURN = 10_000  # positions in which each of several data sets has its share; a batch sorts them
 ReaderName = Literal["auto", "resident", "indexed"]
@@ -13,6 +12,23 @@ ShuffleName = Literal["auto", "all", "window"]
 SamplingName = Literal["images", "classes"]
 PrepareName = Literal["auto", "cpu", "device"]
 LastBatch = Literal["chained", "kept", "dropped"]
+
+
+@dataclass(frozen=True)
+class SubsetConfig:
+    """Which images of the train split are trained on; only labelled ones as soon as anything here is set."""
+
+    share: float = 1.0  # of each class's images, at least one
+    per_class: int | None = None  # images of each class, or all where it has fewer; then `share` stays 1
+    hold_out: float = 0.0  # share of each class, of those drawn, that is not trained on but scored in data.val's place
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"data.subset.share must be in (0, 1], got {self.share}")
+        if self.per_class is not None and (self.per_class < 1 or self.share != 1):
+            raise ValueError(f"data.subset.per_class must be at least 1, with share 1, got {self.per_class}")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"data.subset.hold_out must be in [0, 1), got {self.hold_out}")
 
 
 @dataclass(frozen=True)

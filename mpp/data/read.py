@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.batches import Batches, Part, Reading
 from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, ShuffleName
 from mpp.data.order import Chain, Mixture, Order

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpp.data.subset import SubsetConfig, drawn
+from mpp.data.config import SubsetConfig
+from mpp.data.subset import drawn
 from mpp.eval.arms import ArmConfig, Comparison
 from mpp.eval.finetune import finetune
 from mpp.eval.probe import probe_encoder

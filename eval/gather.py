@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from mpp.data.subset import SubsetConfig, drawn
+from mpp.data.config import SubsetConfig
+from mpp.data.subset import drawn
 from mpp.eval.arms import Comparison
 from mpp.eval.chains import ROWS, Chains, Job
 from mpp.eval.summary import Row, conclusions, summarise

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpp.augment.plan import AugmentConfig, centre, resize
+from mpp.augment.config import AugmentConfig
+from mpp.augment.plan import centre, resize
 from mpp.batch import Batch
 from mpp.data.read import read_shards
 from mpp.decode import DamagedImage, decode

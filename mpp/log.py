@@ -64,7 +64,9 @@ class Log:
             if self._board:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
-        self._bar.set_postfix({name: f"{values[name]:.4g}" for name in self._beside_bar if name in values}, refresh=False)
+        self._bar.set_postfix(
+            {name: f"{values[name]:.4g}" for name in self._beside_bar if name in values}, refresh=False
+        )
 
     def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
         """One PNG, pictures/step-*.png: a row for each name, a column for each image."""

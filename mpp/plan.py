@@ -44,7 +44,7 @@ class RandomImages:
     @cached_property
     def batch(self) -> Batch:
         """Made when it is asked for: on a CPU no pixels are needed to choose a micro-batch."""
-        return noise(self.recipe, self.images, lambda shape: torch.randint(0, 256, shape, dtype=torch.uint8))
+        return noise(self.recipe, self.images, partial(torch.randint, 0, 256))
 
     def at(self, step: int) -> Batch:
         return self.batch
@@ -61,13 +61,12 @@ def plan(recipe: Recipe, *, measure: bool = False) -> str:
     if index is not None:
         recipe = with_index(recipe, index).in_steps(epoch_of(len(index), recipe.data))
     execution = choose(at_start(recipe), RandomImages(recipe, recipe.train.batch), recipe.train)
-    objective = on_meta(recipe)
-    trained, others = parameters(objective, trained=True), parameters(objective, trained=False)
-    rows = [("parameters", f"{sum(trained.values()):,} trained")]
-    rows += [(f"  {name}", f"{count:,}") for name, count in trained.items()]
-    if others:
-        rows += [("not trained", f"{sum(others.values()):,}")]
-        rows += [(f"  {name}", f"{count:,}") for name, count in others.items()]
+    trained, others = parameters(recipe), parameters(recipe, trained=False)
+    rows = []
+    for name, counts in {"parameters": trained, "not trained": others}.items():
+        if counts:
+            rows.append((name, f"{sum(counts.values()):,}"))
+            rows += [(f"  {part}", f"{count:,}") for part, count in counts.items()]
     flops, activations = cost(recipe), activation_bytes(recipe, execution)
     rows.append(("FLOPs an image", f"{flops / 1e9:.3g} GFLOP (matrix products, forward and backward)"))
     rows.append(("micro-batch", f"{execution.micro_batch} of {recipe.train.batch} images, {execution.precision}"))
@@ -95,10 +94,10 @@ def counted(recipe: Recipe) -> Recipe:
     return replace(recipe, objective=recipe.objective.counted())
 
 
-def parameters(objective: Objective, *, trained: bool) -> dict[str, int]:
-    """How many parameters each part of the encoder and of the objective has: those that are trained, or the others."""
+def parameters(recipe: Recipe, *, trained: bool = True) -> dict[str, int]:
+    """Parameters of each part of the encoder and of the objective: those that are trained, or the others."""
     counts: dict[str, int] = {}
-    for name, parameter in objective.named_parameters():
+    for name, parameter in on_meta(recipe).named_parameters():
         if parameter.requires_grad == trained:
             part = ".".join(name.split(".")[: 2 if name.startswith("encoder.") else 1])
             counts[part] = counts.get(part, 0) + parameter.numel()
@@ -112,10 +111,9 @@ def cost(recipe: Recipe) -> int:
     """
     objective = on_meta(counted(recipe))
     objective.encoder.activation_checkpointing = recipe.train.activation_checkpointing
-    with torch.device("meta"):
-        with FlopCounterMode(display=False, custom_mapping=COUNTERS) as counter:
-            loss, _ = objective(noise(recipe, COUNTED))
-            loss.backward()
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=COUNTERS) as counter:
+        loss, _ = objective(noise(recipe, COUNTED))
+        loss.backward()
     return counter.get_total_flops() // COUNTED
 
 
@@ -178,10 +176,10 @@ def activation_bytes(recipe: Recipe, execution: Execution) -> int:
     return outside + sum(blocks.values())
 
 
-def noise(recipe: Recipe, images: int, make: Callable[..., Tensor] = partial(torch.empty, dtype=torch.uint8)) -> Batch:
+def noise(recipe: Recipe, images: int, make: Callable[..., Tensor] = torch.empty) -> Batch:
     """A batch of that many images in the shapes that the recipe reads; by default nothing is written to it."""
     shapes = [(images, recipe.model.channels, *size) for size in (recipe.model.image, *recipe.view_sizes)]
-    first, *views = (make(shape) for shape in shapes)
+    first, *views = (make(shape, dtype=torch.uint8) for shape in shapes)
     return Batch(first, torch.zeros(images, dtype=torch.int64), tuple(views))
 
 
@@ -221,7 +219,10 @@ def length(recipe: Recipe, index: Index | None) -> tuple[int, list[tuple[str, st
 
 def measured(recipe: Recipe, execution: Execution) -> float:
     """Images a second of the training step on this machine, data and logging left out."""
-    device, config = device_of(recipe.train.device), replace(recipe.train, steps=1000, epochs=None, images=None, warmup=0)
+    device, config = (
+        device_of(recipe.train.device),
+        replace(recipe.train, steps=1000, epochs=None, images=None, warmup=0),
+    )
     objective = at_start(recipe).to(device)
     batch = RandomImages(recipe, recipe.train.batch).batch.to(device)
     optimizer, forward = build_optimizer(objective, config), forward_pass(objective, config, execution)

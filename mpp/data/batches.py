@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from mpp.augment.config import AugmentConfig
 from mpp.augment.plan import Change, Plan, apply, evaluation_plan, training_plan
 from mpp.batch import Batch
-from mpp.data.config import LastBatch, PrepareName, View
+from mpp.data.config import LastBatch, PrepareName, View, batches_of
 from mpp.data.order import Order
 from mpp.decode import DamagedImage
 from mpp.errors import cause, shown
@@ -259,8 +258,3 @@ def _makings(plan: Plan, pictures: Sequence[np.ndarray]) -> Iterator[Making]:
     """
     changes: Sequence[Change | None] = plan.changes or [None] * len(pictures)
     return zip(plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist(), pictures, changes, strict=True)
-
-
-def batches_of(images: int, batch: int, last: str) -> int:
-    """Batches an epoch of so many images."""
-    return images // batch if last == "dropped" else math.ceil(images / batch)

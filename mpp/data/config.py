@@ -66,7 +66,6 @@ class DataConfig:
     val: str | None = None  # split that the objective is scored on while training
     hold_out: float = 0.0  # share of train, by a hash of the key alone, that is scored in val's place, never trained on
     subset: SubsetConfig = field(default_factory=SubsetConfig)
-    found: str | None = None  # which images train was found to hold; a run writes it at its first start and keeps to it
     mix: dict[str, MixConfig | None] = field(default_factory=dict)  # more data sets, by any name; null leaves one out
     weight: int = 1  # of path among them
     sampling: SamplingName = "images"  # classes: each is seen equally often
@@ -130,3 +129,8 @@ class DataConfig:
         """The views beside the first, in order, each as often as it counts, for a model of such images (h, w)."""
         views = [view for view in self.views.values() if view is not None]
         return tuple(View(v.image or image, v.augment or self.augment) for v in views for _ in range(v.count))
+
+
+def batches_of(images: int, batch: int, last: str) -> int:
+    """Batches an epoch of so many images."""
+    return images // batch if last == "dropped" else math.ceil(images / batch)

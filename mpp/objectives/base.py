@@ -8,6 +8,7 @@ from mpp.models.encoder import Encoder
 from mpp.objectives.config import Needs, ObjectiveConfig
 from mpp.optim import Scale
 
+
 class Objective(nn.Module):
     """What the training loop knows of an objective.
 

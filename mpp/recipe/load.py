@@ -7,7 +7,6 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,10 +15,9 @@ from omegaconf import OmegaConf
 from mpp.data.config import DataConfig
 from mpp.extend import Kind, Table
 from mpp.files import write_atomically
-from mpp.models.encoder_config import EncoderConfig
 from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.models.presets import presets
-from mpp.objectives import OBJECTIVES, ObjectiveConfig, build_objective
+from mpp.objectives import OBJECTIVES, build_objective
 from mpp.recipe.check import RecipeError, check, known, near
 from mpp.recipe.files import COMMAND_LINE, Layer, bundled, command_line, find, name_of, read_chain
 from mpp.recipe.recipe import Recipe, plain
@@ -103,10 +101,10 @@ def _build(layers: Sequence[Layer], file: Path) -> Recipe:
     layers, name = copy.deepcopy(layers), name_of(file)  # a copy, as names are taken out of it
     folders = [Path(str(low.values["out"])) for low in reversed(layers) if low.values.get("out")]
     folders = [*folders[:1], Path(f"runs/{name}"), file.parent]
-    model = _kind(layers, "model", ENCODERS, EncoderConfig, folders, "vit")
-    objective = _kind(layers, "objective", OBJECTIVES, ObjectiveConfig, folders)
+    model = _kind(layers, "model", ENCODERS, folders) or "vit"
+    objective = _kind(layers, "objective", OBJECTIVES, folders, drops=True)
     _expand_presets(layers)
-    if model is None or objective is None:
+    if objective is None:
         raise RecipeError(f"{layers[-2].source}: objective.name: missing.{near('', OBJECTIVES)}")
     sections = {"data": DataConfig, "objective": OBJECTIVES[objective].config, "model": ENCODERS[model].config}
     defaults = {"name": name, "out": f"runs/{name}", **{key: OmegaConf.structured(sections[key]) for key in sections}}
@@ -125,27 +123,22 @@ def _build(layers: Sequence[Layer], file: Path) -> Recipe:
 
 
 def _kind(
-    layers: Sequence[Layer],
-    section: str,
-    table: Table[Kind],
-    common: type[Any],
-    folders: Sequence[Path],
-    name: str | None = None,
+    layers: Sequence[Layer], section: str, table: Table[Kind], folders: Sequence[Path], *, drops: bool = False
 ) -> str | None:
     """Takes a section's `name`, on which its other keys depend, out of all layers and gives its last value.
 
-    Where a layer chooses another one, what the layers below say of theirs has no meaning and is dropped, but for the
-    keys that all kinds have in `common`. folders: of runs that may tell by which import they had a name that is not
-    known. name: what is meant where none is given.
+    folders: of runs that may tell by which import they had a name that is not known. drops: where a layer chooses
+        another one, what the layers below say of theirs has no meaning and goes.
     """
+    name = None
     for number, layer in enumerate(layers):
         values = layer.values.get(section)
         if not isinstance(values, dict) or "name" not in values:
             continue
         chosen = _known_kind(values.pop("name"), table, f"{layer.source}: {section}.name", folders)
-        if name is not None and chosen != name:
+        if drops and name is not None and chosen != name:
             for below in layers[:number]:
-                _keep_common(below, section, table[name].config, common)
+                check({section: below.values.pop(section, {})}, {section: table[name].config}, below.source)
         name = chosen
     return name
 
@@ -158,15 +151,6 @@ def _known_kind(name: object, table: Table[Kind], place: str, folders: Sequence[
             if origin := imports_of(folder).get(key):
                 raise RecipeError(f"{place}: {name} is not known; {folder} began with --import {origin}, give it again")
     return known(name, table, place)
-
-
-def _keep_common(layer: Layer, section: str, kind: type[Any], common: type[Any]) -> None:
-    values = layer.values.get(section)
-    if isinstance(values, dict):
-        preset = {"preset"} & values.keys()
-        check({section: {key: values[key] for key in values.keys() - preset}}, {section: kind}, layer.source)
-        names = {field.name for field in fields(common)}
-        layer.values[section] = {key: value for key, value in values.items() if key in names}
 
 
 def _expand_presets(layers: Sequence[Layer]) -> None:

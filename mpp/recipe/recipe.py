@@ -58,10 +58,12 @@ class Recipe:
                 f"{len(sizes)} beside the first; give it more, such as data.views.second.count={needs.views - 1}"
             )
         if sizes and needs.views == 1:
-            raise ValueError(f"objective.name {name} looks at one view; data.views has {len(sizes)} more, expected none")
-        for name, view in self.data.more_views.items():
+            raise ValueError(
+                f"objective.name {name} looks at one view; data.views has {len(sizes)} more, expected none"
+            )
+        for name, view in self.data.views.items():
             try:
-                replace(self.model, image=view.image or self.model.image)
+                replace(self.model, image=(view and view.image) or self.model.image)
             except ValueError as error:
                 raise ValueError(f"data.views.{name}.image: {error}") from None
 
@@ -82,7 +84,7 @@ class Recipe:
     @property
     def view_sizes(self) -> list[tuple[int, int]]:
         """(h, w) of the views beside the first, in pixels."""
-        return [size for size, _ in self.data.further_views(self.model.image)]
+        return [view.image for view in self.data.further_views(self.model.image)]
 
     def lasting(self, images: int) -> "Recipe":
         """The same recipe until that many images are seen, with a warm-up of the same share."""

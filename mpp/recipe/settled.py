@@ -1,4 +1,4 @@
-"""What the first start of a run found and chose, in plain values: settled.json beside recipe.yaml, which is what was asked.
+"""What the first start of a run found and chose, in plain values: settled.json beside the recipe.yaml that was asked.
 
 A run goes on as it began, whatever the machine would choose now, and on the images and weights that it began with.
 """

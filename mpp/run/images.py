@@ -70,7 +70,9 @@ def _prepare(recipe: Recipe, train: Sequence[Index], once: Once) -> str:
         return "cpu"
 
     def measure() -> str:
-        on_cpu, there = (_open(_preparing(recipe, way), train, recipe.train.batch, train=True) for way in ("cpu", "device"))
+        on_cpu, there = (
+            _open(_preparing(recipe, way), train, recipe.train.batch, train=True) for way in ("cpu", "device")
+        )
         return "device" if there.stored else faster(on_cpu, there).prepared
 
     height, width = recipe.model.image

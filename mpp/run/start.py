@@ -1,4 +1,4 @@
-"""The start of a run: the objective at its first step, or at the one that it goes on from, and what is settled with it."""
+"""The start of a run: its objective before the first step or before it goes on, and what is settled with it."""
 
 import logging
 from collections.abc import Callable

@@ -31,7 +31,7 @@ TRIED = 8  # batches that a choice by measuring reads, after one that is not cou
 VIEWS = 0x7669657773  # "views": what stands in this place of other draws counts from 0 and never comes so far
 NAMED = 100  # damaged images that the log names; `mpp shards check` lists them all
 
-Making = tuple[list[int], bool, list[int], np.ndarray, Change | None]  # arguments of `apply`
+Step = tuple[list[int], bool, list[int], Change | None]  # box, flip, shift and change of `apply`
 
 logger = logging.getLogger("mpp.data")
 
@@ -195,20 +195,20 @@ class Batches:
         """Writes the images of some rows of a batch in all views; gives the rows whose image is damaged."""
         plans = self._plans(positions[rows], numbers[rows])
         ends = np.max([plan.boxes[:, 0] + plan.boxes[:, 2] for plan in plans], axis=0)  # of the rows that crops need
-        wanted = rows.tolist()
-        of_views = [_makings(plan, [view[row] for row in wanted]) for plan, view in zip(plans, views, strict=True)]
-        todo = list(zip(wanted, *of_views, strict=True))
+        todo, makings = rows.tolist(), list(zip(views, map(_steps, plans), strict=True))
 
         def work(part: slice) -> list[int]:
             damaged = []
             images = self._images.each(numbers[rows[part]], ends[part])
-            for pixels, (row, *makings) in zip(images, todo[part], strict=True):
+            for place, pixels in enumerate(images, part.start):
+                row = todo[place]
                 if isinstance(pixels, DamagedImage):
                     damaged.append(row)
                     self._report(int(numbers[row]), str(pixels))
                 else:
-                    for making in makings:
-                        apply(pixels, *making)
+                    for pictures, steps in makings:
+                        box, flip, shift, change = steps[place]
+                        apply(pixels, box, flip, shift, pictures[row], change)
             return damaged
 
         size = -(-len(todo) // (self._reading.threads * PARTS if self._pool else 1))
@@ -251,10 +251,7 @@ def _seconds(batches: Batches) -> float:
     return time.perf_counter() - start
 
 
-def _makings(plan: Plan, pictures: Sequence[np.ndarray]) -> Iterator[Making]:
-    """What `apply` does to each image, and the pictures that it writes.
-
-    Of plain lists: taking single elements out of arrays would cost as much as a small image's crop.
-    """
-    changes: Sequence[Change | None] = plan.changes or [None] * len(pictures)
-    return zip(plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist(), pictures, changes, strict=True)
+def _steps(plan: Plan) -> list[Step]:
+    """What `apply` does to each image, as plain values: single elements of arrays cost as much as a small crop."""
+    changes: Sequence[Change | None] = plan.changes or [None] * len(plan.boxes)
+    return list(zip(plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist(), changes, strict=True))

@@ -12,7 +12,8 @@ from mpp.eval.knn import knn_accuracy
 from mpp.eval.linear import choices, linear_probe
 from mpp.eval.linear_sgd import SGDConfig
 from mpp.eval.probe import PROTOCOLS, probe, probe_encoder
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 from mpp.shards.index import read_index
 from mpp.shards.write import make_shards

@@ -18,7 +18,8 @@ from mpp.data.read import read_shards
 from mpp.hardware import multiplies_bfloat16
 from mpp.log import LogConfig
 from mpp.loop import TrainConfig, build_optimizer, forward_pass, settled, train, update
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 from mpp.objectives.labels import Classification, LabelsConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction

@@ -9,8 +9,8 @@ import torch
 from recipe_files import WHOLE, load, write
 
 from mpp.errors import UserError
-from mpp.models.cnn import ResNetConfig
 from mpp.models.presets import presets
+from mpp.models.resnet_config import ResNetConfig
 from mpp.objectives import OBJECTIVES
 from mpp.recipe import RecipeError, differences, list_recipes, load_recipe, save_recipe
 

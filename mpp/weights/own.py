@@ -122,7 +122,7 @@ def _built(metadata: dict[str, str], path: Path) -> Encoder:
         raise WeightsError(f"{path}: holds no encoder of mpp (its metadata has no 'encoder')")
     try:
         values = json.loads(metadata["encoder"])
-        _, kind = ENCODERS[values.get("name", "vit")]
+        kind = ENCODERS[values.get("name", "vit")].config
         names = {field.name for field in fields(kind)}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
         with torch.device("meta"):  # what a file claims costs no memory before its tensors are seen to be there

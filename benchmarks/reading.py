@@ -252,7 +252,8 @@ class Watched:
 def prepare_loop(folder: Path, threads: int) -> Callable[[], Timing]:
     """`mpp.train`, its log and its reader as they come; start and last checkpoint are off the clock."""
     from mpp.data.read import read_shards
-    from mpp.loop import TrainConfig, train
+    from mpp.loop import train
+    from mpp.train_config import TrainConfig
 
     step.settle(threads)
     size = step.SIZES["cpu"]["tiny32"]

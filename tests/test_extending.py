@@ -188,7 +188,9 @@ def test_a_run_started_again_without_its_import_names_it(tmp_path):
     again = [word for word in short("tiny_mae", str(out)) if word not in ("--import", "tiny_mae.py")]
     for command in (again, ["probe", str(out), "--data", "data/digits", "--untrained"]):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        found = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, env=env, check=False)
+        found = subprocess.run(
+            [sys.executable, "-c", code, *command], capture_output=True, text=True, env=env, check=False
+        )
         assert found.returncode == 2, found.stderr
         [line] = found.stderr.splitlines()
         assert f"--import {Path('tiny_mae.py').resolve()}" in line
@@ -215,7 +217,11 @@ def test_names_that_are_taken_or_cannot_stand_in_a_recipe_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("import no_such_module\n", "No module named"), ("x = 1\ny = 1 / 0\n", "line 2: division by zero"), ("x =\n", "invalid syntax")],
+    [
+        ("import no_such_module\n", "No module named"),
+        ("x = 1\ny = 1 / 0\n", "line 2: division by zero"),
+        ("x =\n", "invalid syntax"),
+    ],
 )
 def test_a_file_that_fails_is_one_line_with_its_name(text, said, tmp_path):
     (tmp_path / f"bad{len(text)}.py").write_text(text)

@@ -116,7 +116,7 @@ def test_a_circle_inside_a_folder_is_seen(first, second, tmp_path):
 
 def without_torch(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs code that must not have imported torch at its end."""
-    code = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch was imported'"
+    code = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch is there'"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done

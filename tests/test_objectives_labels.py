@@ -10,7 +10,8 @@ from mpp.mixing import mix, smoothed
 from mpp.models.cnn import ResNet
 from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
-from mpp.objectives.labels import Classification, LabelsConfig
+from mpp.objectives.labels import Classification
+from mpp.objectives.labels_config import LabelsConfig
 
 NAMES = tuple("abcdefg")
 

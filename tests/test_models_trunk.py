@@ -183,6 +183,9 @@ def test_a_patch_that_is_not_kept_is_refused_but_no_device_is_waited_for(tiny_vi
     meta = ViT(tiny_config()).to("meta")
     parts = torch.empty(1, N, WIDTH, device="meta"), keep.to("meta")
     assert meta.encode(*parts, at=at.to("meta")).shape == (1, 2, WIDTH)
+    crossing = Trunk(config_of(mixer="cross", positions="rope"), GRID, CONTEXT).to("meta")  # has no values to wait for
+    context = {name: value[:1].to("meta") for name, value in context_of().items()}
+    assert crossing.encode(*parts, at=at.to("meta"), **context).shape == (1, 2, WIDTH)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(torch.randn(1, N, WIDTH)), mode.from_tensor(keep)
         assert tiny_vit.encode(*fake, at=mode.from_tensor(at)).shape == (1, 2, WIDTH)

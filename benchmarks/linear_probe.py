@@ -56,8 +56,8 @@ def of_images(weights: Path, data: Path, images: int) -> tuple[Choices, "Tensor"
     """The features that `mpp probe` chooses among, of the first images of a data set."""
     import numpy as np
 
-    from mpp.eval.features import default_cache, extract
-    from mpp.eval.linear import choices
+    from mpp.eval.features.extract import default_cache, extract
+    from mpp.eval.probes.linear import choices
     from mpp.weights import load_encoder
 
     encoder = load_encoder(weights)
@@ -73,7 +73,7 @@ def features_of(images: int, weights: Path | None, data: Path | None) -> tuple[C
 def prepare_ours(images: int, threads: int, weights: Path | None, data: Path | None) -> Callable[[], Timing]:
     import torch
 
-    from mpp.eval.linear import linear_probe
+    from mpp.eval.probes.linear import linear_probe
 
     torch.set_num_threads(threads)
     given = features_of(images, weights, data)
@@ -94,7 +94,7 @@ def prepare_peer(images: int, threads: int, weights: Path | None, data: Path | N
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
-    from mpp.eval.linear import L2, tenths
+    from mpp.eval.probes.linear import L2, tenths
 
     train, y, test, truth = features_of(images, weights, data)
     labels, answers = y.numpy(), truth.numpy()

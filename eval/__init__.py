@@ -9,9 +9,9 @@ if __name__ != "mpp.eval":
     raise ImportError("import mpp.eval, not eval: under two names every class here would exist twice")
 
 _HOMES = {
-    "few_shot_accuracy": "mpp.eval.few_shot",
-    "knn_accuracy": "mpp.eval.knn",
-    "linear_probe": "mpp.eval.linear",
+    "few_shot_accuracy": "mpp.eval.probes.few_shot",
+    "knn_accuracy": "mpp.eval.probes.knn",
+    "linear_probe": "mpp.eval.probes.linear",
 }
 
 

@@ -78,7 +78,7 @@ def pretrain(options: argparse.Namespace) -> None:
 
 
 def finetune(options: argparse.Namespace) -> None:
-    from mpp.eval.finetune import finetune
+    from mpp.eval.labelled.finetune import finetune
 
     out, scores = stoppable(lambda: finetune(recipe_of(options)))
     if scores:
@@ -113,7 +113,7 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def probe(options: argparse.Namespace) -> None:
-    from mpp.eval.probe import CHEAP, probe
+    from mpp.eval.probes.probe import CHEAP, probe
 
     found = probe(
         options.weights,
@@ -129,8 +129,8 @@ def probe(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    from mpp.eval.compare import compare
-    from mpp.eval.summary import table
+    from mpp.eval.compare.compare import compare
+    from mpp.eval.compare.summary import table
 
     out, results = stoppable(lambda: compare(options.recipe, options.overrides))
     print(table(results))
@@ -140,13 +140,13 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def embed(options: argparse.Namespace) -> None:
-    from mpp.eval.embed import embed
+    from mpp.eval.labelled.embed import embed
 
     embed(options.weights, options.data, options.out, split=options.split)
 
 
 def predict(options: argparse.Namespace) -> None:
-    from mpp.eval.predict import predict
+    from mpp.eval.labelled.predict import predict
 
     predict(
         options.weights, options.data, split=options.split, out=options.out, top=options.top, scores_out=options.json

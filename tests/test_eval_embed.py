@@ -7,9 +7,9 @@ from conftest import picture_folder, shaken, tiny_config
 from PIL import Image
 from shard_files import write_files
 
-import mpp.eval.images
+import mpp.eval.labelled.images
 from mpp.errors import UserError
-from mpp.eval.embed import embed
+from mpp.eval.labelled.embed import embed
 from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.vit import ViT
 from mpp.shards.index import read_index
@@ -22,7 +22,7 @@ COUNT = 12
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpp.hardware.multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr(mpp.eval.images, "BATCH", 5)
+    monkeypatch.setattr(mpp.eval.labelled.images, "BATCH", 5)
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from conftest import picture_folder, tiny_config
 from tiny_runs import run, small_splits, write_recipe
 
 from mpp.errors import UserError
-from mpp.eval.features import ProbeError, extract
-from mpp.eval.knn import knn_accuracy
-from mpp.eval.linear import choices, linear_probe
-from mpp.eval.linear_sgd import SGDConfig
-from mpp.eval.probe import PROTOCOLS, probe, probe_encoder
+from mpp.eval.features.extract import ProbeError, extract
+from mpp.eval.probes.knn import knn_accuracy
+from mpp.eval.probes.linear import choices, linear_probe
+from mpp.eval.probes.linear_sgd import SGDConfig
+from mpp.eval.probes.probe import PROTOCOLS, probe, probe_encoder
 from mpp.models.cnn import ResNet, ResNetConfig
 from mpp.models.vit import ViT
 from mpp.shards.index import read_index
@@ -119,7 +119,7 @@ def labelled(root, **images):
 
 def test_a_class_that_training_lacks_is_named_before_anything_is_computed(encoder, tmp_path, monkeypatch):
     shards = labelled(tmp_path, train={"cat": 4, "dog": 4}, test={"cat": 2, "dog": 2, "emu": 1})
-    monkeypatch.setattr("mpp.eval.features._compute", None)
+    monkeypatch.setattr("mpp.eval.features.extract._compute", None)
     with pytest.raises(ProbeError, match="split test has images of emu, of which there is no training image in train"):
         probe_encoder(encoder, shards)
     with pytest.raises(ProbeError, match="split test has images of dog, emu, of which"):
@@ -146,7 +146,7 @@ def test_splits_without_labels_or_not_there_are_named(encoder, splits, tmp_path,
         probe_encoder(encoder, tmp_path / "b", test="train")
     with pytest.raises(UserError, match="no split 'tset'; it holds test, train"):
         probe_encoder(encoder, splits, test="tset")
-    monkeypatch.setattr("mpp.eval.probe.extract", None)
+    monkeypatch.setattr("mpp.eval.probes.probe.extract", None)
     with pytest.raises(ProbeError, match="no protocol 'lienar'; there are linear, linear-sgd, few-shot, knn"):
         probe_encoder(encoder, splits, ["lienar"])
 

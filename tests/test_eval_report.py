@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import pytest
 from comparison_results import comparison
 
-from mpp.eval.report import report, write_report
+from mpp.eval.report.report import report, write_report
 
 VOID = {"meta", "img", "br"}
 SECTIONS = ("answer", "arms", "accuracy", "frozen", "curves", "cost", "classes", "pictures", "rates", "repeat")

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mpp.eval.arms import ArmConfig
-from mpp.eval.summary import Row, conclusions, interval, mean_sd, summarise, table
+from mpp.eval.compare.arms import ArmConfig
+from mpp.eval.compare.summary import Row, conclusions, interval, mean_sd, summarise, table
 
 
 def rows(arm: str, values: list[float], fraction: float = 0.1) -> list[Row]:

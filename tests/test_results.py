@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from test_eval_report import Page, check_figures, chromium, opened
 
-from mpp.eval.report import report
-from mpp.eval.summary import Row, summarise
+from mpp.eval.compare.summary import Row, summarise
+from mpp.eval.report.report import report
 
 RESULTS = sorted(Path(__file__).parent.parent.glob("docs/results/*.json"))
 

@@ -6,8 +6,10 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from mpp.eval.report_charts import class_charts, fraction_chart, gain_chart, learning_curves, pictures, unlabelled
-from mpp.eval.report_tables import (
+from mpp.files import write_atomically
+
+from .report_charts import class_charts, fraction_chart, gain_chart, learning_curves, pictures, unlabelled
+from .tables import (
     TOTAL_BUDGET,
     UPPER_BOUND,
     Column,
@@ -19,7 +21,6 @@ from mpp.eval.report_tables import (
     share,
     titles,
 )
-from mpp.files import write_atomically
 
 STYLE = Path(__file__).with_name("report.css")
 # Nothing is loaded and no script runs, whatever stands in class names or error texts.

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from mpp.data.subset import SubsetConfig, drawn
-from mpp.eval.arms import ArmConfig, Comparison
-from mpp.eval.finetune import finetune
-from mpp.eval.probe import probe_encoder
-from mpp.eval.summary import shown
 from mpp.files import claimed, write_atomically
 from mpp.recipe import Recipe
 from mpp.run import build, run
 from mpp.shards.index import read_index
 from mpp.weights import load_encoder
+
+from ..labelled.finetune import finetune
+from ..probes.probe import probe_encoder
+from .arms import ArmConfig, Comparison
+from .summary import shown
 
 ENCODER, SCORES, ROWS = "encoder.safetensors", "scores.json", "rows.json"
 

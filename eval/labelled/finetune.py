@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 from mpp.errors import UserError
-from mpp.eval.predict import score_split
-from mpp.eval.scores import Scores
 from mpp.files import write_atomically
 from mpp.objectives.labels import LabelsConfig
 from mpp.recipe import Recipe
 from mpp.run import run
 from mpp.weights import load_classifier
+
+from .predict import score_split
+from .scores import Scores
 
 
 class FinetuneError(UserError):

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from mpp.data.subset import SubsetConfig, drawn
-from mpp.eval.arms import Comparison
-from mpp.eval.chains import ROWS, Chains, Job
-from mpp.eval.summary import Row, conclusions, summarise
 from mpp.models.encoders import build_encoder
 from mpp.plan import cost
 from mpp.recipe import load_recipe
 from mpp.shards.index import read_index
+
+from .arms import Comparison
+from .chains import ROWS, Chains, Job
+from .summary import Row, conclusions, summarise
 
 FORMAT = 1
 PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn", "omegaconf")

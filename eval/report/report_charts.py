@@ -9,8 +9,8 @@ from math import inf
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from mpp.eval.charts import MOST_LABELS, Bar, Line, Point, bar_rows, finite, legend, line_chart, plain, powers
-from mpp.eval.report_tables import (
+from .charts import MOST_LABELS, Bar, Line, Point, bar_rows, finite, legend, line_chart, plain, powers
+from .tables import (
     SHARE,
     Results,
     attributes,

@@ -13,17 +13,18 @@ import numpy as np
 
 from mpp.data.subset import lacking
 from mpp.errors import shown
-from mpp.eval.features import Features, ProbeError, extract, kept_blocks
-from mpp.eval.few_shot import SHOTS, few_shot
-from mpp.eval.knn import KS, knn_predictions
-from mpp.eval.linear import choices, linear_probe
-from mpp.eval.linear_sgd import SGDConfig, linear_sgd
 from mpp.files import cache_folder, write_atomically
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
 from mpp.run import build
 from mpp.shards.index import read_index
 from mpp.weights import load_encoder
+
+from ..features.extract import Features, ProbeError, extract, kept_blocks
+from .few_shot import SHOTS, few_shot
+from .knn import KS, knn_predictions
+from .linear import choices, linear_probe
+from .linear_sgd import SGDConfig, linear_sgd
 
 PROTOCOLS = ("linear", "linear-sgd", "few-shot", "knn")
 CHEAP = ("linear", "few-shot", "knn")  # seconds on kept features; linear-sgd takes 90 epochs

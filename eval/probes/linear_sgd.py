@@ -19,11 +19,12 @@ from tqdm import tqdm
 from mpp.augment.plan import AugmentConfig
 from mpp.batch import Batch
 from mpp.data.read import Batches, read_shards
-from mpp.eval.features import BATCH, Features, ProbeError, output_part, vectors
 from mpp.hardware import autocast, device_of
 from mpp.models.encoder import Encoder
 from mpp.optim import learning_rate
 from mpp.seeds import seed_of
+
+from ..features.extract import BATCH, Features, ProbeError, output_part, vectors
 
 AREA = (0.08, 1.0)  # share of the picture that a crop holds; RandomResizedCrop's default
 MOMENTUM = 0.9  # of LARS

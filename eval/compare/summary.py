@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
-from mpp.eval.arms import ArmConfig
+from .arms import ArmConfig
 
 CONFIDENCE = 0.95
 

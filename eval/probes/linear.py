@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.eval.features import LAST, ProbeError
-from mpp.eval.logistic import fit, principal_axes
 from mpp.seeds import permutation
+
+from ..features.extract import LAST, ProbeError
+from .logistic import fit, principal_axes
 
 L2 = tuple(10.0**exponent for exponent in range(1, -7, -1))  # of mean cross-entropy + l2 / 2 * |W|^2; strong ones first
 HOLD_OUT = 10  # one in so many training images is held out

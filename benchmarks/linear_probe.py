@@ -5,7 +5,7 @@
 
 Both hold out the same tenth of the training images, fit every choice of features at every l2 to the rest, take the
 best and fit it to all. scikit-learn gets standardised float32 features, L-BFGS and its default tolerance, at which the
-weakest regularisations are not solved yet; ours goes on until its gradient is small (mpp/eval/logistic.py).
+weakest regularisations are not solved yet; ours goes on until its gradient is small (mpp/eval/probes/logistic.py).
 """
 
 import argparse
@@ -56,12 +56,13 @@ def of_images(weights: Path, data: Path, images: int) -> tuple[Choices, "Tensor"
     """The features that `mpp probe` chooses among, of the first images of a data set."""
     import numpy as np
 
-    from mpp.eval.features.extract import default_cache, extract
+    from mpp.eval.features.extract import extract
     from mpp.eval.probes.linear import choices
+    from mpp.files import cache_folder
     from mpp.weights import load_encoder
 
     encoder = load_encoder(weights)
-    train, test = (extract(encoder, data, split, cache=default_cache()) for split in ("train", "test"))
+    train, test = (extract(encoder, data, split, cache=cache_folder("features")) for split in ("train", "test"))
     train = train.choose(np.arange(images))
     return choices(train.parts), train.labels, choices(test.parts), test.labels
 

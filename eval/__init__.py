@@ -9,6 +9,8 @@ if __name__ != "mpp.eval":
     raise ImportError("import mpp.eval, not eval: under two names every class here would exist twice")
 
 _HOMES = {
+    "PROTOCOLS": "mpp.eval.probes.protocols",
+    "Row": "mpp.eval.probes.task",
     "few_shot_accuracy": "mpp.eval.probes.few_shot",
     "knn_accuracy": "mpp.eval.probes.knn",
     "linear_probe": "mpp.eval.probes.linear",

@@ -113,12 +113,12 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def probe(options: argparse.Namespace) -> None:
-    from mpp.eval.probes.probe import CHEAP, probe
+    from mpp.eval.probes.probe import probe
 
     found = probe(
         options.weights,
         options.data,
-        protocols=CHEAP if options.protocol == "all" else (options.protocol,),
+        protocols=None if options.protocol == "all" else (options.protocol,),
         train=options.train,
         test=options.test,
         untrained=options.untrained,

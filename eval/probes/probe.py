@@ -3,16 +3,16 @@
 import importlib.metadata
 import json
 import logging
-import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpp.data.subset import lacking
-from mpp.errors import shown
+from mpp.errors import cause, shown
+from mpp.extend import resolve
 from mpp.files import cache_folder, write_atomically
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
@@ -20,28 +20,13 @@ from mpp.run import build
 from mpp.shards.index import read_index
 from mpp.weights import load_encoder
 
-from ..features.extract import Features, ProbeError, extract, kept_blocks
-from .few_shot import SHOTS, few_shot
-from .knn import KS, knn_predictions
-from .linear import choices, linear_probe
-from .linear_sgd import SGDConfig, linear_sgd
+from ..features.extract import ProbeError, extract, kept_blocks
+from .protocols import PROTOCOLS, ProtocolError, cheap, check_names
+from .task import Row, Task
 
-PROTOCOLS = ("linear", "linear-sgd", "few-shot", "knn")
-CHEAP = ("linear", "few-shot", "knn")  # seconds on kept features; linear-sgd takes 90 epochs
-TOP1_K = 20  # neighbours of the k-NN's headline figure: DINO's choice
 FORMAT = 1  # of the JSON
 
 logger = logging.getLogger("mpp.eval")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure: a share in [0, 1], and what it takes to read it."""
-
-    protocol: str
-    metric: str
-    value: float
-    detail: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ def probe(
     weights: Path,
     shards: str | Path,
     *,
-    protocols: Sequence[str] = CHEAP,
+    protocols: Sequence[str] | None = None,
     train: str = "train",
     test: str = "test",
     untrained: bool = False,
@@ -89,46 +74,48 @@ def probe(
 ) -> ProbeReport:
     """The figures of an encoder that `mpp.load_encoder` takes, or with `untrained` of the same one before its training.
 
-    cache: the folder that keeps features; the user's own where not given.
+    protocols: names of PROTOCOLS; the cheap ones where not given. cache: the folder that keeps features; the user's own
+    where not given.
     """
+    protocols = cheap() if protocols is None else protocols
+    check_names(protocols)
     encoder = _before_training(weights) if untrained else load_encoder(weights)
-    cache = cache_folder("features") if cache is None else cache
-    features = _features(encoder, shards, protocols, train, test, None, cache)
-    rows = _rows(encoder, shards, protocols, train, *features, SGDConfig())
-    return ProbeReport(str(weights), untrained, str(shards), train, test, len(features[0]), len(features[1]), rows)
+    task = _task(encoder, shards, train, test, None, cache_folder("features") if cache is None else cache, {})
+    rows, images = _rows(task, protocols), (len(task.train), len(task.test))
+    return ProbeReport(str(weights), untrained, str(shards), train, test, *images, rows)
 
 
 def probe_encoder(
     encoder: Encoder,
     shards: str | Path,
-    protocols: Sequence[str] = CHEAP,
+    protocols: Sequence[str] | None = None,
     train: str = "train",
     test: str = "test",
     numbers: np.ndarray | None = None,
     *,
     cache: Path | None = None,
-    sgd: SGDConfig | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Row]:
     """The figures of an encoder in memory. numbers: the only images of `train` whose labels may be used.
 
     With a cache, all images' features are kept, so that calls with other numbers find them; else each call computes.
+    settings: by protocol, for those that take some (SGDConfig for linear-sgd).
     """
-    features = _features(encoder, shards, protocols, train, test, numbers, cache)
-    return _rows(encoder, shards, protocols, train, *features, sgd or SGDConfig())
+    protocols = cheap() if protocols is None else protocols
+    check_names(protocols)
+    return _rows(_task(encoder, shards, train, test, numbers, cache, settings or {}), protocols)
 
 
-def _features(
+def _task(
     encoder: Encoder,
     shards: str | Path,
-    protocols: Sequence[str],
     train: str,
     test: str,
     numbers: np.ndarray | None,
     cache: Path | None,
-) -> tuple[Features, Features]:
-    """The features to fit on and to score on; refuses what no probe could be fitted to before it computes any."""
-    if unknown := [name for name in protocols if name not in PROTOCOLS]:
-        raise ProbeError(f"no protocol {unknown[0]!r}; there are {', '.join(PROTOCOLS)}")
+    settings: Mapping[str, Any],
+) -> Task:
+    """What protocols are given; refuses what no probe could be fitted to before it computes any features."""
     indexes = {split: read_index(shards, split) for split in (train, test)}
     for split, index in indexes.items():
         if not (index.label >= 0).any():
@@ -144,74 +131,37 @@ def _features(
         )
     blocks = kept_blocks(encoder, len(index))
     fitted, scored = (extract(encoder, shards, split, blocks=blocks, cache=cache) for split in (train, test))
-    return fitted if numbers is None else fitted.choose(numbers), scored
+    fitted = fitted if numbers is None else fitted.choose(numbers)
+    return Task(fitted, scored, encoder, shards, train, test, settings)
 
 
-def _rows(
-    encoder: Encoder,
-    shards: str | Path,
-    protocols: Sequence[str],
-    split: str,
-    train: Features,
-    test: Features,
-    sgd: SGDConfig,
-) -> list[Row]:
+def _rows(task: Task, protocols: Sequence[str]) -> list[Row]:
+    """The rows of each protocol; one of several that is impossible with these images is named and left out."""
     rows: list[Row] = []
-    for protocol in dict.fromkeys(protocols):
-        if protocol == "linear":
-            try:
-                rows += linear_rows(train, test)
-            except ProbeError as error:
-                if len(protocols) == 1:
-                    raise
-                logger.warning("left out: %s", error)
-        elif protocol == "linear-sgd":
-            value = linear_sgd(encoder, shards, split, train.numbers, len(train.classes), test, sgd)
-            rows.append(Row("linear-sgd", "top1", value, {"features": train.output, **asdict(sgd)}))
-        elif protocol == "few-shot":
-            rows += few_shot_rows(train, test)
-        else:
-            rows += knn_rows(train, test)
+    for name in dict.fromkeys(protocols):
+        try:
+            rows += _checked(name, resolve(PROTOCOLS[name].rows)(task))
+        except ProbeError as error:
+            if len(protocols) == 1:
+                raise
+            logger.warning("left out: %s", error)
     return rows
 
 
-def linear_rows(train: Features, test: Features) -> list[Row]:
-    """The accuracy of the linear probe on the features and with the l2 that it chose."""
-    found = linear_probe(choices(train.parts), train.labels, choices(test.parts), test.labels)
-    facts = {"features": found.choice, "l2": found.l2, "held out": found.held_out}
-    return [Row("linear", "top1", found.accuracy, {**facts, "per class": found.per_class, "tried": found.tried})]
-
-
-def few_shot_rows(train: Features, test: Features) -> list[Row]:
-    """The accuracy of each number of shots that all classes have images for."""
-    rows = []
-    for name in read_off(train):
-        for found in few_shot(train.parts[name], train.labels, test.parts[name], test.labels):
-            spread = statistics.stdev(found.accuracies) if len(found.accuracies) > 1 else None
-            facts = {"features": name, "l2": found.l2, "draws": len(found.accuracies), "sd": spread}
-            metric = f"{found.shots}-shot" + ("" if name == train.output else ", average patch")
-            rows.append(Row("few-shot", metric, found.accuracy, {**facts, "accuracies": found.accuracies}))
-    if left_out := [str(shots) for shots in SHOTS if f"{shots}-shot" not in {row.metric for row in rows}]:
-        logger.warning("few-shot: %s shots left out: a class has fewer training images", ", ".join(left_out))
+def _checked(name: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows that a protocol gave, which anybody may have written; ProtocolError if they can't be its own."""
+    if wrong := [row for row in rows if row.protocol != name]:
+        raise ProtocolError(f"protocol {name}: gave a row of {shown(wrong[0].protocol)!r}, expected its own name")
+    try:
+        json.dumps([row.detail for row in rows])
+        rows = [replace(row, value=float(row.value)) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"protocol {name}: gave a row that JSON can't hold: {cause(error)}") from None
+    metrics, headline = [row.metric for row in rows], PROTOCOLS[name].headline
+    if headline not in metrics:
+        given = ", ".join(metrics) or "none"
+        logger.warning("%s: no figure %s, by which it is compared; it gave %s", name, headline, given)
     return rows
-
-
-def knn_rows(train: Features, test: Features) -> list[Row]:
-    """The accuracy for each number of neighbours."""
-    rows = []
-    for name in read_off(train):
-        guesses = knn_predictions(train.parts[name], train.labels, test.parts[name], KS)
-        for k, guess in zip(KS, guesses, strict=True):
-            metric = ("top1" if k == TOP1_K else f"k={k}") + ("" if name == train.output else ", average patch")
-            value = (guess == test.labels).double().mean().item()
-            rows.append(Row("knn", metric, value, {"features": name, "k": min(k, len(train))}))
-    return rows
-
-
-def read_off(features: Features) -> list[str]:
-    """The parts that k-NN and few-shot read: the encoder's own output and, of a ViT, the last block's average patch."""
-    averages = [name for name in features.parts if name.startswith("average ")]
-    return list(dict.fromkeys([features.output, *sorted(averages, key=lambda name: int(name.split()[1]))[-1:]]))
 
 
 def _before_training(run: Path) -> Encoder:

@@ -87,7 +87,7 @@ def test_damaged_images_are_named_and_left_out(folder, tmp_path, caplog):
     write_files(folder, {"class1/aaa.jpg": b"none"})
     embed(tmp_path / "encoder.safetensors", folder, tmp_path / "out.npz", report=lambda line: None)
     assert len(read(tmp_path / "out.npz")["keys"]) == COUNT
-    assert "class1/aaa.jpg is damaged and left out" in caplog.text
+    assert "class1/aaa.jpg is damaged and passed over" in caplog.text
 
 
 def test_nothing_is_written_where_nothing_can_be(folder, tmp_path):

@@ -1,31 +1,27 @@
 """Images to look at once each, in order and with their names: a split of shards, or a plain folder or archive."""
 
 import logging
-import os
 import tempfile
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpp.augment.plan import AugmentConfig, centre, resize
+from mpp.augment.plan import AugmentConfig
 from mpp.batch import Batch
+from mpp.data.batches import Batches
+from mpp.data.folder import open_pictures
 from mpp.data.read import read_shards
-from mpp.decode import DamagedImage, decode
-from mpp.errors import UserError, cause, shown
+from mpp.errors import UserError, shown
 from mpp.hardware import autocast, device_of
 from mpp.models.encoder import EncoderConfig
 from mpp.remote.urls import is_url
 from mpp.shards.index import UNFINISHED, no_index, read_index, splits
-from mpp.shards.sources import READ_ERRORS, Files, Picture, open_source, understand
+from mpp.shards.sources import open_source, understand
 from mpp.shards.tar import ShardError
 
 BATCH = 256  # images
@@ -38,22 +34,37 @@ class ImagesError(UserError):
     """A place where no images can be read, or none that fit the encoder."""
 
 
-class Images(Protocol):
-    """What `open_images` gives."""
+class Images:
+    """All images of a place in order, centred, with their keys: those of samples in shards, paths in a folder."""
 
-    place: str  # for messages
-    classes: tuple[str, ...]  # names by label; empty without labels
-    guessed: bool  # classes are the names of folders, which may stand for anything
-    labels: np.ndarray  # (n,) of all images, damaged ones as well; -1 for none
+    def __init__(self, place: str, batches: Batches, known: Mapping[int, str], guessed: bool) -> None:
+        """place: for messages. known: why some are damaged. guessed: classes are names of folders, which may stand for
+        anything."""
+        self.place, self.guessed, self.index = place, guessed, batches.index
+        self._batches, self._known = batches, known
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names by label; empty without labels."""
+        return self.index.classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all images (n,), damaged ones as well; -1 for none."""
+        return self.index.label
 
     @property
     def damaged(self) -> dict[str, str]:
         """The causes, by key, for images left out so far."""
-        ...
+        return {self.index.key(i): why for i, why in sorted({**self._known, **self._batches.damaged}.items())}
 
     def batches(self) -> Iterator[tuple[Batch, list[str]]]:
-        """Yields the good images and their keys, centred."""
-        ...
+        """Yields the good images and their keys."""
+        for step, batch in enumerate(self._batches.iterate()):
+            numbers = range(step * self._batches.batch, min((step + 1) * self._batches.batch, len(self.index)))
+            left_out = self._known.keys() | self._batches.damaged
+            if keys := [self.index.key(i) for i in numbers if i not in left_out]:
+                yield batch, keys
 
 
 @contextmanager
@@ -71,14 +82,14 @@ def open_images(
     if config.channels not in MODES:
         raise ImagesError(f"{data}: images have 1 or 3 channels, the encoder takes {config.channels}")
     if is_url(str(data)):
-        yield ShardImages(str(data), config, split or "train", augment)
+        yield _of_shards(str(data), config, split or "train", augment)
         return
     data = Path(data)
     if not data.exists():
         raise ImagesError(f"{data}: no such folder")
     if splits(data) or (data / UNFINISHED).is_file():
         split = chosen_split(data, splits(data), split) if splits(data) else split or "train"
-        yield ShardImages(data, config, split, augment)
+        yield _of_shards(data, config, split, augment)
         return
     with tempfile.TemporaryDirectory(prefix="mpp-") as unpacked, open_source(data, Path(unpacked)) as files:
         try:
@@ -89,7 +100,9 @@ def open_images(
             raise ImagesError(f"{data}: no images in it") from None
         split = chosen_split(data, sorted({picture.split for picture in pictures}), split)
         inside = [picture for picture in pictures if picture.split == split]
-        yield FolderImages(data, files, inside, classes, config, augment)
+        mode = MODES[config.channels]
+        found = open_pictures(data, files, inside, classes, BATCH, mode=mode, image=config.image, augment=augment)
+        yield Images(str(data), *found, guessed=True)
 
 
 def chosen_split(data: Path, present: list[str], split: str | None) -> str:
@@ -101,94 +114,16 @@ def chosen_split(data: Path, present: list[str], split: str | None) -> str:
     return present[0] if split is None else split
 
 
-class ShardImages:
-    """A split of shards; keys are those of the samples."""
-
-    guessed = False
-
-    def __init__(self, data: str | Path, config: EncoderConfig, split: str, augment: AugmentConfig) -> None:
-        self.index = read_index(data, split)
-        if self.index.mode != MODES[config.channels]:
-            kinds = {"L": "grey", "RGB": "colour"}
-            found = f"{kinds[self.index.mode]} images, the encoder takes {kinds[MODES[config.channels]]} ones"
-            raise ImagesError(f"{data}: holds {found}")
-        self.place, self.classes, self.labels = f"{data}: split {split}", self.index.classes, self.index.label
-        # Decoded images are not kept: each is looked at once.
-        self._batches = read_shards(
-            data, BATCH, split=split, image=config.image, train=False, augment=augment, reader="indexed"
-        )
-
-    @property
-    def damaged(self) -> dict[str, str]:
-        marked = dict.fromkeys(np.flatnonzero(self.index.damaged).tolist(), "marked as damaged in the index")
-        return {self.index.key(i): why for i, why in sorted((marked | self._batches.damaged).items())}
-
-    def batches(self) -> Iterator[tuple[Batch, list[str]]]:
-        for step, batch in enumerate(self._batches.iterate()):
-            numbers = range(step * BATCH, min((step + 1) * BATCH, len(self.index)))
-            left_out = self._batches.damaged
-            keys = [self.index.key(i) for i in numbers if not self.index.damaged[i] and i not in left_out]
-            if keys:
-                yield batch, keys
-
-
-class FolderImages:
-    """Pictures of a plain folder or archive; keys are their paths in it, classes the folders they lie in."""
-
-    guessed = True
-
-    def __init__(
-        self,
-        data: Path,
-        files: Files,
-        pictures: list[Picture],
-        classes: list[str],
-        config: EncoderConfig,
-        augment: AugmentConfig,
-    ) -> None:
-        numbers = {name: label for label, name in enumerate(classes)}
-        self.place, self.classes = str(data), tuple(classes)
-        self.damaged: dict[str, str] = {}
-        self.labels = np.array([-1 if p.label is None else numbers[p.label] for p in pictures], np.int32)
-        self._files, self._pictures, self._config, self._augment = files, pictures, config, augment
-        cv2.setNumThreads(1)  # as mpp.data.read: the threads here are enough
-
-    def batches(self) -> Iterator[tuple[Batch, list[str]]]:
-        waiting: deque[tuple[int, list[Future[np.ndarray | None]]]] = deque()
-        with ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
-            for start in range(0, len(self._pictures), BATCH):
-                part = self._pictures[start : start + BATCH]
-                waiting.append((start, [pool.submit(self._pixels, picture) for picture in part]))
-                if len(waiting) == 2:
-                    yield from self._batch(*waiting.popleft())
-            for last in waiting:
-                yield from self._batch(*last)
-
-    def _pixels(self, picture: Picture) -> np.ndarray | None:
-        """The centre of a picture in the encoder's size (h, w, c), or None if it is damaged."""
-        try:
-            pixels = decode(self._files.read(picture.number), MODES[self._config.channels])
-        except DamagedImage as error:
-            why = str(error)
-        except READ_ERRORS as error:
-            why = f"cannot be read: {cause(error)}"
-        else:
-            sizes = np.array([pixels.shape[:2]])
-            [[top, left, height, width]] = centre(sizes, self._config.image, self._augment.centre)
-            cut = pixels[top : top + height, left : left + width]
-            return resize(cut, np.empty((*self._config.image, pixels.shape[2]), np.uint8))
-        self.damaged[picture.name] = why
-        logger.warning("%s is damaged and left out: %s", shown(picture.name), why)
-        return None
-
-    def _batch(self, start: int, work: list[Future[np.ndarray | None]]) -> Iterator[tuple[Batch, list[str]]]:
-        """One batch, or none if all its pictures are damaged."""
-        found = [(start + i, pixels) for i, future in enumerate(work) if (pixels := future.result()) is not None]
-        if found:
-            numbers = [number for number, _ in found]
-            images = torch.from_numpy(np.stack([pixels for _, pixels in found])).permute(0, 3, 1, 2)  # (b, c, h, w)
-            labels = torch.from_numpy(self.labels[numbers].astype(np.int64)) if self.classes else None
-            yield Batch(images, labels), [self._pictures[number].name for number in numbers]
+def _of_shards(data: str | Path, config: EncoderConfig, split: str, augment: AugmentConfig) -> Images:
+    index = read_index(data, split)
+    if index.mode != MODES[config.channels]:
+        kinds = {"L": "grey", "RGB": "colour"}
+        found = f"{kinds[index.mode]} images, the encoder takes {kinds[MODES[config.channels]]} ones"
+        raise ImagesError(f"{data}: holds {found}")
+    # Decoded images are not kept: each is looked at once.
+    batches = read_shards(data, BATCH, split=split, image=config.image, train=False, augment=augment, reader="indexed")
+    marked = dict.fromkeys(np.flatnonzero(index.damaged).tolist(), "marked as damaged in the index")
+    return Images(f"{data}: split {split}", batches, marked, guessed=False)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11",
     # mpp/eval and mpp/recipes are links to the top-level folders, so that one package installs everything.
     packages=find_packages(include=["mpp", "mpp.*"]),
-    package_data={"mpp": ["py.typed"], "mpp.eval": ["*.css"], "mpp.recipes": ["*.yaml", "*/*.yaml"]},
+    package_data={"mpp": ["py.typed"], "mpp.eval.report": ["*.css"], "mpp.recipes": ["*.yaml", "*/*.yaml"]},
     entry_points={"console_scripts": ["mpp = mpp.cli:main"]},
     # Why each of these is here: docs/design.md, "Dependencies".
     install_requires=[

@@ -5,7 +5,7 @@
 
 Both hold out the same tenth of the training images, fit every choice of features at every l2 to the rest, take the
 best and fit it to all. scikit-learn gets standardised float32 features, L-BFGS and its default tolerance, at which the
-weakest regularisations are not solved yet; ours goes on until its gradient is small (mpp/eval/logistic.py).
+weakest regularisations are not solved yet; ours goes on until its gradient is small (mpp/eval/probes/logistic.py).
 """
 
 import argparse
@@ -56,12 +56,13 @@ def of_images(weights: Path, data: Path, images: int) -> tuple[Choices, "Tensor"
     """The features that `mpp probe` chooses among, of the first images of a data set."""
     import numpy as np
 
-    from mpp.eval.features import default_cache, extract
-    from mpp.eval.linear import choices
+    from mpp.eval.features.extract import extract
+    from mpp.eval.probes.linear import choices
+    from mpp.files import cache_folder
     from mpp.weights import load_encoder
 
     encoder = load_encoder(weights)
-    train, test = (extract(encoder, data, split, cache=default_cache()) for split in ("train", "test"))
+    train, test = (extract(encoder, data, split, cache=cache_folder("features")) for split in ("train", "test"))
     train = train.choose(np.arange(images))
     return choices(train.parts), train.labels, choices(test.parts), test.labels
 
@@ -73,7 +74,7 @@ def features_of(images: int, weights: Path | None, data: Path | None) -> tuple[C
 def prepare_ours(images: int, threads: int, weights: Path | None, data: Path | None) -> Callable[[], Timing]:
     import torch
 
-    from mpp.eval.linear import linear_probe
+    from mpp.eval.probes.linear import linear_probe
 
     torch.set_num_threads(threads)
     given = features_of(images, weights, data)
@@ -94,7 +95,7 @@ def prepare_peer(images: int, threads: int, weights: Path | None, data: Path | N
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
-    from mpp.eval.linear import L2, tenths
+    from mpp.eval.probes.linear import L2, tenths
 
     train, y, test, truth = features_of(images, weights, data)
     labels, answers = y.numpy(), truth.numpy()

@@ -9,9 +9,11 @@ if __name__ != "mpp.eval":
     raise ImportError("import mpp.eval, not eval: under two names every class here would exist twice")
 
 _HOMES = {
-    "few_shot_accuracy": "mpp.eval.few_shot",
-    "knn_accuracy": "mpp.eval.knn",
-    "linear_probe": "mpp.eval.linear",
+    "PROTOCOLS": "mpp.eval.probes.protocols",
+    "Row": "mpp.eval.probes.task",
+    "few_shot_accuracy": "mpp.eval.probes.few_shot",
+    "knn_accuracy": "mpp.eval.probes.knn",
+    "linear_probe": "mpp.eval.probes.linear",
 }
 
 

@@ -119,12 +119,12 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def probe(options: argparse.Namespace) -> None:
-    from mpp.eval.probe import CHEAP, probe
+    from mpp.eval.probes.probe import probe
 
     found = probe(
         options.weights,
         options.data,
-        protocols=CHEAP if options.protocol == "all" else (options.protocol,),
+        protocols=None if options.protocol == "all" else (options.protocol,),
         train=options.train,
         test=options.test,
         untrained=options.untrained,
@@ -135,8 +135,8 @@ def probe(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    from mpp.eval.compare import compare
-    from mpp.eval.summary import table
+    from mpp.eval.compare.compare import compare
+    from mpp.eval.compare.summary import table
 
     out, results = stoppable(lambda: compare(options.recipe, options.overrides))
     print(table(results))
@@ -146,13 +146,13 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def embed(options: argparse.Namespace) -> None:
-    from mpp.eval.embed import embed
+    from mpp.eval.labelled.embed import embed
 
     embed(options.weights, options.data, options.out, split=options.split)
 
 
 def predict(options: argparse.Namespace) -> None:
-    from mpp.eval.predict import predict
+    from mpp.eval.labelled.predict import predict
 
     predict(
         options.weights, options.data, split=options.split, out=options.out, top=options.top, scores_out=options.json

@@ -20,7 +20,18 @@ TITLES = {
 LEVEL = {"scratch": (0.31, 0.55, 0.81), "mpp": (0.4, 0.63, 0.84), "labels": (0.71, 0.79, 0.86)}
 LEVEL |= {"scratch_total": (0.33, 0.585, 0.835), "cnn": (0.29, 0.61, 0.88)}
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-FROZEN = {"linear": ("top1",), "knn": ("top1",), "few-shot": ("1-shot", "5-shot", "10-shot", "25-shot")}
+FROZEN = {"linear": ("top1",), "few-shot": ("1-shot", "5-shot", "10-shot", "25-shot"), "knn": ("top1",)}
+ACCURACY = {"accuracy": {"title": "Accuracy", "share": True, "guess": False}}
+GUESSES = {
+    "nearest": "Guess without learning: the nearest visible patch",
+    "commonest": "Guess without learning: the commonest answer",
+}
+PAINTED = {
+    "input": "the image",
+    "corrupted": "what the model is given (grey: masked)",
+    "predicted": "what it paints into the corrupted patches",
+    "truth": "what would have been right",
+}
 
 
 def comparison(
@@ -35,7 +46,7 @@ def comparison(
     random = np.random.default_rng(0)
     rows = [row for arm in arms for seed in range(seeds) for row in _rows(random, arm, seed, fractions, protocols)]
     return {
-        "format": 1,
+        "format": 2,
         "name": "cifar10-compare",
         "command": "mpp compare cifar10/compare",
         "created": "2026-11-22T14:00:00+00:00",
@@ -50,6 +61,7 @@ def comparison(
         },
         "baseline": arms[0],
         "compare": {"seeds": list(range(seeds)), "fractions": list(fractions), "lrs": [3e-4, 1e-3, 3e-3]},
+        "protocols": [_protocol(name) for name in protocols if name != "finetune"],
         "recipes": {"mpp pretrain": "objective: {name: mpp}\ntrain: {epochs: 100, lr: 1.0e-3}", "finetune": "seed: 0"},
         "arms": [_arm(arm) for arm in arms],
         "rows": rows,
@@ -64,6 +76,7 @@ def comparison(
         ],
         "costs": [run for arm in arms for seed in range(seeds) for run in _costs(arm, seed, fractions)],
         "chosen": [_chosen(arm, fraction) for arm in arms for fraction in fractions],
+        "captions": {arm: _captions(arm) for arm in arms},
         "curves": [curve for arm in arms for seed in range(seeds) for curve in _curves(random, arm, seed, fractions)],
         "pictures": [
             {"arm": "mpp", "seed": 0, "png": png(random), "rows": ["input", "corrupted", "predicted", "truth"]}
@@ -85,6 +98,20 @@ def _arm(name: str) -> dict[str, Any]:
         "parameters": 11_173_962 if name == "cnn" else 814_000,
         "encoder": encoder,
     }
+
+
+def _protocol(name: str) -> dict[str, Any]:
+    few = name == "few-shot"
+    words = {"title": name.capitalize(), "text": f"What {name} is.", "headline": "5-shot" if few else "top1"}
+    return {"name": name, **words, "draws_labels": few}
+
+
+def _captions(arm: str) -> dict[str, Any]:
+    labelled = {"metrics": ACCURACY, "pictures": {}}
+    guesses = {name: {"title": title, "share": True, "guess": True} for name, title in GUESSES.items()}
+    if arm.startswith("mpp"):
+        return {"pretrain": {"metrics": ACCURACY | guesses, "pictures": PAINTED}, "finetune": labelled}
+    return {"pretrain": labelled, "finetune": labelled} if arm.startswith("labels") else {"finetune": labelled}
 
 
 def _level(arm: str, fraction: float) -> float:

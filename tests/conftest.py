@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from mpp.batch import Batch
+from mpp.eval import PROTOCOLS
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
+from mpp.objectives import OBJECTIVES
 from mpp.shards.write import make_shards
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so begins a job in the background, and its children inherit it
@@ -27,6 +29,13 @@ def fixed_seed() -> None:
 def inside_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes an empty folder the working directory."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test add parts to the tables, and takes them out again."""
+    for table in (OBJECTIVES, PROTOCOLS):
+        monkeypatch.setattr(table, "_added", dict(table._added))
 
 
 def tiny_config(**changes) -> ViTConfig:

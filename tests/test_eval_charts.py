@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from mpp.eval.charts import Axis, Bar, Line, _apart, bar_rows, line_chart, powers, ticks
+from mpp.eval.report.charts import Axis, Bar, Line, _apart, bar_rows, line_chart, powers, ticks
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 47.1), (26.3, 91), (0, 5e6), (0.4001, 0.4002), (-1e-9, 1e-9)])

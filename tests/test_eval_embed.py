@@ -7,9 +7,9 @@ from conftest import picture_folder, shaken, tiny_config
 from PIL import Image
 from shard_files import write_files
 
-import mpp.eval.images
+import mpp.eval.labelled.images
 from mpp.errors import UserError
-from mpp.eval.embed import embed
+from mpp.eval.labelled.embed import embed
 from mpp.models.cnn import ResNet
 from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
@@ -23,7 +23,7 @@ COUNT = 12
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpp.hardware.multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr(mpp.eval.images, "BATCH", 5)
+    monkeypatch.setattr(mpp.eval.labelled.images, "BATCH", 5)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_damaged_images_are_named_and_left_out(folder, tmp_path, caplog):
     write_files(folder, {"class1/aaa.jpg": b"none"})
     embed(tmp_path / "encoder.safetensors", folder, tmp_path / "out.npz", report=lambda line: None)
     assert len(read(tmp_path / "out.npz")["keys"]) == COUNT
-    assert "class1/aaa.jpg is damaged and left out" in caplog.text
+    assert "class1/aaa.jpg is damaged and passed over" in caplog.text
 
 
 def test_nothing_is_written_where_nothing_can_be(folder, tmp_path):

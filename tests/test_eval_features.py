@@ -7,10 +7,10 @@ from conftest import picture_folder, shaken, tiny_config
 from safetensors.torch import save_file
 from tiny_runs import small_disk, small_splits
 
+import mpp.eval.features.extract as features
 from mpp.data.read import read_shards
 from mpp.errors import UserError
-from mpp.eval import features
-from mpp.eval.features import ProbeError, extract, kept_blocks
+from mpp.eval.features.extract import ProbeError, extract, kept_blocks
 from mpp.models.cnn import ResNet
 from mpp.models.mixers import Places
 from mpp.models.resnet_config import ResNetConfig

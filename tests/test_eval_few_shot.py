@@ -4,7 +4,7 @@ import torch
 from feature_clouds import clouds
 
 import mpp.eval
-from mpp.eval.few_shot import L2, SHOTS, drawn, few_shot, few_shot_accuracy, few_shot_predictions
+from mpp.eval.probes.few_shot import L2, SHOTS, drawn, few_shot, few_shot_accuracy, few_shot_predictions
 
 
 def slowly(train, labels, test, l2):

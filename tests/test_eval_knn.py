@@ -4,8 +4,8 @@ import torch
 from feature_clouds import clouds
 
 import mpp.eval
-from mpp.eval import knn
-from mpp.eval.knn import knn_accuracy, knn_predictions
+from mpp.eval.probes import knn
+from mpp.eval.probes.knn import knn_accuracy, knn_predictions
 
 
 def slowly(train, labels, test, k, temperature):

@@ -6,9 +6,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import mpp.eval
-from mpp.eval import linear
-from mpp.eval.features import ProbeError
-from mpp.eval.linear import L2, choices, linear_probe, tenths
+from mpp.eval.features.extract import ProbeError
+from mpp.eval.probes import linear
+from mpp.eval.probes.linear import L2, choices, linear_probe, tenths
 
 
 def scikit_learns(x, y, seen, l2):

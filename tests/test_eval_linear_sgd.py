@@ -10,8 +10,8 @@ from torch import nn
 
 from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
-from mpp.eval.features import ProbeError, extract
-from mpp.eval.linear_sgd import LARS, SGDConfig, build_head, linear_sgd
+from mpp.eval.features.extract import ProbeError, extract
+from mpp.eval.probes.linear_sgd import LARS, SGDConfig, build_head, linear_sgd
 from mpp.models.vit import ViT
 
 
@@ -68,7 +68,7 @@ def test_the_rate_is_maes_schedule(splits, encoder, monkeypatch):
         step(self)
 
     monkeypatch.setattr(LARS, "step", noted)
-    monkeypatch.setattr("mpp.eval.linear_sgd.BATCH", 10)
+    monkeypatch.setattr("mpp.eval.probes.linear_sgd.BATCH", 10)
     test = extract(encoder, splits, "test")
     linear_sgd(encoder, splits, "train", np.arange(25), 2, test, SGDConfig(batch=10))  # 2 steps an epoch
     assert len(rates) == 2 * 90
@@ -79,7 +79,7 @@ def test_the_rate_is_maes_schedule(splits, encoder, monkeypatch):
 
 
 def test_it_trains_as_a_plain_loop_over_whole_batches_does(splits, encoder, monkeypatch):
-    monkeypatch.setattr("mpp.eval.linear_sgd.BATCH", 10)  # micro-batches; a batch has three of them
+    monkeypatch.setattr("mpp.eval.probes.linear_sgd.BATCH", 10)  # micro-batches; a batch has three of them
     monkeypatch.setattr("mpp.hardware.multiplies_bfloat16", lambda device: False)
     config, numbers = SGDConfig(epochs=6, warmup=1, batch=36, blr=20.0), np.arange(2, 37)  # 35 images, 30 a batch
     test = extract(encoder, splits, "test")

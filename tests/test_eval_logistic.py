@@ -5,8 +5,8 @@ from feature_clouds import clouds
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mpp.eval import logistic
-from mpp.eval.logistic import cross_entropy, fit, principal_axes
+from mpp.eval.probes import logistic
+from mpp.eval.probes.logistic import cross_entropy, fit, principal_axes
 
 CPU = torch.device("cpu")
 GRID = (1.0, 1e-2, 1e-4, 1e-6)

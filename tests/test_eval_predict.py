@@ -10,9 +10,9 @@ from conftest import picture_folder, shaken, tiny_config
 from PIL import Image
 from shard_files import write_files
 
-import mpp.eval.images
+import mpp.eval.labelled.images
 from mpp.errors import UserError
-from mpp.eval.predict import logits_of, predict, score_split
+from mpp.eval.labelled.predict import logits_of, predict, score_split
 from mpp.models.classifier import Classifier, Head
 from mpp.models.vit import ViT
 from mpp.shards.index import read_index
@@ -36,7 +36,7 @@ def classifier_of(classes=("class0", "class1", "class2"), **config) -> Classifie
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 on any machine, so that results compare closely."""
     monkeypatch.setattr("mpp.hardware.multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr(mpp.eval.images, "BATCH", 5)  # so that there are several
+    monkeypatch.setattr(mpp.eval.labelled.images, "BATCH", 5)  # so that there are several
 
 
 @pytest.fixture

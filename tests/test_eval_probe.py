@@ -1,17 +1,24 @@
 import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import picture_folder, tiny_config
+from sklearn.metrics import accuracy_score
+from sklearn.neighbors import NearestCentroid
 from tiny_runs import run, small_splits, write_recipe
 
 from mpp.errors import UserError
-from mpp.eval.features import ProbeError, extract
-from mpp.eval.knn import knn_accuracy
-from mpp.eval.linear import choices, linear_probe
-from mpp.eval.linear_sgd import SGDConfig
-from mpp.eval.probe import PROTOCOLS, probe, probe_encoder
+from mpp.eval import Row
+from mpp.eval.features.extract import ProbeError, extract
+from mpp.eval.probes.knn import knn_accuracy
+from mpp.eval.probes.linear import choices, linear_probe
+from mpp.eval.probes.linear_sgd import SGDConfig
+from mpp.eval.probes.probe import probe, probe_encoder
+from mpp.eval.probes.protocols import PROTOCOLS, ProtocolError
 from mpp.models.cnn import ResNet
 from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
@@ -19,7 +26,8 @@ from mpp.shards.index import read_index
 from mpp.shards.write import make_shards
 from mpp.weights import save_encoder
 
-BRIEF = SGDConfig(epochs=2, warmup=1)
+BRIEF = {"linear-sgd": SGDConfig(epochs=2, warmup=1)}
+EVERY = list(PROTOCOLS)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +50,7 @@ def by_metric(rows):
 
 
 def test_rows_hold_what_the_protocols_find(splits, encoder):
-    rows = probe_encoder(encoder, splits, PROTOCOLS, sgd=BRIEF)
+    rows = probe_encoder(encoder, splits, EVERY, settings=BRIEF)
     found = by_metric(rows)
     assert len(found) == len(rows)
     train, test = extract(encoder, splits, "train"), extract(encoder, splits, "test")
@@ -70,8 +78,8 @@ def test_only_the_chosen_labels_are_used(splits, encoder):
 
 def test_a_cnn_is_probed_too(splits):
     encoder = ResNet(ResNetConfig(image=(16, 16), depth=18, width=8, stem="small"))
-    rows = probe_encoder(encoder, splits, PROTOCOLS, sgd=BRIEF)
-    assert {row.protocol for row in rows} == set(PROTOCOLS)
+    rows = probe_encoder(encoder, splits, EVERY, settings=BRIEF)
+    assert {row.protocol for row in rows} == set(EVERY)
     assert by_metric(rows)["linear", "top1"].detail["features"] == "output"
 
 
@@ -120,7 +128,7 @@ def labelled(root, **images):
 
 def test_a_class_that_training_lacks_is_named_before_anything_is_computed(encoder, tmp_path, monkeypatch):
     shards = labelled(tmp_path, train={"cat": 4, "dog": 4}, test={"cat": 2, "dog": 2, "emu": 1})
-    monkeypatch.setattr("mpp.eval.features._compute", None)
+    monkeypatch.setattr("mpp.eval.features.extract._compute", None)
     with pytest.raises(ProbeError, match="split test has images of emu, of which there is no training image in train"):
         probe_encoder(encoder, shards)
     with pytest.raises(ProbeError, match="split test has images of dog, emu, of which"):
@@ -147,9 +155,48 @@ def test_splits_without_labels_or_not_there_are_named(encoder, splits, tmp_path,
         probe_encoder(encoder, tmp_path / "b", test="train")
     with pytest.raises(UserError, match="no split 'tset'; it holds test, train"):
         probe_encoder(encoder, splits, test="tset")
-    monkeypatch.setattr("mpp.eval.probe.extract", None)
-    with pytest.raises(ProbeError, match="no protocol 'lienar'; there are linear, linear-sgd, few-shot, knn"):
+    monkeypatch.setattr("mpp.eval.probes.probe.extract", None)
+    with pytest.raises(ProtocolError, match=r"no protocol 'lienar'; did you mean linear\?"):
         probe_encoder(encoder, splits, ["lienar"])
+    with pytest.raises(ProtocolError, match="no protocol 'zzz'; there are linear, linear-sgd, few-shot, knn"):
+        probe_encoder(encoder, splits, ["knn", "zzz"])
+
+
+def add(name, rows, **more):
+    PROTOCOLS.add(name, title="Nearest mean", text="The class whose mean is nearest.", rows=rows, **more)
+
+
+def nearest_mean(task):
+    means = [task.train.vectors[task.train.labels == label].mean(0) for label in range(len(task.train.classes))]
+    guess = torch.cdist(task.test.vectors, torch.stack(means)).argmin(1)
+    return [Row("nearest-mean", "top1", task.accuracy(guess))]
+
+
+def test_a_protocol_of_ones_own_is_run_like_the_others(splits, encoder, own_parts):
+    add("nearest-mean", nearest_mean)
+    found = by_metric(probe_encoder(encoder, splits))
+    assert {protocol for protocol, _ in found} == {"linear", "few-shot", "knn", "nearest-mean"}, "the cheap ones"
+    train, test = extract(encoder, splits, "train"), extract(encoder, splits, "test")
+    expected = NearestCentroid().fit(train.vectors.numpy(), train.labels).predict(test.vectors.numpy())
+    assert found["nearest-mean", "top1"].value == accuracy_score(test.labels, expected)
+
+
+def test_what_is_wrong_with_a_protocols_rows_is_said_at_once(splits, encoder, own_parts, caplog):
+    add("borrowed", nearest_mean)
+    with pytest.raises(ProtocolError, match="protocol borrowed: gave a row of 'nearest-mean', expected its own name"):
+        probe_encoder(encoder, splits, ["knn", "borrowed"])
+    add("odd", lambda task: [Row("odd", "top1", 0.5, {"features": task.train})])
+    with pytest.raises(ProtocolError, match="protocol odd: gave a row that JSON can't hold"):
+        probe_encoder(encoder, splits, ["odd"])
+    add("forgetful", lambda task: [Row("forgetful", "top2", torch.tensor(0.5))])
+    [row] = probe_encoder(encoder, splits, ["forgetful"])
+    assert (row.metric, row.value) == ("top2", 0.5)
+    assert "forgetful: no figure top1, by which it is compared; it gave top2" in caplog.text
+
+
+def test_the_table_of_protocols_needs_no_torch():
+    code = "import sys, mpp.eval; mpp.eval.PROTOCOLS['knn'], mpp.eval.Row; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
-from mpp.eval.scores import calibration_error, scores
+from mpp.eval.labelled.scores import calibration_error, scores
 
 
 def drawn(n: int = 400, classes: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

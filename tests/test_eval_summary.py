@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mpp.eval.arms import ArmConfig
-from mpp.eval.summary import Row, conclusions, interval, mean_sd, summarise, table
+from mpp.eval.compare.arms import ArmConfig
+from mpp.eval.compare.summary import Figure, conclusions, interval, mean_sd, summarise, table
 
 
-def rows(arm: str, values: list[float], fraction: float = 0.1) -> list[Row]:
-    return [Row(arm, seed, "finetune", fraction, "top1", value) for seed, value in enumerate(values)]
+def rows(arm: str, values: list[float], fraction: float = 0.1) -> list[Figure]:
+    return [Figure(arm, seed, "finetune", fraction, "top1", value) for seed, value in enumerate(values)]
 
 
 def test_means_deviations_and_intervals_are_numpys_and_scipys():
@@ -61,7 +61,7 @@ def test_the_same_number_of_images_in_all_is_its_own_sentence():
 def test_the_table_has_protocols_and_fractions_in_order():
     found = summarise([*rows("mpp", [0.5, 0.6], 1.0), *rows("mpp", [0.2, 0.3], 0.1)], "scratch")
     arms = [{"name": "mpp", "title": "Masked patches"}]
-    text = table({"summary": found, "arms": arms, "conclusions": [], "failures": []})
+    text = table({"summary": found, "arms": arms, "conclusions": [], "failures": [], "protocols": []})
     head, line = text.splitlines()[:2]
     assert head.index("10 %") < head.index("all labels")
     assert line.index("25.0 +- 7.1 (n = 2)") < line.index("55.0 +- 7.1 (n = 2)")

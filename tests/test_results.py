@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from test_eval_report import Page, check_figures, chromium, opened
 
-from mpp.eval.report import report
-from mpp.eval.summary import Row, summarise
+from mpp.eval.compare.summary import Figure, summarise
+from mpp.eval.report.report import report
 
 RESULTS = sorted(Path(__file__).parent.parent.glob("docs/results/*.json"))
 
@@ -26,7 +26,7 @@ def test_every_figure_on_the_page_equals_the_results(results):
 
 
 def test_means_and_intervals_follow_from_the_single_runs(results):
-    rows = [Row(**row) for row in results["rows"]]
+    rows = [Figure(**row) for row in results["rows"]]
     assert json.loads(json.dumps(summarise(rows, results["baseline"]))) == results["summary"]
 
 

@@ -1,13 +1,17 @@
 """One self-contained HTML page of a comparison: no network, no script, light and dark, narrow and wide."""
 
 import json
+import re
 from collections.abc import Iterable
 from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from mpp.eval.report_charts import class_charts, fraction_chart, gain_chart, learning_curves, pictures, unlabelled
-from mpp.eval.report_tables import (
+from mpp.errors import UserError
+from mpp.files import write_atomically
+
+from .report_charts import class_charts, fraction_chart, gain_chart, learning_curves, pictures, unlabelled
+from .tables import (
     TOTAL_BUDGET,
     UPPER_BOUND,
     Column,
@@ -19,26 +23,21 @@ from mpp.eval.report_tables import (
     share,
     titles,
 )
-from mpp.files import write_atomically
 
+FORMAT = 2  # of the results
 STYLE = Path(__file__).with_name("report.css")
 # Nothing is loaded and no script runs, whatever stands in class names or error texts.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-PROTOCOLS = {
-    "linear": ("Linear probe", "A linear classifier on features of the frozen encoder."),
-    "linear-sgd": (
-        "Linear probe by SGD",
-        "A linear classifier trained by the published recipe of MAE, encoder frozen.",
-    ),
-    "knn": ("Nearest neighbours", "The weighted vote of the most similar training images, encoder frozen."),
-    "few-shot": ("Few-shot", "Least squares on frozen features of a few labelled images a class."),
-}
 DETAILS = {
     "top5": "Top-5 accuracy in %: the true class is among the five likeliest",
     "ece": "Expected calibration error in %: how far confidence is from accuracy (less is better)",
     "loss": "Cross-entropy on the test images (less is better)",
 }
+
+
+class ReportError(UserError):
+    """Results that this version can't show."""
 
 
 def write_report(results: Results, path: Path) -> None:
@@ -47,6 +46,11 @@ def write_report(results: Results, path: Path) -> None:
 
 def report(results: Results) -> str:
     """The page, as text. `results` is what compare.py writes to results.json; nothing else is read."""
+    if results.get("format") != FORMAT:
+        raise ReportError(
+            f"these results are of format {results.get('format')}, expected {FORMAT}; the same `mpp compare` in their "
+            "folder writes them anew and repeats no run"
+        )
     sections = (
         ("answer", "What follows", _answer(results)),
         ("arms", "What was compared", _arms(results)),
@@ -55,7 +59,7 @@ def report(results: Results) -> str:
         ("curves", "Learning curves", _curves(results)),
         ("cost", "Cost beside gain", _cost(results)),
         ("classes", "Class by class", _classes(results)),
-        ("pictures", "What the pretrained model paints", _pictures(results)),
+        ("pictures", "Pictures of pretraining", _pictures(results)),
         ("rates", "How learning rates were chosen", _rates(results)),
         ("repeat", "How to repeat this", _repeat(results)),
     )
@@ -184,17 +188,19 @@ def _accuracy(results: Results) -> str:
 def _frozen(results: Results) -> str:
     """A table for each protocol other than fine-tuning."""
     tables = []
-    for protocol in sorted({row["protocol"] for row in results["summary"]} - {"finetune"}, key=_protocol_order):
-        keys = {(row["fraction"], row["metric"]) for row in results["summary"] if row["protocol"] == protocol}
-        few = all(metric.endswith("-shot") for _, metric in keys)
-        ordered = sorted(keys, key=lambda key: (key[0], int(key[1].split("-")[0]) if few else 0, key[1]))
+    for protocol in results["protocols"]:
+        name, title, own = protocol["name"], protocol["title"], protocol["draws_labels"]
+        keys = {(row["fraction"], row["metric"]) for row in results["summary"] if row["protocol"] == name}
+        if not keys:
+            continue
+        order = sorted(keys, key=lambda key: (key[0], _natural(key[1])))
         columns = [
-            Column(f, metric, metric if few else f"{share(f)} of the labels", "" if few or metric == "top1" else metric)
-            for f, metric in ordered
+            Column(f, metric, metric if own else f"{share(f)} of the labels", "" if own or metric == "top1" else metric)
+            for f, metric in order
         ]
-        title, text = PROTOCOLS.get(protocol, (protocol, "Accuracy on frozen features."))
-        caption = f"{title}: top-1 accuracy on the test images in %"
-        tables.append(f"<h3>{escape(title)}</h3><p>{text}</p>{score_table(results, caption, protocol, columns)}")
+        caption = f"{title}: accuracy on the test images in %"
+        text = f"<h3>{escape(title)}</h3><p>{escape(protocol['text'])}</p>"
+        tables.append(text + score_table(results, caption, name, columns))
     if not tables:
         return _paragraph("No protocol on frozen features was run.")
     return _paragraph("Here the encoder stays as it is and only a small classifier on its output learns.") + "".join(
@@ -202,8 +208,9 @@ def _frozen(results: Results) -> str:
     )
 
 
-def _protocol_order(protocol: str) -> tuple[int, str]:
-    return ([*PROTOCOLS, protocol].index(protocol), protocol)
+def _natural(name: str) -> list[tuple[int, str]]:
+    """For sorting: 5-shot before 10-shot."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _curves(results: Results) -> str:
@@ -252,7 +259,7 @@ def _pictures(results: Results) -> str:
     shown = pictures(results)
     if not shown:
         return _paragraph("No arm of this comparison paints pictures.")
-    text = "In pretraining, part of each image is hidden or exchanged and the model predicts what was there."
+    text = "What the model was given in pretraining and what it made of it, at the end."
     return _paragraph(text) + shown
 
 

@@ -13,15 +13,16 @@ import torch
 
 from mpp import checkpoint
 from mpp.errors import UserError, cause
-from mpp.eval.arms import load_comparison
-from mpp.eval.chains import Chains, Job
-from mpp.eval.gather import gather
-from mpp.eval.report import write_report
 from mpp.files import BusyError, write_atomically
 from mpp.recipe import load_recipe
 from mpp.run import as_chosen, changes, check_classes, opened, resolved
 from mpp.shards.index import read_index
 from mpp.watch import sigterm_as_ctrl_c
+
+from ..report.report import write_report
+from .arms import load_comparison
+from .chains import Chains, Job
+from .gather import gather
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing
 FAILURES = (UserError, torch.OutOfMemoryError, MemoryError)  # of a run, that the others survive

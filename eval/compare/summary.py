@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
-from mpp.eval.arms import ArmConfig
+from .arms import FINETUNE, ArmConfig
 
 CONFIDENCE = 0.95
 
 
-class Row(NamedTuple):
+class Figure(NamedTuple):
     """One figure of one chain."""
 
     arm: str
@@ -39,7 +39,7 @@ def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
     return mean - half, mean + half
 
 
-def summarise(rows: Sequence[Row], baseline: str) -> list[dict[str, Any]]:
+def summarise(rows: Sequence[Figure], baseline: str) -> list[dict[str, Any]]:
     """Mean, standard deviation and n of each arm's figures, and their differences to the baseline, paired by seed."""
     groups: dict[tuple[str, str, float, str], dict[int, float]] = {}
     for row in rows:
@@ -63,9 +63,9 @@ def _difference(values: dict[int, float], other: dict[int, float], baseline: str
     return {"to": baseline, "n": len(pairs), "mean": mean_sd(pairs)[0], "low": low, "high": high}
 
 
-def conclusions(rows: Sequence[Row], titles: dict[str, str], arms: dict[str, ArmConfig], baseline: str) -> list[str]:
+def conclusions(rows: Sequence[Figure], titles: dict[str, str], arms: dict[str, ArmConfig], baseline: str) -> list[str]:
     """What follows from fine-tuning's top-1 accuracy, and what does not."""
-    top1 = [row for row in rows if row.metric == "top1" and row.protocol == "finetune"]
+    top1 = [row for row in rows if row.metric == "top1" and row.protocol == FINETUNE]
     found = []
     for arm, settings in arms.items():
         bound = " (an upper bound: it has seen all labels)" if settings.upper_bound else ""
@@ -86,7 +86,7 @@ def conclusions(rows: Sequence[Row], titles: dict[str, str], arms: dict[str, Arm
     return sentences
 
 
-def _clauses(rows: Sequence[Row], arm: str, other: str) -> list[str]:
+def _clauses(rows: Sequence[Figure], arm: str, other: str) -> list[str]:
     """Each fraction's difference between two arms, paired by seed, in points, and whether it is one."""
     values = {(row.arm, row.fraction, row.seed): row.value for row in rows}
     clauses = []
@@ -115,18 +115,30 @@ def shown(fraction: float) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The main figures for a terminal: accuracy in per cent, mean and standard deviation, by protocol and fraction."""
-    main = {"finetune": "top1", "linear": "top1", "knn": "top1", "few-shot": "5-shot"}
-    entries = [entry for entry in results["summary"] if entry["metric"] == main[entry["protocol"]]]
-    found = {(entry["protocol"], entry["fraction"]) for entry in entries}
-    columns = sorted(found, key=lambda column: (list(main).index(column[0]), column[1]))
-    cells = {(entry["arm"], entry["protocol"], entry["fraction"]): _cell(entry) for entry in entries}
+    headlines = {FINETUNE: "top1", **{one["name"]: one["headline"] for one in results["protocols"]}}
+    main = [entry for entry in results["summary"] if entry["metric"] == headlines[entry["protocol"]]]
+    found = {(entry["protocol"], entry["fraction"]) for entry in main}
+    columns = sorted(found, key=lambda column: (list(headlines).index(column[0]), column[1]))
+    cells = {(entry["arm"], entry["protocol"], entry["fraction"]): _cell(entry) for entry in main}
     lines = [["", *(f"{protocol}, {shown(fraction)}" for protocol, fraction in columns)]]
     for arm in results["arms"]:
         lines.append([arm["title"], *(cells.get((arm["name"], *column), "") for column in columns)])
     wide = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(f"{text:<{width}}" for text, width in zip(line, wide, strict=True)).rstrip() for line in lines]
     problems = [f"failed: {failure['run']}: {failure['error']}" for failure in results["failures"]]
-    return "\n".join([*rows, "", *results["conclusions"], *problems])
+    return "\n".join([*rows, "", *results["conclusions"], *_left_out(results, headlines), *problems])
+
+
+def _left_out(results: dict[str, Any], headlines: dict[str, str]) -> list[str]:
+    """A line for each protocol that has figures, but not the one by which it is compared."""
+    given: dict[str, list[str]] = {}
+    for entry in results["summary"]:
+        given.setdefault(entry["protocol"], []).append(entry["metric"])
+    return [
+        f"{name}: no figure {headlines[name]}, by which it is compared; it gave {', '.join(dict.fromkeys(metrics))}"
+        for name, metrics in given.items()
+        if headlines[name] not in metrics
+    ]
 
 
 def _cell(entry: dict[str, Any]) -> str:

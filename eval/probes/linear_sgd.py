@@ -7,7 +7,7 @@ Crops follow the same shares (0.08 to 1), drawn as GoogLeNet's, which tries agai
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,13 @@ from tqdm import tqdm
 from mpp.augment.config import AugmentConfig
 from mpp.batch import Batch
 from mpp.data.read import Batches, read_shards
-from mpp.eval.features import BATCH, Features, ProbeError, output_part, vectors
 from mpp.hardware import autocast, device_of
 from mpp.models.encoder import Encoder
 from mpp.optim import learning_rate
 from mpp.seeds import seed_of
+
+from ..features.extract import BATCH, Features, ProbeError, output_part, vectors
+from .task import Row, Task
 
 AREA = (0.08, 1.0)  # share of the picture that a crop holds; RandomResizedCrop's default
 MOMENTUM = 0.9  # of LARS
@@ -72,6 +74,14 @@ def build_head(width: int, classes: int, seed: int) -> nn.Sequential:
     nn.init.trunc_normal_(linear.weight, std=HEAD_STD, generator=generator)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=NORM_EPS), linear)
+
+
+def rows(task: Task) -> list[Row]:
+    """The accuracy of the head on the encoder's own output."""
+    config, train = task.settings.get("linear-sgd") or SGDConfig(), task.train
+    classes = len(train.classes)
+    value = linear_sgd(task.encoder, task.shards, task.train_split, train.numbers, classes, task.test, config)
+    return [Row("linear-sgd", "top1", value, {"features": train.output, **asdict(config)})]
 
 
 def linear_sgd(

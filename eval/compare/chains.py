@@ -8,25 +8,35 @@ OUT/probe/ARM/seed-0                   what is read off frozen features
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
-from mpp.eval.arms import ArmConfig, Comparison
-from mpp.eval.finetune import finetune
-from mpp.eval.probe import probe_encoder
-from mpp.eval.summary import shown
 from mpp.files import claimed, write_atomically
 from mpp.recipe import Recipe
 from mpp.run import build, run
 from mpp.shards.index import read_index
 from mpp.weights import load_encoder
 
+from ..labelled.finetune import finetune
+from ..probes.probe import probe_encoder
+from ..probes.protocols import PROTOCOLS
+from .arms import FINETUNE, ArmConfig, Comparison
+from .summary import shown
+
 ENCODER, SCORES, ROWS = "encoder.safetensors", "scores.json", "rows.json"
+FORMAT = 1  # of rows.json
+
+
+class Asked(NamedTuple):
+    """A protocol at a label fraction."""
+
+    fraction: float
+    protocol: str
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,12 @@ class Job:
     result: Path  # the file that says it is done
     work: Callable[[], object]
     recipe: Callable[[], Recipe] | None = None  # of the run, known once what it needs is done
+    asked: tuple["Asked", ...] = ()  # of a probing
 
     @property
     def done(self) -> bool:
-        return self.result.exists()
+        """A probing is done again, as far as it is new, where more fractions or protocols are asked for."""
+        return set(self.asked) <= set(read_rows(self.result)[0]) if self.asked else self.result.exists()
 
 
 class Chains:
@@ -68,11 +80,11 @@ class Chains:
         for fraction in self.config.fractions_of(arm):
             pretraining = self.pretraining(arm, seed, fraction)
             yield from pretraining
-            if "finetune" in self.config.protocols:
+            if FINETUNE in self.config.protocols:
                 trials = self.trials(arm, fraction)
                 yield from trials
                 yield self.finetuning(arm, seed, fraction, needs=(*pretraining, *trials))
-        if set(self.config.protocols) - {"finetune"}:
+        if self.config.frozen:
             yield from self.probings(arm, seed)
 
     def pretraining(self, arm: str, seed: int, fraction: float) -> list[Job]:
@@ -166,36 +178,62 @@ class Chains:
         own, fractions = self.config.arms[arm], self.config.fractions
         if not (own.pretrain or own.weights or arm == self.config.baseline):
             return []
-        parts = [fractions]
-        if self.comparison.with_labels(arm) and not own.upper_bound:
+        parts, limited = [fractions], self.comparison.with_labels(arm) and not own.upper_bound
+        if limited:
             parts = [(fraction,) for fraction in self.config.fractions_of(arm)]
         jobs = []
         for part in parts:
             place = "" if len(parts) == 1 else f"-{part[0]:g}"
             out = self.out / "probe" / f"{arm}{place}" / f"seed-{seed}"
+            asked = self.asked(part, draws=not limited or part == (1.0,))
+            if not asked:
+                continue
             names = tuple(job.name for job in self.pretraining(arm, seed, part[-1]))
-            work = partial(self.probe, arm, seed, part, out)
-            jobs.append(Job(f"{arm}{place} probing, seed {seed}", "probe", arm, seed, None, names, out / ROWS, work))
+            work = partial(self.probe, arm, seed, part[-1], asked, out)
+            name = f"{arm}{place} probing, seed {seed}"
+            jobs.append(Job(name, "probe", arm, seed, None, names, out / ROWS, work, asked=asked))
         return jobs
 
-    def probe(self, arm: str, seed: int, fractions: tuple[float, ...], out: Path) -> None:
-        """Writes rows of an arm's frozen features, the labels drawn as for fine-tuning."""
-        recipe = self.tuned(arm, seed, fractions[-1], out, None)
+    def asked(self, fractions: Sequence[float], draws: bool) -> tuple[Asked, ...]:
+        """The protocols at fractions; with `draws` also those that draw their own labels from all of train, once."""
+        drawing = [name for name in self.config.frozen if PROTOCOLS[name].draws_labels]
+        others = [name for name in self.config.frozen if name not in drawing]
+        return (
+            *(Asked(1.0, name) for name in drawing if draws),
+            *(Asked(fraction, name) for fraction in fractions for name in others),
+        )
+
+    def probe(self, arm: str, seed: int, fraction: float, asked: tuple[Asked, ...], out: Path) -> None:
+        """Writes rows of an arm's frozen features, the labels drawn as for fine-tuning; what is there stays.
+
+        fraction: one at which the arm is pretrained as this encoder was.
+        """
         shards, train, test = self.comparison.data
-        linear: list[str] = [name for name in self.config.protocols if name in ("linear", "knn")]
-        wanted = [(fraction, linear) for fraction in fractions]
-        if "few-shot" in self.config.protocols and fractions in (self.config.fractions, (1.0,)):
-            wanted.insert(0, (1.0, ["few-shot"]))  # it draws its own labels from all of train
         with claimed(out, "in use by a comparison that is still going"):
+            done, rows = read_rows(out / ROWS)
+            recipe = self.tuned(arm, seed, fraction, out, None)
             encoder = load_encoder(recipe.weights) if recipe.weights else build(recipe).encoder
-            index, rows = read_index(shards, train), []
-            for fraction, protocols in wanted:
-                numbers, _ = drawn(index, SubsetConfig(share=fraction), seed)
-                for row in probe_encoder(encoder, shards, protocols, train, test, numbers, cache=out / "features"):
-                    place = {"protocol": row.protocol, "fraction": fraction, "metric": row.metric}
+            index, missing = read_index(shards, train), [one for one in asked if one not in done]
+            for share in dict.fromkeys(one.fraction for one in missing):
+                numbers, _ = drawn(index, SubsetConfig(share=share), seed)
+                names = [one.protocol for one in missing if one.fraction == share]
+                for row in probe_encoder(encoder, shards, names, train, test, numbers, cache=out / "features"):
+                    place = {"protocol": row.protocol, "fraction": share, "metric": row.metric}
                     rows.append({**place, "value": row.value, "detail": row.detail})
             shutil.rmtree(out / "features", ignore_errors=True)
-            write_atomically(out / ROWS, json.dumps(rows).encode())
+            results = {"format": FORMAT, "asked": [*done, *missing], "rows": rows}
+            write_atomically(out / ROWS, json.dumps(results).encode())
+
+
+def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
+    """What a probing was asked for, and the rows it gave; nothing where there is no such file of this format."""
+    try:
+        results = json.loads(path.read_text())
+        if results["format"] != FORMAT:
+            return [], []
+        return [Asked(*one) for one in results["asked"]], results["rows"]
+    except (OSError, ValueError, LookupError, TypeError):  # what cut and foreign files cause
+        return [], []
 
 
 def _run(recipe: Callable[[], Recipe]) -> None:

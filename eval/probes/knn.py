@@ -13,11 +13,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .task import Row, Task
+
 KS = (10, 20, 100, 200)
+TOP1_K = 20  # neighbours of the headline figure: DINO's choice
 TEMPERATURE = 0.07
 TEST_BLOCK, TRAIN_BLOCK = 1024, 16384  # images; 64 MiB of similarities
 SPARE = 16  # neighbours kept beyond k while float32 finds them; float64 then ranks them
 SHORTEST = 1e-12  # features shorter than this are no direction: F.normalize's eps
+
+
+def rows(task: Task) -> list[Row]:
+    """The accuracy for each number of neighbours."""
+    train, made = task.train, list[Row]()
+    for name in train.vector_parts:
+        guesses = knn_predictions(train.parts[name], train.labels, task.test.parts[name], KS)
+        for k, guess in zip(KS, guesses, strict=True):
+            metric = ("top1" if k == TOP1_K else f"k={k}") + ("" if name == train.output else ", average patch")
+            made.append(Row("knn", metric, task.accuracy(guess), {"features": name, "k": min(k, len(train))}))
+    return made
 
 
 def knn_accuracy(

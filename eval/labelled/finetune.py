@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from mpp.errors import UserError
-from mpp.eval.predict import score_split
-from mpp.eval.scores import Scores
 from mpp.files import write_atomically
-from mpp.objectives.labels import LabelsConfig
 from mpp.recipe import Recipe
 from mpp.run import run
 from mpp.weights import load_classifier
+
+from .predict import score_split
+from .scores import Scores
 
 
 class FinetuneError(UserError):
@@ -22,9 +22,10 @@ def finetune(recipe: Recipe) -> tuple[Path, Scores | None]:
 
     Leaves scores.json in the run folder. Without `recipe.weights` this is training from scratch.
     """
-    if not isinstance(recipe.objective, LabelsConfig):
+    objective = recipe.objective
+    if not (objective.needs.labels and "classifier" in objective.results):
         raise FinetuneError(
-            f"{recipe.name}: objective.name is {recipe.objective.name}, expected labels; "
+            f"{recipe.name}: objective.name is {objective.name}, expected labels, or another that trains a classifier; "
             "`mpp pretrain` is for recipes without labels"
         )
     out = run(recipe)

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.eval.features import LAST, ProbeError
-from mpp.eval.logistic import fit, principal_axes
 from mpp.seeds import permutation
+
+from ..features.extract import LAST, ProbeError
+from .logistic import fit, principal_axes
+from .task import Row, Task
 
 L2 = tuple(10.0**exponent for exponent in range(1, -7, -1))  # of mean cross-entropy + l2 / 2 * |W|^2; strong ones first
 HOLD_OUT = 10  # one in so many training images is held out
@@ -39,6 +41,14 @@ class LinearProbe:
             f"linear: {100 * self.accuracy:.2f} % on the test images "
             f"(held-out training images {100 * self.held_out:.2f} %; {self.choice}, l2 {self.l2:g})"
         )
+
+
+def rows(task: Task) -> list[Row]:
+    """The accuracy of the linear probe on the features and with the l2 that it chose."""
+    train, test = task.train, task.test
+    found = linear_probe(choices(train.parts), train.labels, choices(test.parts), test.labels)
+    facts = {"features": found.choice, "l2": found.l2, "held out": found.held_out}
+    return [Row("linear", "top1", found.accuracy, {**facts, "per class": found.per_class, "tried": found.tried})]
 
 
 def choices(parts: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:

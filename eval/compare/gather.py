@@ -16,15 +16,17 @@ import torch
 
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
-from mpp.eval.arms import Comparison
-from mpp.eval.chains import ROWS, Chains, Job
-from mpp.eval.summary import Row, conclusions, summarise
 from mpp.models.encoders import build_encoder
 from mpp.plan import cost
 from mpp.recipe import load_recipe
 from mpp.shards.index import read_index
 
-FORMAT = 1
+from ..probes.protocols import PROTOCOLS
+from ..report.report import FORMAT
+from .arms import FINETUNE, Comparison
+from .chains import Asked, Chains, Job, read_rows
+from .summary import Figure, conclusions, summarise
+
 PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn", "omegaconf")
 
 
@@ -44,6 +46,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "data": _data(comparison),
         "baseline": config.baseline,
         "compare": asdict(config),
+        "protocols": [_protocol(name) for name in config.frozen],
         "recipes": _recipes(done),
         "arms": [_arm(comparison, arm) for arm in config.arms],
         "rows": [row._asdict() for row in rows],
@@ -52,6 +55,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "per_class": [_per_class(job) for job in done if job.stage == "finetune"],
         "costs": [entry for arm in config.arms for entry in _costs(chains, arm, known)],
         "chosen": _chosen(chains, {job.name for job in done}),
+        "captions": {arm: _captions(comparison, arm) for arm in config.arms},
         "curves": [curve for job in done if job.stage in ("pretrain", "finetune") for curve in _curves(job)],
         "pictures": [picture for arm in config.arms for picture in _pictures(chains, arm)],
         "failures": [{"run": name, "error": error} for name, error in failures.items()],
@@ -59,16 +63,39 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
     }
 
 
-def _rows(job: Job) -> list[Row]:
+def _rows(job: Job) -> list[Figure]:
+    """What a job found of all that the comparison asks for."""
     if job.stage == "finetune":
         scores = json.loads(job.result.read_text())
         assert job.fraction is not None
         figures = {name: scores[name] for name in ("top1", "top5", "ece", "loss") if scores[name] is not None}
-        return [Row(job.arm, job.seed, "finetune", job.fraction, name, value) for name, value in figures.items()]
+        return [Figure(job.arm, job.seed, FINETUNE, job.fraction, name, value) for name, value in figures.items()]
     if job.stage == "probe":
-        found = json.loads((job.result.parent / ROWS).read_text())
-        return [Row(job.arm, job.seed, r["protocol"], r["fraction"], r["metric"], r["value"]) for r in found]
+        return [
+            Figure(job.arm, job.seed, row["protocol"], row["fraction"], row["metric"], row["value"])
+            for row in read_rows(job.result)[1]
+            if Asked(row["fraction"], row["protocol"]) in job.asked
+        ]
     return []
+
+
+def _protocol(name: str) -> dict[str, Any]:
+    """What the report and the table need to know of a protocol."""
+    kept, protocol = ("title", "text", "headline", "draws_labels"), PROTOCOLS[name]
+    return {"name": name, **{key: getattr(protocol, key) for key in kept}}
+
+
+def _captions(comparison: Comparison, arm: str) -> dict[str, Any]:
+    """How the figures and pictures of an arm's training are to be named, as its objectives say."""
+    recipes = {"pretrain": comparison.pretrain.get(arm), "finetune": comparison.finetune[arm]}
+    return {
+        stage: {
+            "metrics": {name: asdict(metric) for name, metric in recipe.objective.metrics.items()},
+            "pictures": dict(recipe.objective.pictures),
+        }
+        for stage, recipe in recipes.items()
+        if recipe
+    }
 
 
 def _per_class(job: Job) -> dict[str, Any]:
@@ -160,7 +187,7 @@ def _pictures(chains: Chains, arm: str) -> list[dict[str, Any]]:
         found = sorted((job.result.parent / "pictures").glob("step-*.png"))
         if job.done and found:
             png = base64.b64encode(found[-1].read_bytes()).decode()
-            rows = ["input", "corrupted", "predicted", "truth"]
+            rows = list(chains.comparison.pretrain[arm].objective.pictures)
             return [{"arm": arm, "seed": job.seed, "png": png, "rows": rows}]
     return []
 

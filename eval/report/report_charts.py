@@ -1,4 +1,4 @@
-"""The report's charts and pictures: which numbers of the results go into which of mpp.eval.charts."""
+"""The report's charts and pictures: which numbers of the results go into which chart of charts.py."""
 
 import base64
 import binascii
@@ -9,8 +9,8 @@ from math import inf
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from mpp.eval.charts import MOST_LABELS, Bar, Line, Point, bar_rows, finite, legend, line_chart, plain, powers
-from mpp.eval.report_tables import (
+from .charts import MOST_LABELS, Bar, Line, Point, bar_rows, finite, legend, line_chart, plain, powers
+from .tables import (
     SHARE,
     Results,
     attributes,
@@ -29,20 +29,9 @@ PICTURE_WIDTH = 800  # pixels that pictures are enlarged to, at most
 UNEQUAL = 4  # times, that the longest line is longer than the shortest for a logarithmic axis
 WIDE, NARROW, SMALL = (860, 430), (350, 320), (340, 240)  # sizes of charts in pixels
 
-CURVES = {
-    "accuracy": "Accuracy",
-    "nearest": "Guess without learning: the nearest visible patch",
-    "commonest": "Guess without learning: the commonest answer",
-    "loss": "Loss",
-}
-GUESSES = {"nearest": "7 4", "commonest": "2 3"}  # with the dashes they are drawn in
-SHARES = ("accuracy", "nearest", "commonest", "top1", "top5")  # curves that are drawn in %
-ROWS = {
-    "input": "the image",
-    "corrupted": "what the model is given (grey: masked)",
-    "predicted": "what it paints into the corrupted patches",
-    "truth": "what would have been right",
-}
+DASHES = ("7 4", "2 3", "9 3 2 3", "1 4")  # of what is reached without learning, in turn
+SHARES = "%"  # the panel that everything in per cent shares
+LOSS = {"title": "Loss", "share": False, "guess": False}
 
 
 def unlabelled(results: Results) -> list[Mapping[str, Any]]:
@@ -119,23 +108,34 @@ def _fraction_figure(lines: Sequence[Line], marked: Sequence[tuple[float, str]])
     return f"<figure><h3>{title}</h3>{''.join(parts)}<figcaption>{caption}</figcaption></figure>"
 
 
+def metric_of(curve: Mapping[str, Any]) -> str:
+    """val/accuracy is the accuracy."""
+    return curve["metric"].split("/")[-1]
+
+
+def caption(results: Results, curve: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How a curve is shown: as its objective says, under its own name if that says nothing."""
+    metric = metric_of(curve)
+    known = results["captions"].get(curve["arm"], {}).get(curve["stage"], {}).get("metrics", {})
+    return known.get(metric, LOSS if metric == "loss" else LOSS | {"title": metric})
+
+
 def learning_curves(results: Results, stage: str) -> str:
     """Small charts: for pretraining one an arm, with guesses that need no learning; then one a label fraction."""
     curves = [curve for curve in results["curves"] if curve["stage"] == stage and finite(curve["points"])]
     by = "arm" if stage == "pretrain" else "fraction"
     panels: dict[tuple[Any, str], list[Mapping[str, Any]]] = {}
     for curve in curves:
-        metric = curve["metric"].split("/")[-1]
-        panels.setdefault((curve[by], "share" if metric in SHARES else metric), []).append(curve)
+        kind = SHARES if caption(results, curve)["share"] else metric_of(curve)
+        panels.setdefault((curve[by], kind), []).append(curve)
     order = [arm["name"] for arm in results["arms"]]
-    keys = sorted(panels, key=lambda key: (order.index(key[0]) if by == "arm" else key[0], key[1] != "share", key[1]))
+    keys = sorted(panels, key=lambda key: (order.index(key[0]) if by == "arm" else key[0], key[1] != SHARES, key[1]))
     name = titles(results)
     charts = []
     for number, key in enumerate(keys):
         title = name[key[0]] if by == "arm" else f"{share(key[0])} of the labels"
-        kinds = {curve["metric"].split("/")[-1] for curve in panels[key]}
-        y_title = "accuracy, %" if key[1] == "share" else key[1]
-        lines = _curve_lines(results, panels[key], by, kinds)
+        y_title = _y_title(results, panels[key])
+        lines = _curve_lines(results, panels[key], by)
         text = f"{y_title} against images seen"
         chart = line_chart(
             f"{stage}-{number}",
@@ -151,6 +151,12 @@ def learning_curves(results: Results, stage: str) -> str:
         charts.append(f"<figure><h4>{escape(title)}</h4>{chart}{below}</figure>")
     shared = legend(_arm_keys(results, curves)) if by == "fraction" and len(keys) > 1 else ""
     return f'{shared}<div class="panels">{"".join(charts)}</div>' if charts else ""
+
+
+def _y_title(results: Results, curves: Sequence[Mapping[str, Any]]) -> str:
+    """What the vertical axis of a panel shows: the figure that is learnt or, of several, the first one."""
+    words = sorted((caption(results, curve) for curve in curves), key=lambda words: words["guess"])[0]
+    return words["title"] + ", %" * words["share"]
 
 
 def _log_ticks(lines: Sequence[Line]) -> list[tuple[float, str]] | None:
@@ -169,22 +175,24 @@ def _arm_keys(results: Results, curves: Sequence[Mapping[str, Any]]) -> list[Lin
     return [Line(name[arm["name"]], look[arm["name"]], (), dash=dash(arm)) for arm in arms]
 
 
-def _curve_lines(results: Results, curves: Sequence[Mapping[str, Any]], by: str, kinds: set[str]) -> list[Line]:
+def _curve_lines(results: Results, curves: Sequence[Mapping[str, Any]], by: str) -> list[Line]:
     """One line for each arm and metric, the mean of its seeds; guesses without learning are neutral and broken."""
     look, name = looks(results), titles(results)
     arms = {arm["name"]: arm for arm in results["arms"]}
-    groups: dict[tuple[str, str], list[list[Point]]] = {}
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for curve in curves:
-        metric = curve["metric"].split("/")[-1]
-        scale = 100 if metric in SHARES else 1
-        points = [(right, scale * up) for right, up in finite(curve["points"])]
-        groups.setdefault((curve["arm"], metric), []).append(points)
+        groups.setdefault((curve["arm"], metric_of(curve)), []).append(curve)
+    guesses = list(dict.fromkeys(metric_of(curve) for curve in curves if caption(results, curve)["guess"]))
+    several = len({metric for _, metric in groups}) > 1
     lines = []
-    for (arm, metric), seeds in groups.items():
-        guess = metric in GUESSES
-        words = CURVES.get(metric, metric)
-        title = words if by == "arm" else name[arm] if len(kinds) == 1 else f"{name[arm]}: {words}"
-        broken = GUESSES.get(metric, dash(arms[arm]) if by == "fraction" else "")
+    for (arm, metric), group in groups.items():
+        words = caption(results, group[0])
+        scale, guess = (100 if words["share"] else 1), words["guess"]
+        seeds = [[(right, scale * up) for right, up in finite(curve["points"])] for curve in group]
+        title = words["title"] if by == "arm" else f"{name[arm]}: {words['title']}" if several else name[arm]
+        broken = dash(arms[arm]) if by == "fraction" else ""
+        if guess:
+            broken = DASHES[guesses.index(metric) % len(DASHES)]
         marks: Literal["last", "none"] = "none" if guess else "last"
         single = seeds if len(seeds) > 1 and not guess else ()
         lines.append(Line(title, -1 if guess else look[arm], _mean(seeds), single=single, dash=broken, marks=marks))
@@ -271,7 +279,8 @@ def pictures(results: Results) -> str:
     parts = []
     name = titles(results)
     for picture in results["pictures"]:
-        rows = "; ".join(f"{row}: {ROWS[row]}" if row in ROWS else row for row in picture["rows"])
+        words = results["captions"].get(picture["arm"], {}).get("pretrain", {}).get("pictures", {})
+        rows = "; ".join(f"{row}: {words[row]}" if row in words else row for row in picture["rows"])
         title = f"{name.get(picture['arm'], picture['arm'])}, seed {picture['seed']}"
         parts.append(
             f'<figure class="picture"><img{_size(picture["png"])} src="data:image/png;base64,{escape(picture["png"])}" '

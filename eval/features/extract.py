@@ -57,6 +57,17 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def vectors(self) -> Tensor:
+        """The encoder's own output of each image (n, d), float32."""
+        return self.parts[self.output].float()
+
+    @property
+    def vector_parts(self) -> list[str]:
+        """The parts that stand for an image as a whole: the output and, of a ViT, the last block's average patch."""
+        averages = [name for name in self.parts if name.startswith("average ")]
+        return list(dict.fromkeys([self.output, *sorted(averages, key=lambda name: int(name.split()[1]))[-1:]]))
+
     def choose(self, numbers: np.ndarray) -> "Features":
         """Those of some images of the split alone."""
         rows = torch.from_numpy(np.flatnonzero(np.isin(self.numbers, numbers)))

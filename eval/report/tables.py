@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from mpp.eval.charts import swatch
+from .charts import swatch
 
 Results = Mapping[str, Any]  # what compare.py writes to results.json
 Key = tuple[str, str, float, str]  # arm, protocol, fraction, metric

@@ -5,6 +5,8 @@ constant feature serves as a hardly regularised bias, targets are +-1, and a rid
 by argmax.
 """
 
+import logging
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +17,16 @@ from torch import Tensor
 
 from mpp.seeds import permutation
 
+from .task import Row, Task
+
 BIAS = 100.0  # the constant feature
 EPSILON = 1e-5  # added to the standard deviation
 L2 = 2.0**10  # the evaluator's default
 SHOTS = (1, 5, 10, 25)  # images a class; configs/common_fewshot.py
 DRAWS = 3
 SEED = 0
+
+logger = logging.getLogger("mpp.eval")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,20 @@ class FewShot:
     @property
     def accuracy(self) -> float:
         return sum(self.accuracies) / len(self.accuracies)
+
+
+def rows(task: Task) -> list[Row]:
+    """The accuracy of each number of shots that all classes have images for."""
+    train, test, made = task.train, task.test, list[Row]()
+    for name in train.vector_parts:
+        for found in few_shot(train.parts[name], train.labels, test.parts[name], test.labels):
+            spread = statistics.stdev(found.accuracies) if len(found.accuracies) > 1 else None
+            facts = {"features": name, "l2": found.l2, "draws": len(found.accuracies), "sd": spread}
+            metric = f"{found.shots}-shot" + ("" if name == train.output else ", average patch")
+            made.append(Row("few-shot", metric, found.accuracy, {**facts, "accuracies": found.accuracies}))
+    if left_out := [str(shots) for shots in SHOTS if f"{shots}-shot" not in {row.metric for row in made}]:
+        logger.warning("few-shot: %s shots left out: a class has fewer training images", ", ".join(left_out))
+    return made
 
 
 def few_shot_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, l2: float) -> float:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from mpp.errors import UserError
-from mpp.eval.images import open_images, outputs
 from mpp.files import write_atomically
 from mpp.weights import load_encoder
+
+from .images import open_images, outputs
 
 
 class EmbedError(UserError):

@@ -1,16 +1,18 @@
-"""What a comparison compares: arms, seeds, label fractions and protocols, as the `compare` section of a recipe says."""
+"""What a comparison compares: arms, seeds, label fractions and protocols, as the `compare` section of a recipe says.
+
+Nothing here imports torch by itself: a comparison that can't be meant is refused at once.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mpp.objectives.labels import LabelsConfig
 from mpp.recipe import Recipe, RecipeError, load_recipe, load_section
-from mpp.run import changes
 
-Protocol = Literal["finetune", "linear", "few-shot", "knn"]
-PROTOCOLS: tuple[Protocol, ...] = ("finetune", "linear", "few-shot", "knn")
+from ..probes.protocols import PROTOCOLS, ProtocolError, cheap, check_names
+
+FINETUNE = "finetune"  # stands among the protocols that a comparison names, but trains the encoder too
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     fractions: tuple[float, ...] = (1.0,)  # of each class's labels
     images: tuple[int, ...] = ()  # that fine-tuning sees at each fraction; the recipes' own lengths where not given
-    protocols: tuple[Protocol, ...] = PROTOCOLS
+    protocols: tuple[str, ...] = field(default_factory=lambda: (FINETUNE, *cheap()))
     lrs: tuple[float, ...] = ()  # fine-tuning rates that each arm chooses from; the recipe's own where not given
     choose_at: float | None = None  # fraction at which it chooses, for all; at each fraction where not given
     hold_out: float = 0.2  # share of the labels that it chooses by, with the first seed
@@ -61,10 +63,17 @@ class CompareConfig:
             raise ValueError(f"compare.choose_at must be one of compare.fractions, got {self.choose_at}")
         if not 0 < self.hold_out < 1:
             raise ValueError(f"compare.hold_out must be in (0, 1), got {self.hold_out}")
-        if unknown := [name for name in self.protocols if name not in PROTOCOLS]:
-            raise ValueError(f"compare.protocols must be of {', '.join(PROTOCOLS)}, got {', '.join(unknown)}")
+        try:
+            check_names(self.protocols, FINETUNE)
+        except ProtocolError as error:
+            raise ValueError(f"compare.protocols: {error}") from None
         for name, arm in self.arms.items():
             self._check_arm(f"compare.arms.{name}", arm)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The protocols that leave the encoder as it is, in the order of their table."""
+        return tuple(name for name in PROTOCOLS if name in self.protocols)
 
     def fractions_of(self, arm: str) -> tuple[float, ...]:
         """The fractions at which an arm is fine-tuned."""
@@ -109,7 +118,7 @@ class Comparison:
         """Whether an arm's pretraining takes labels of the images that it is then fine-tuned on."""
         recipe = self.pretrain.get(arm)
         same = recipe is not None and recipe.data.path == self.finetune[arm].data.path
-        return same and recipe is not None and isinstance(recipe.objective, LabelsConfig)
+        return same and recipe is not None and recipe.objective.needs.labels
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
@@ -117,6 +126,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
     Overrides of `compare.*` and `out` are the comparison's; all others go to every run of it. Raises RecipeError.
     """
+    from mpp.run import changes  # here, as it brings torch
+
     own = [text for text in overrides if text.startswith("compare.")]
     others = [text for text in overrides if not text.startswith(("compare.", "out="))]
     name, folder, values, source = load_section(path, "compare", CompareConfig, own)
@@ -127,8 +138,9 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     out = next((text.removeprefix("out=") for text in reversed(overrides) if text.startswith("out=")), f"runs/{name}")
     pretrain, finetune = {}, {}
     for arm, settings in config.arms.items():
-        finetune[arm] = _recipe(settings.finetune, folder, others)
-        if not isinstance(finetune[arm].objective, LabelsConfig) or finetune[arm].data.val is None:
+        recipe = finetune[arm] = _recipe(settings.finetune, folder, others)
+        trains_classifier = recipe.objective.needs.labels and "classifier" in recipe.objective.results
+        if not trains_classifier or recipe.data.val is None:
             raise RecipeError(
                 f"{source}: compare.arms.{arm}.finetune: {settings.finetune} must train with labels and "
                 "name the split to score on as data.val"

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mpp.augment.config import AugmentConfig
 from mpp.errors import UserError, shown
-from mpp.eval.images import Images, open_images, outputs
-from mpp.eval.scores import Scores, scores
 from mpp.files import write_atomically
 from mpp.models.classifier import Classifier
 from mpp.weights import load_classifier
+
+from .images import Images, open_images, outputs
+from .scores import Scores, scores
 
 logger = logging.getLogger("mpp.eval")
 

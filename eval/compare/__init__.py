@@ -1,0 +1,1 @@
+"""Comparisons: which runs they are made of, and what those show."""

@@ -1,0 +1,1 @@
+"""Frozen features of the images of a split."""

@@ -1,0 +1,1 @@
+"""Training with labels, and what classifiers and encoders say of images."""

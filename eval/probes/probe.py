@@ -1,0 +1,172 @@
+"""`mpp probe`: what can be read off an encoder's frozen features, by several protocols, as rows, a table and JSON."""
+
+import importlib.metadata
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpp.data.subset import lacking
+from mpp.errors import cause, shown
+from mpp.extend import resolve
+from mpp.files import cache_folder, write_atomically
+from mpp.models.encoder import Encoder
+from mpp.recipe import load_recipe
+from mpp.run import build
+from mpp.shards.index import read_index
+from mpp.weights import load_encoder
+
+from ..features.extract import ProbeError, extract, kept_blocks
+from .protocols import PROTOCOLS, ProtocolError, cheap, check_names
+from .task import Row, Task
+
+FORMAT = 1  # of the JSON
+
+logger = logging.getLogger("mpp.eval")
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """All figures of one encoder, and what they were read off."""
+
+    weights: str
+    untrained: bool
+    data: str
+    train: str
+    test: str
+    train_images: int
+    test_images: int
+    rows: list[Row]
+    versions: dict[str, str] = field(
+        default_factory=lambda: {name: importlib.metadata.version(name) for name in ("mpp", "torch")}
+    )
+
+    def __str__(self) -> str:
+        lines = [("protocol", "metric", "accuracy", "")]
+        for row in self.rows:
+            facts = {name: f"{fact:.4g}" if isinstance(fact, float) else fact for name, fact in row.detail.items()}
+            detail = "; ".join(f"{name} {fact}" for name, fact in facts.items() if isinstance(fact, str | int))
+            lines.append((row.protocol, row.metric, f"{100 * row.value:.2f} %", detail))
+        wide = [max(len(line[column]) for line in lines) for column in range(3)]
+        head = f"{self.weights}{' before training' if self.untrained else ''}, frozen, on {self.data}: "
+        head += f"{self.train_images} images of {self.train}, {self.test_images} of {self.test}"
+        table = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d}".rstrip() for a, b, c, d in lines]
+        return "\n".join([head, *table])
+
+    def save(self, path: Path) -> None:
+        """Writes the report as JSON."""
+        write_atomically(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+
+
+def probe(
+    weights: Path,
+    shards: str | Path,
+    *,
+    protocols: Sequence[str] | None = None,
+    train: str = "train",
+    test: str = "test",
+    untrained: bool = False,
+    cache: Path | None = None,
+) -> ProbeReport:
+    """The figures of an encoder that `mpp.load_encoder` takes, or with `untrained` of the same one before its training.
+
+    protocols: names of PROTOCOLS; the cheap ones where not given. cache: the folder that keeps features; the user's own
+    where not given.
+    """
+    protocols = cheap() if protocols is None else protocols
+    check_names(protocols)
+    encoder = _before_training(weights) if untrained else load_encoder(weights)
+    task = _task(encoder, shards, train, test, None, cache_folder("features") if cache is None else cache, {})
+    rows, images = _rows(task, protocols), (len(task.train), len(task.test))
+    return ProbeReport(str(weights), untrained, str(shards), train, test, *images, rows)
+
+
+def probe_encoder(
+    encoder: Encoder,
+    shards: str | Path,
+    protocols: Sequence[str] | None = None,
+    train: str = "train",
+    test: str = "test",
+    numbers: np.ndarray | None = None,
+    *,
+    cache: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """The figures of an encoder in memory. numbers: the only images of `train` whose labels may be used.
+
+    With a cache, all images' features are kept, so that calls with other numbers find them; else each call computes.
+    settings: by protocol, for those that take some (SGDConfig for linear-sgd).
+    """
+    protocols = cheap() if protocols is None else protocols
+    check_names(protocols)
+    return _rows(_task(encoder, shards, train, test, numbers, cache, settings or {}), protocols)
+
+
+def _task(
+    encoder: Encoder,
+    shards: str | Path,
+    train: str,
+    test: str,
+    numbers: np.ndarray | None,
+    cache: Path | None,
+    settings: Mapping[str, Any],
+) -> Task:
+    """What protocols are given; refuses what no probe could be fitted to before it computes any features."""
+    indexes = {split: read_index(shards, split) for split in (train, test)}
+    for split, index in indexes.items():
+        if not (index.label >= 0).any():
+            raise ProbeError(f"{shards}: split {split} has no labels, and a probe needs them")
+    index = indexes[train]
+    usable = np.flatnonzero((index.label >= 0) & ~index.damaged)
+    if numbers is not None:
+        usable = np.intersect1d(usable, numbers)
+    if missing := lacking(index.select(usable), indexes[test]):
+        names = ", ".join(map(shown, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        raise ProbeError(
+            f"{shards}: split {test} has images of {names}, of which there is no training image in {train}"
+        )
+    blocks = kept_blocks(encoder, len(index))
+    fitted, scored = (extract(encoder, shards, split, blocks=blocks, cache=cache) for split in (train, test))
+    fitted = fitted if numbers is None else fitted.choose(numbers)
+    return Task(fitted, scored, encoder, shards, train, test, settings)
+
+
+def _rows(task: Task, protocols: Sequence[str]) -> list[Row]:
+    """The rows of each protocol; one of several that is impossible with these images is named and left out."""
+    rows: list[Row] = []
+    for name in dict.fromkeys(protocols):
+        try:
+            rows += _checked(name, resolve(PROTOCOLS[name].rows)(task))
+        except ProbeError as error:
+            if len(protocols) == 1:
+                raise
+            logger.warning("left out: %s", error)
+    return rows
+
+
+def _checked(name: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows that a protocol gave, which anybody may have written; ProtocolError if they can't be its own."""
+    if wrong := [row for row in rows if row.protocol != name]:
+        raise ProtocolError(f"protocol {name}: gave a row of {shown(wrong[0].protocol)!r}, expected its own name")
+    try:
+        json.dumps([row.detail for row in rows])
+        rows = [replace(row, value=float(row.value)) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"protocol {name}: gave a row that JSON can't hold: {cause(error)}") from None
+    metrics, headline = [row.metric for row in rows], PROTOCOLS[name].headline
+    if headline not in metrics:
+        given = ", ".join(metrics) or "none"
+        logger.warning("%s: no figure %s, by which it is compared; it gave %s", name, headline, given)
+    return rows
+
+
+def _before_training(run: Path) -> Encoder:
+    """The encoder that a run started with."""
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        raise ProbeError(f"{run}: no run folder (it has no recipe.yaml), so what it was before training is not known")
+    return build(load_recipe(recipe)).encoder

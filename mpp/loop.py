@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,7 +188,7 @@ def save(
 
 def described(objective: Objective) -> dict[str, object]:
     """The config of the encoder that is the result, and under which names its tensors stand in the objective."""
-    encoder = objective.results()["encoder"]
+    encoder: Any = objective.results()["encoder"]
     place = next((name for name, module in objective.named_modules() if module is encoder), None)
     if place is None:
         raise ValueError(f"{objective.config.name}: the encoder of results() must be a part of the objective")

@@ -9,7 +9,8 @@ from PIL import Image
 from shard_files import write_files
 
 import mpp.shards.pictures
-from mpp.augment.plan import AugmentConfig, centre, resize
+from mpp.augment.config import AugmentConfig
+from mpp.augment.plan import centre, resize
 from mpp.data.folder import open_pictures
 from mpp.decode import DamagedImage, decode, decode_first
 from mpp.shards.sources import open_source, understand
@@ -39,7 +40,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def read(source: Path, mode: str = "RGB", augment: AugmentConfig | None = None, through=lambda files: files):
-    """The images, labels and keys of a source, and why others are damaged. through: what is done to its files before."""
+    """The images, labels and keys of a source, and why others are damaged. through: changes its files before."""
     images, labels = [], []
     with open_source(source, source.parent) as files:
         found, classes = understand(str(source), files, True, lambda line: None)

@@ -6,9 +6,9 @@ A run goes on as it began, whatever the machine would choose now, and on the ima
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mpp.data.config import ShuffleName
+from mpp.data.config import PrepareName, ShuffleName
 from mpp.errors import UserError, cause
 from mpp.files import write_atomically
 from mpp.recipe.recipe import Recipe
@@ -34,13 +34,15 @@ class Settled:
     steps: int
     warmup: int  # steps
     shuffle: ShuffleName
-    prepare: Literal["cpu", "device"]  # where pictures are made
+    prepare: PrepareName  # where pictures are made: cpu or device
     execution: Execution
     imports: dict[str, str]  # key of the recipe, such as objective.name -> what `--import` its part came by
 
     def fill(self, recipe: Recipe) -> Recipe:
         """A recipe in plain values: what it left open is as settled here."""
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.objective.items()}
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in self.objective.items()
+        }
         train = replace(recipe.train, steps=self.steps, epochs=None, images=None, warmup=self.warmup)
         return self.for_machine(replace(recipe, objective=replace(recipe.objective, **settings), train=train))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpp.data.batches import Batches, faster
 from mpp.data.chosen import chosen
-from mpp.data.config import DataConfig, ShuffleName
+from mpp.data.config import DataConfig, PrepareName, ShuffleName
 from mpp.data.read import open_batches, windowed
 from mpp.data.subset import lacking
 from mpp.errors import shown
@@ -61,7 +61,7 @@ def make_missing(data: DataConfig) -> None:
         make_shards(data.source, folder)
 
 
-def _prepare(recipe: Recipe, train: Sequence[Index], once: Once) -> str:
+def _prepare(recipe: Recipe, train: Sequence[Index], once: Once) -> PrepareName:
     """Where pictures are made: as the recipe says or, if it leaves that open, where it is faster."""
     asked, device = recipe.data.prepare, device_of(recipe.train.device)
     if asked != "auto":
@@ -69,7 +69,7 @@ def _prepare(recipe: Recipe, train: Sequence[Index], once: Once) -> str:
     if device.type != "cuda":
         return "cpu"
 
-    def measure() -> str:
+    def measure() -> PrepareName:
         on_cpu, there = (
             _open(_preparing(recipe, way), train, recipe.train.batch, train=True) for way in ("cpu", "device")
         )
@@ -79,7 +79,7 @@ def _prepare(recipe: Recipe, train: Sequence[Index], once: Once) -> str:
     return once(f"prepare {height}x{width}", measure)
 
 
-def _preparing(recipe: Recipe, way: str) -> Recipe:
+def _preparing(recipe: Recipe, way: PrepareName) -> Recipe:
     return replace(recipe, data=replace(recipe.data, prepare=way))
 
 

@@ -80,17 +80,22 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
 
 def go_on(before: Earlier, recipe: Recipe, images: RunImages) -> tuple[Objective, Settled]:
     """The objective of a run that has begun, whose checkpoint the loop puts back; RunError if it is another run."""
+    return build(same_run(before, recipe, images), same_weights(before, recipe)), before.settled
+
+
+def same_run(before: Earlier, recipe: Recipe, images: RunImages) -> Recipe:
+    """The recipe with what follows from its images; RunError unless it and they are those that a run began with."""
     folder, settled = before.folder, before.settled
     settings = with_index(recipe, images.batches.index).in_steps(images.batches.epoch)
     if changed := changes(settled.fill(before.recipe), settled.for_machine(settings)):
         raise RunError(
             f"{folder}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out="
         )
-    refuse_other_images(folder, settled, images.batches.index)
-    return build(settings, _same_weights(before, recipe)), settled
+    _refuse_other_images(folder, settled, images.batches.index)
+    return settings
 
 
-def refuse_other_images(folder: Path, settled: Settled, index: Index) -> None:
+def _refuse_other_images(folder: Path, settled: Settled, index: Index) -> None:
     """Raises RunError unless these are the images, and the labels, that a run began with; wherever they lie now."""
     if (found := digest(index)) != settled.images:
         what = f"it began with {settled.images}, now there are {found}"
@@ -101,8 +106,11 @@ def refuse_other_images(folder: Path, settled: Settled, index: Index) -> None:
     raise RunError(f"{folder}: holds a run on other images ({what}); restore them, or choose another folder with out=")
 
 
-def _same_weights(before: Earlier, recipe: Recipe) -> Encoder | None:
-    """The weights that a run began with, if they are still there: its checkpoints hold all that it needs of them."""
+def same_weights(before: Earlier, recipe: Recipe) -> Encoder | None:
+    """The weights that a run began with, if they are still there: its checkpoints hold all that it needs of them.
+
+    Raises RunError if others are there now, or if they are gone and no checkpoint is whole.
+    """
     folder, digest = before.folder, before.settled.weights
     if (recipe.weights is None) != (digest is None):
         there, here = (quoted(one.weights) for one in (before.recipe, recipe))

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 import pytest
 from comparison_results import comparison
 
+from mpp.errors import UserError
 from mpp.eval.report.report import report, write_report
 
 VOID = {"meta", "img", "br"}
@@ -299,6 +300,38 @@ def test_hostile_names_of_arms_protocols_and_metrics_are_escaped():
     assert "<script" not in html
     assert escape(HOSTILE) in html
     assert HOSTILE in unescape(html)
+
+
+def test_curves_and_pictures_are_named_as_their_objective_says():
+    results = comparison(arms=("scratch", "mpp"))
+    results["captions"]["mpp"]["pretrain"] = {
+        "metrics": {
+            "accuracy": {"title": "Views that agree", "share": False, "guess": False},
+            "nearest": {"title": "Agreement by chance", "share": False, "guess": True},
+        },
+        "pictures": {"input": "the first view"},
+    }
+    page = Page(report(results))
+    [section] = [one for one in page.all("section") if one["attributes"]["id"] == "curves"]
+    for words in ("Views that agree", "Agreement by chance", "commonest"):
+        assert words in section["text"], "without a caption a figure has its own name"
+    assert "Views that agree, %" not in section["text"]
+    [caption] = [one for one in page.all("figcaption") if "Rows from the top" in one["text"]]
+    assert "input: the first view; corrupted; predicted; truth." in caption["text"]
+
+
+def test_guesses_have_lines_of_their_own():
+    html = report(comparison(arms=("scratch", "mpp")))
+    drawn = r'<svg class="swatch (\w+)"[^>]*><path class="line" d="M1 6H29" stroke-dasharray="([^"]*)"/></svg>Guess'
+    assert re.findall(drawn, html) == [("neutral", "7 4"), ("neutral", "2 3")], "and no marker"
+
+
+@pytest.mark.parametrize("format", [1, 3, None])
+def test_results_of_another_format_are_refused_in_one_line(format, tmp_path):
+    with pytest.raises(UserError, match=f"these results are of format {format}, expected 2") as caught:
+        write_report(comparison(seeds=1, format=format), tmp_path / "report.html")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_is_written_whole_or_not_at_all(tmp_path):

@@ -113,11 +113,15 @@ def metric_of(curve: Mapping[str, Any]) -> str:
     return curve["metric"].split("/")[-1]
 
 
+def captions(results: Results, curve: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the objective of a curve says of its figures, by their names."""
+    return results["captions"].get(curve["arm"], {}).get(curve["stage"], {}).get("metrics", {})
+
+
 def caption(results: Results, curve: Mapping[str, Any]) -> Mapping[str, Any]:
     """How a curve is shown: as its objective says, under its own name if that says nothing."""
     metric = metric_of(curve)
-    known = results["captions"].get(curve["arm"], {}).get(curve["stage"], {}).get("metrics", {})
-    return known.get(metric, LOSS if metric == "loss" else LOSS | {"title": metric})
+    return captions(results, curve).get(metric, LOSS if metric == "loss" else LOSS | {"title": metric})
 
 
 def learning_curves(results: Results, stage: str) -> str:
@@ -182,7 +186,6 @@ def _curve_lines(results: Results, curves: Sequence[Mapping[str, Any]], by: str)
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for curve in curves:
         groups.setdefault((curve["arm"], metric_of(curve)), []).append(curve)
-    guesses = list(dict.fromkeys(metric_of(curve) for curve in curves if caption(results, curve)["guess"]))
     several = len({metric for _, metric in groups}) > 1
     lines = []
     for (arm, metric), group in groups.items():
@@ -192,6 +195,7 @@ def _curve_lines(results: Results, curves: Sequence[Mapping[str, Any]], by: str)
         title = words["title"] if by == "arm" else f"{name[arm]}: {words['title']}" if several else name[arm]
         broken = dash(arms[arm]) if by == "fraction" else ""
         if guess:
+            guesses = [one for one, words in captions(results, group[0]).items() if words["guess"]]
             broken = DASHES[guesses.index(metric) % len(DASHES)]
         marks: Literal["last", "none"] = "none" if guess else "last"
         single = seeds if len(seeds) > 1 and not guess else ()

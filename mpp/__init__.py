@@ -17,7 +17,7 @@ _HOMES = {
     "Scale": "mpp.optim",
     "OBJECTIVES": "mpp.objectives",
     "PROTOCOLS": "mpp.eval.probes.protocols",
-    "Row": "mpp.eval.probes.protocols",
+    "Row": "mpp.eval.probes.task",
     "Trunk": "mpp.models.trunk",
     "TrunkConfig": "mpp.models.trunk_config",
     "TrainConfig": "mpp.train_config",

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.neighbors import NearestCentroid
 from tiny_runs import losses, metrics, run
 
 from mpp import OBJECTIVES, load_encoder
+from mpp.eval.features.extract import extract
 from mpp.extend import ExtensionError, Kind, Table, import_parts
 from mpp.recipe import load_recipe
 from mpp.run.start import at_start
@@ -176,6 +178,58 @@ def test_a_plan_counts_the_teacher_apart():
     found = {line.split()[0]: line.split()[1] for line in rows if len(line.split()) == 2}
     encoder = sum(p.numel() for p in at_start(load_recipe("two_views.yaml")).encoder.parameters())
     assert int(found["teacher"].replace(",", "")) == encoder
+
+
+# A protocol
+
+
+COMPARE = """
+data: {path: data/digits, source: digits, train: train, val: test, augment: {crop: none, flip: false}}
+model: {image: 8, patch: 2, width: 16, depth: 1, heads: 2, positions: sincos2d, pool: avg}
+objective: {name: labels}
+train: {steps: 4, warmup: 1, batch: 32, lr: 1e-3, device: cpu, threads: 1}
+eval: {every: 1000, images: 64}
+log: {pictures: 0, tensorboard: false}
+compare:
+  arms: {scratch: {finetune: tune.yaml}, pretrained: {pretrain: tiny_mae.yaml, finetune: tune.yaml}}
+  seeds: [0]
+  fractions: [0.2]
+  protocols: [nearest-mean, knn]
+"""
+
+
+def test_a_protocol_from_outside_stands_in_help_and_rows():
+    usage = mpp("probe", "--help", "--import", "nearest_mean.py").out
+    assert "nearest-mean" in usage
+    mpp(*short("tiny_mae", "runs/probed"))
+    asked = ["--data", "data/digits", "--protocol", "nearest-mean", "--json", "probed.json"]
+    shown = mpp("probe", "runs/probed", *asked, "--import", "nearest_mean.py").out
+    [row] = json.loads(Path("probed.json").read_text())["rows"]
+    found = [extract(load_encoder("runs/probed"), "data/digits", split) for split in ("train", "test")]
+    train, test = (one.parts[one.output].double().numpy() for one in found)
+    nearest = NearestCentroid().fit(train, found[0].labels.numpy())
+    assert row["value"] == pytest.approx(nearest.score(test, found[1].labels.numpy()), abs=1e-6)
+    assert f"{100 * row['value']:.2f} %" in shown
+
+
+def test_it_appears_in_a_comparison_and_its_report(tmp_path):
+    Path("tune.yaml").write_text(COMPARE.partition("compare:")[0])
+    Path("compared.yaml").write_text(COMPARE)
+    quick = ["train.epochs=null", "train.steps=4", "train.warmup=1", "train.batch=32"]
+    imports = ["--import", "nearest_mean.py", "--import", "tiny_mae.py"]
+    table = mpp("compare", "compared.yaml", *quick, f"out={tmp_path / 'out'}", *imports).out
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    found = [row for row in results["rows"] if row["protocol"] == "nearest-mean"]
+    assert {(row["arm"], row["fraction"], row["metric"]) for row in found} == {
+        ("scratch", 0.2, "top1"),
+        ("pretrained", 0.2, "top1"),
+    }
+    assert "nearest-mean, 20 % of the labels" in table
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Nearest class mean" in page
+    assert "encoder frozen" in page
+    assert "what the decoder adds" not in page, "no picture was asked for"
+    assert "Peak signal to noise" in page or not [c for c in results["curves"] if c["stage"] == "pretrain"]
 
 
 # What a run without its import says

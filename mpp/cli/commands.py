@@ -54,9 +54,10 @@ def shards_check(options: argparse.Namespace) -> None:
 
 def shards_stats(options: argparse.Namespace) -> None:
     from mpp.shards.stats import folder_stats
+    from mpp.shards.stats_table import table
 
     found = folder_stats(options.folder, options.images)
-    print(found)
+    print(table(found))
     if options.json:
         found.save(options.json)
 

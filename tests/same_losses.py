@@ -130,9 +130,12 @@ class Side:
             arguments += ["--from", str(self.out(case.weights, precision).relative_to(self.folder))]
         if case.killed:
             self._kill(arguments, out)
-        said, status = self.folder / "said.txt", waited(self._start(arguments))
+        self._check(waited(self._start(arguments)))
+
+    def _check(self, status: int) -> None:
+        """Raises Failed with the last line that a command said, if it did not end well."""
         if status:
-            lines = said.read_text(errors="replace").replace("\r", "\n").split("\n")
+            lines = (self.folder / "said.txt").read_text(errors="replace").replace("\r", "\n").split("\n")
             raise Failed(next((line for line in reversed(lines) if line.strip()), f"status {status}"))
 
     def _kill(self, arguments: list[str], out: Path) -> None:
@@ -144,8 +147,10 @@ class Side:
             def late() -> bool:
                 return checkpoint.exists() and metrics.read_bytes().count(b"\n") >= LINES
 
-            if waited(self._start(arguments), late) == -signal.SIGKILL:
+            status = waited(self._start(arguments), late)
+            if status == -signal.SIGKILL:
                 return
+            self._check(status)
         raise Failed(f"was not killed in time in any of {TRIES} tries")
 
     def _start(self, arguments: list[str]) -> int:

@@ -89,7 +89,7 @@ def prepare_first_epoch(folder: Path, side: int, batch: int) -> Callable[[], Tim
 
 
 def our_batches(folder: Path, side: int, batch: int, reader: Reader, threads: int) -> "Batches":
-    from mpp.augment.plan import AugmentConfig
+    from mpp.augment.config import AugmentConfig
     from mpp.data.read import read_shards
 
     augment = AugmentConfig(area=AREA)
@@ -157,7 +157,8 @@ def first_epoch(folder: Path) -> tuple["np.ndarray", "np.ndarray"]:
     """Which photographs the first epoch shows in turn (n,), and the boxes that it cuts (n, 4)."""
     import numpy as np
 
-    from mpp.augment.plan import AugmentConfig, training_plan
+    from mpp.augment.config import AugmentConfig
+    from mpp.augment.plan import training_plan
     from mpp.seeds import permutation
     from mpp.shards.index import read_index
 
@@ -193,7 +194,7 @@ def prepare_photos(folder: Path, threads: int, kind: str) -> Callable[[], Timing
 def difference(folder: Path) -> dict[str, float]:
     """Grey levels, of 255, between our crops and Pillow's: the mean over all photographs, and of the worst one."""
     from benchmarks import pipelines
-    from mpp.augment.plan import AugmentConfig
+    from mpp.augment.config import AugmentConfig
     from mpp.data.read import read_shards
 
     numbers, boxes = first_epoch(folder)
@@ -251,7 +252,8 @@ class Watched:
 def prepare_loop(folder: Path, threads: int) -> Callable[[], Timing]:
     """`mpp.train`, its log and its reader as they come; start and last checkpoint are off the clock."""
     from mpp.data.read import read_shards
-    from mpp.loop import TrainConfig, train
+    from mpp.loop import train
+    from mpp.train_config import TrainConfig
 
     step.settle(threads)
     size = step.SIZES["cpu"]["tiny32"]

@@ -1,7 +1,8 @@
 """The one thing that passes from data to objectives."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -13,20 +14,32 @@ class Batch:
 
     Images stay uint8 up to the encoder, which normalises inside `embed`: targets see true colours, and a transfer to
     the device is four times smaller. A float tensor is taken as already normalised.
+
+    views: more pictures of the same images in the same order, uint8 (b, c, h', w') each, of a size of its own; `images`
+        is the first view. Labels and views go wherever the images go: `to` a device, and into the parts of `split`.
     """
 
     images: Tensor
     labels: Tensor | None = None
+    views: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def all_views(self) -> tuple[Tensor, ...]:
+        """The images and their further views."""
+        return self.images, *self.views
+
     def to(self, device: torch.device) -> "Batch":
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return Batch(self.images.to(device, non_blocking=True), labels)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Yields consecutive parts of `size` images, the last one perhaps smaller."""
         for start in range(0, len(self), size):
-            stop = start + size
-            yield Batch(self.images[start:stop], None if self.labels is None else self.labels[start:stop])
+            yield self._each(itemgetter(slice(start, start + size)))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with each tensor changed."""
+        labels = None if self.labels is None else change(self.labels)
+        return Batch(change(self.images), labels, tuple(map(change, self.views)))

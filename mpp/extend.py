@@ -83,7 +83,7 @@ class Table(Mapping[str, T], Generic[T]):
         return part
 
     def origin(self, name: str) -> str | None:
-        """The argument of `--import` by which a part came, or None: it is mpp's, a package's, or was added in Python."""
+        """The argument of `--import` by which a part came; None if it is mpp's, a package's, or was added in Python."""
         return self._origins.get(name)
 
     def __getitem__(self, name: str) -> T:
@@ -174,7 +174,7 @@ def _run_file(path: Path) -> None:
     if name in sys.modules:
         return  # given twice
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # it ends in .py
+    assert spec and spec.loader  # noqa: PT018 (it ends in .py)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)

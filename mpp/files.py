@@ -74,3 +74,16 @@ def claimed(folder: Path, busy: str) -> Iterator[None]:
                 lock.unlink()
                 if made:
                     folder.rmdir()  # goes only if it stayed empty
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Waits until no other process holds this lock; for moments, where `claimed` is for as long as a run lasts."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = file.open("w")
+    except OSError as error:
+        raise FileError(f"{file}: cannot be written: {cause(error)}") from None
+    with held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield

@@ -1,13 +1,11 @@
 """What this machine can do, and the choices that follow from it."""
 
 import resource
-from typing import Literal
 
 import torch
 
 from mpp.errors import UserError
-
-DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+from mpp.train_config import DeviceName
 
 
 class HardwareError(UserError):

@@ -2,9 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -18,25 +17,9 @@ from tqdm import tqdm
 from mpp.errors import cause
 from mpp.files import FileError, write_atomically
 
-SHOWN = ("loss", "accuracy", "images/s")  # beside the bar
 PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
 LABEL_WIDTH = 64  # pixels
 GAP = 2  # pixels between images of a grid
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """How often a run tells what it does. None of this affects results."""
-
-    every: int = 10  # steps between lines of metrics
-    pictures: int = 500  # steps between pictures; 0 for none
-    tensorboard: bool = True
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.pictures < 0:
-            raise ValueError(
-                f"log.every must be at least 1 and log.pictures at least 0, got {self.every}, {self.pictures}"
-            )
 
 
 class Log:
@@ -46,8 +29,9 @@ class Log:
     FileError if the disk is full.
     """
 
-    def __init__(self, out: Path, start: int, steps: int, tensorboard: bool) -> None:
-        self.out = out
+    def __init__(self, out: Path, start: int, steps: int, tensorboard: bool, beside_bar: Sequence[str] = ()) -> None:
+        """beside_bar: names of the scalars that stand beside the progress bar."""
+        self.out, self._beside_bar = out, beside_bar
         with self._writing():
             out.mkdir(parents=True, exist_ok=True)
             _forget_after(out / "metrics.jsonl", start)
@@ -80,7 +64,9 @@ class Log:
             if self._board:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
-        self._bar.set_postfix({name: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
+        self._bar.set_postfix(
+            {name: f"{values[name]:.4g}" for name in self._beside_bar if name in values}, refresh=False
+        )
 
     def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
         """One PNG, pictures/step-*.png: a row for each name, a column for each image."""

@@ -1,12 +1,13 @@
 """Parameter groups, and schedules as pure functions of the step."""
 
 import math
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+Schedule = Callable[[float], float]  # of the share of the run that is done, in [0, 1]
 KERNELS = (nn.Linear, nn.Conv2d)  # layers whose weights decay
 
 
@@ -18,30 +19,57 @@ class Layered(Protocol):
     def layer_of(self, parameter: str) -> int: ...
 
 
+class Scale(NamedTuple):
+    """Factors of the learning rate and the weight decay of a parameter: numbers, or functions of progress."""
+
+    lr: float | Schedule = 1.0
+    weight_decay: float | Schedule = 1.0
+
+    def at(self, progress: float) -> tuple[float, float]:
+        """Both when that share of the run is done."""
+        lr, decay = (factor(progress) if callable(factor) else factor for factor in self)
+        return lr, decay
+
+
 def parameter_groups(
-    module: nn.Module, weight_decay: float, layer_decay: float = 1.0, encoder: Layered | None = None
+    module: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    encoder: Layered | None = None,
+    *,
+    scale: Callable[[str], Scale] = lambda name: Scale(),
 ) -> list[dict[str, Any]]:
-    """Groups trained parameters by weight decay and by `scale`, the share of the learning rate that they get.
+    """Groups trained parameters by what they get of the learning rate and of the weight decay, for `set_rates`.
 
     Weights of linear and convolution layers decay, all else does not: biases, norms, positions and tokens, whatever
     they are called (big_vision's rule: only kernels decay). Layer l of an encoder with n layers, whose parameters are
     named `encoder.*` in the module, gets layer_decay ** (n + 1 - l) of the rate, all else the whole of it (BEiT, arXiv
-    2106.08254; MAE's util/lr_decay.py). Groups of the whole rate come first.
+    2106.08254; MAE's util/lr_decay.py). Groups of the whole rate come first. scale: further factors by name.
     """
     kernels = {id(part.weight) for part in module.modules() if isinstance(part, KERNELS)}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, Scale], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         above = 0
         if encoder is not None and name.startswith("encoder."):
             above = encoder.layers + 1 - encoder.layer_of(name.removeprefix("encoder."))
-        groups.setdefault((layer_decay**above, id(parameter) in kernels), []).append(parameter)
-    ordered = sorted(groups.items(), reverse=True)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "scale": scale}
-        for (scale, decays), parameters in ordered
-    ]
+        key = layer_decay**above, id(parameter) in kernels, scale(name)
+        groups.setdefault(key, []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda group: group[0][:2], reverse=True)
+    found = []
+    for (layer, decays, factors), parameters in ordered:
+        decay = weight_decay if decays else 0.0
+        group = {"params": parameters, "weight_decay": decay, "decay": decay, "scale": layer, "factors": factors}
+        found.append(group)
+    return found
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float, progress: float) -> None:
+    """Gives each group its part of a learning rate and of the weight decay when that share of the run is done."""
+    for group in optimizer.param_groups:
+        lr, decay = group["factors"].at(progress)
+        group["lr"], group["weight_decay"] = rate * group["scale"] * lr, group["decay"] * decay
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup: int, end: float = 0.0) -> float:

@@ -33,6 +33,14 @@ def patch_pixels(images: Tensor, patch: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
 
 
+def unpatchify(pixels: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """The images of which these are the pixels of each patch: (b, n, patch * patch * c) to (b, c, h, w), dtype kept.
+
+    The inverse of `patch_pixels`; grid: (rows, columns) of patches.
+    """
+    return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
+
+
 def colour_class(sums: Tensor, pixels: int, bits: int) -> Tensor:
     """The class of colours given as whole sums (..., 3) over `pixels` pixels: (...) int64."""
     bins = (sums << bits) // (256 * pixels)  # floor(mean * 2 ** bits / 256)

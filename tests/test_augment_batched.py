@@ -15,7 +15,8 @@ from mpp.augment.batched_crop import crop, shift_and_flip
 from mpp.augment.batched_erase import erase, mix
 from mpp.augment.batched_randaugment import operate
 from mpp.augment.colour import NEUTRAL, reach
-from mpp.augment.plan import AugmentConfig, Plan, apply, evaluation_plan, noise_table, training_plan
+from mpp.augment.config import AugmentConfig
+from mpp.augment.plan import Plan, apply, evaluation_plan, noise_table, training_plan
 from mpp.augment.randaugment import NAMES, OPERATIONS
 
 CPU = torch.device("cpu")

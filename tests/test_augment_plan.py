@@ -12,7 +12,8 @@ from scipy.stats import ks_2samp, kstest, uniform
 from timm.data.random_erasing import RandomErasing
 
 from mpp.augment.colour import NEUTRAL, Colour, Colours, recolour
-from mpp.augment.plan import AugmentConfig, Change, Erasure, apply, centre, evaluation_plan, resize, training_plan
+from mpp.augment.config import AugmentConfig
+from mpp.augment.plan import Change, Erasure, apply, centre, evaluation_plan, resize, training_plan
 from mpp.augment.randaugment import draw, operate
 from mpp.data.read import read_shards
 
@@ -154,7 +155,7 @@ def test_grey_images_keep_their_one_channel(channels):
     ],
 )
 def test_impossible_settings_are_refused_by_name(key, value):
-    with pytest.raises(ValueError, match=f"data.augment.{key}"):
+    with pytest.raises(ValueError, match=rf"augment\.{key}"):
         AugmentConfig(**{key: value})
 
 

@@ -10,7 +10,8 @@ from mpp import checkpoint
 from mpp.batch import Batch
 from mpp.checkpoint import CheckpointError
 from mpp.models.vit import ViT
-from mpp.objectives.masked_patch import MaskedPatchConfig, MaskedPatchPrediction
+from mpp.objectives.masked_patch import MaskedPatchPrediction
+from mpp.objectives.masked_patch_config import MaskedPatchConfig
 
 
 def state(value: float, numbers: int = 5) -> checkpoint.State:

@@ -8,8 +8,8 @@ from conftest import picture_folder
 from shard_files import labelled, write_tar
 
 from mpp.data.chosen import chosen
-from mpp.data.config import DataConfig, MixConfig
-from mpp.data.subset import SubsetConfig, held_out
+from mpp.data.config import DataConfig, MixConfig, SubsetConfig
+from mpp.data.subset import held_out
 from mpp.shards.build import index_folder
 from mpp.shards.index import Index, ShardError, read_index
 from mpp.shards.write import make_shards

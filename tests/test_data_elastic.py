@@ -10,7 +10,7 @@ import torch
 from conftest import picture_folder, pictures
 from PIL import Image
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.batches import Batches
 from mpp.data.config import DataConfig, MixConfig
 from mpp.data.read import open_batches, read_shards

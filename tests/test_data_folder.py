@@ -9,7 +9,8 @@ from PIL import Image
 from shard_files import write_files
 
 import mpp.shards.pictures
-from mpp.augment.plan import AugmentConfig, centre, resize
+from mpp.augment.config import AugmentConfig
+from mpp.augment.plan import centre, resize
 from mpp.data.folder import open_pictures
 from mpp.decode import DamagedImage, decode, decode_first
 from mpp.shards.sources import open_source, understand

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import picture_folder
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.batches import Batches, faster
 from mpp.data.config import DataConfig
 from mpp.data.on_device import Decoded, DeviceBatches, Kept

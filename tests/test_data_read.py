@@ -7,7 +7,7 @@ import torch
 from conftest import picture_folder
 from PIL import Image
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.decode import decode
 from mpp.seeds import permutation

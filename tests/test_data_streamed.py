@@ -10,7 +10,7 @@ import pytest
 import torch
 from http_server import File, Server, serving
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.batches import Batches
 from mpp.data.read import read_shards
 from mpp.remote.cache import Cache

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from conftest import picture_folder
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
+from mpp.data.config import SubsetConfig
 from mpp.data.read import read_shards
-from mpp.data.subset import SubsetConfig, drawn, lacking
+from mpp.data.subset import drawn, lacking
 from mpp.shards.index import ShardError, read_index
 from mpp.shards.write import make_shards
 

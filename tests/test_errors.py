@@ -12,7 +12,7 @@ from mpp.checkpoint import CheckpointError
 from mpp.errors import UserError, cause, counted, shown
 from mpp.hardware import HardwareError
 from mpp.recipe import RecipeError
-from mpp.run import RunError
+from mpp.recipe.settled import RunError
 from mpp.shards.tar import ShardError
 from mpp.watch import TrainingError
 from mpp.weights import WeightsError

@@ -10,7 +10,8 @@ from shard_files import write_files
 import mpp.eval.labelled.images
 from mpp.errors import UserError
 from mpp.eval.labelled.embed import embed
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 from mpp.shards.index import read_index
 from mpp.shards.write import make_shards

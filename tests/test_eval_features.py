@@ -11,8 +11,9 @@ import mpp.eval.features.extract as features
 from mpp.data.read import read_shards
 from mpp.errors import UserError
 from mpp.eval.features.extract import ProbeError, extract, kept_blocks
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.cnn import ResNet
 from mpp.models.mixers import Places
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 from mpp.shards.index import read_index
 from mpp.shards.write import make_shards

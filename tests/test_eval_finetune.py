@@ -13,7 +13,8 @@ from conftest import picture_folder
 from PIL import Image
 from tiny_runs import LABELS, RESNET, digests, metrics, run, small_splits, write_recipe
 
-from mpp.data.subset import SubsetConfig, drawn
+from mpp.data.config import SubsetConfig
+from mpp.data.subset import drawn
 from mpp.recipe import load_recipe
 from mpp.run import opened
 from mpp.shards.index import read_index

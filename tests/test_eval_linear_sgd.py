@@ -8,7 +8,7 @@ from conftest import shaken, tiny_config
 from tiny_runs import small_splits
 from torch import nn
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.eval.features.extract import ProbeError, extract
 from mpp.eval.probes.linear_sgd import LARS, SGDConfig, build_head, linear_sgd

@@ -19,7 +19,8 @@ from mpp.eval.probes.linear import choices, linear_probe
 from mpp.eval.probes.linear_sgd import SGDConfig
 from mpp.eval.probes.probe import probe, probe_encoder
 from mpp.eval.probes.protocols import PROTOCOLS, ProtocolError
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 from mpp.shards.index import read_index
 from mpp.shards.write import make_shards

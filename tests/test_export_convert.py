@@ -24,7 +24,8 @@ from mpp.errors import UserError
 from mpp.export import convert as module
 from mpp.export.convert import CHOICES, ConvertError, convert, facts_of
 from mpp.models.classifier import Classifier, Head
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 from mpp.weights import load_classifier, load_encoder, save_classifier, save_encoder
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mpp.log import GAP, PICTURE_SIDE, Log, LogConfig, _forget_after, picture_grid
+from mpp.log import GAP, PICTURE_SIDE, Log, _forget_after, picture_grid
+from mpp.train_config import LogConfig
 
 
 def test_a_grid_has_a_row_for_each_name_and_a_column_for_each_image():

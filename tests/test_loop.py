@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,13 +15,18 @@ from torch.func import functional_call
 from mpp.batch import Batch
 from mpp.checkpoint import CheckpointError
 from mpp.data.read import read_shards
+from mpp.execution import choose, forward_pass
 from mpp.hardware import multiplies_bfloat16
-from mpp.log import LogConfig
-from mpp.loop import TrainConfig, build_optimizer, forward_pass, settled, train, update
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.loop import build_optimizer, train, update
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
-from mpp.objectives.labels import Classification, LabelsConfig
+from mpp.objectives import Needs
+from mpp.objectives.labels import Classification
+from mpp.objectives.labels_config import LabelsConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction
+from mpp.optim import Scale
+from mpp.train_config import Execution, LogConfig, TrainConfig
 
 CPU = torch.device("cpu")
 NO_BFLOAT16 = pytest.mark.skipif(not multiplies_bfloat16(CPU), reason="this CPU does not multiply bfloat16")
@@ -37,7 +42,15 @@ class Gradients(torch.optim.SGD):
 
 
 def gradients_of(objective) -> Gradients:
-    return Gradients([{"params": list(objective.parameters()), "scale": 1.0}])
+    return Gradients([{"params": list(objective.parameters()), "scale": 1.0, "decay": 0.0, "factors": Scale()}])
+
+
+def one_step(objective, optimizer, batch, config, seed=0, step=1):
+    return update(objective, objective, optimizer, batch, config, config.micro_batch, seed, step)
+
+
+def forward_of(objective, config):
+    return forward_pass(objective, config, choose(objective, None, config))
 
 
 @pytest.fixture
@@ -58,7 +71,7 @@ def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(micro_batc
     objective.zero_grad()
     optimizer = gradients_of(objective)
     config = replace(FEW, batch=12, micro_batch=micro_batch, clip=None)
-    loss, norm, found = update(objective, objective, optimizer, batch, config, seed=0, step=1)
+    loss, norm, found = one_step(objective, optimizer, batch, config, seed=0, step=1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert found["red"].item() == pytest.approx(expected_metrics["red"].item(), rel=1e-5)
     assert norm.item() == pytest.approx(math.sqrt(sum((g**2).sum().item() for g in gradients)), rel=1e-4)
@@ -72,7 +85,7 @@ def test_a_smaller_last_micro_batch_counts_by_its_images(tiny_vit):
     batch = Batch(torch.randint(0, 256, (7, 3, 32, 48), dtype=torch.uint8))
     expected = objective(batch)[0].item()
     config = replace(FEW, batch=12, micro_batch=3)
-    loss, _, _ = update(objective, objective, gradients_of(objective), batch, config, seed=0, step=1)
+    loss, _, _ = one_step(objective, gradients_of(objective), batch, config, seed=0, step=1)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -84,7 +97,7 @@ def test_a_draw_depends_on_seed_step_and_place_alone(tiny_vit):
         objective.drawn.clear()
         batch = Batch(torch.randint(0, 256, (images, 3, 32, 48), dtype=torch.uint8))
         config = replace(FEW, batch=6, micro_batch=micro_batch)
-        update(objective, objective, gradients_of(objective), batch, config, seed, step)
+        one_step(objective, gradients_of(objective), batch, config, seed, step)
         return list(objective.drawn)
 
     first = drawn(1, 4, 2)
@@ -106,7 +119,7 @@ def test_the_rate_ends_at_its_lowest(tiny_vit, batch):
     objective = Brightness(tiny_vit)
     config = replace(FEW, batch=4, micro_batch=4, steps=1001, warmup=1, lr=1e-2, min_lr=3e-3)
     optimizer = gradients_of(objective)
-    update(objective, objective, optimizer, batch, config, seed=0, step=1001)
+    one_step(objective, optimizer, batch, config, seed=0, step=1001)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(3e-3, rel=1e-4)
 
 
@@ -127,7 +140,7 @@ def test_sgd_is_momentum_with_weight_decay_in_the_gradient(decay, tiny_vit, batc
             gradient = value.grad + decay * value.detach() * (name in kernels)
             speed[name] = 0.8 * speed[name] + gradient
             plain[name] = value.detach() - 0.5 * 0.5 * (1 + math.cos(math.pi * step / 3)) * speed[name]
-        update(objective, objective, optimizer, batch, config, seed=0, step=step + 1)
+        one_step(objective, optimizer, batch, config, seed=0, step=step + 1)
     for name, value in objective.named_parameters():
         torch.testing.assert_close(value.detach(), plain[name], rtol=1e-4, atol=1e-5)
 
@@ -221,7 +234,7 @@ def test_bfloat16_gives_nearly_the_loss_and_gradients_of_float32(tiny_vit, batch
     found = {}
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
-        loss, _ = forward_pass(objective, replace(FEW, precision=precision, compile=False))(batch)
+        loss, _ = forward_of(objective, replace(FEW, precision=precision, compile=False))(batch)
         assert loss.dtype == torch.float32
         loss.backward()
         assert all(p.grad.dtype == torch.float32 for p in objective.parameters())
@@ -247,7 +260,7 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(precision, bat
 
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss, _ = forward_pass(objective, config)(batch)
+            loss, _ = forward_of(objective, config)(batch)
         loss.backward()
         kept[checkpointing] = sum(sizes.values())
         found[checkpointing] = [loss.detach(), *(parameter.grad for parameter in objective.parameters())]
@@ -337,12 +350,12 @@ def test_a_running_average_can_not_begin_in_the_middle(images, tmp_path):
 def test_a_micro_batch_that_is_found_divides_the_batch(batch, image, images):
     objective = MaskedPatchPrediction(ViT(tiny_config(image=image, patch=4)))
     config = TrainConfig(steps=1, batch=batch, device="cpu")
-    found = settled(objective, images, config)
+    found = choose(objective, images, config)
     assert batch % found.micro_batch == 0
     assert found.precision == ("bfloat16" if multiplies_bfloat16(CPU) else "float32")
     assert found.compile is False
     assert found.threads == torch.get_num_threads()
-    assert settled(objective, images, found) == found
+    assert choose(objective, images, replace(config, **asdict(found))) == found
     if image == (16, 16):
         assert found.micro_batch == {1000: 250, 4096: 256}.get(batch, batch)
 
@@ -350,19 +363,76 @@ def test_a_micro_batch_that_is_found_divides_the_batch(batch, image, images):
 @pytest.mark.parametrize(("norm", "micro_batch"), [("batch", 4096), ("group", 512)])
 def test_an_encoder_that_looks_across_the_batch_gets_the_whole_of_it(norm, micro_batch, images):
     config = TrainConfig(steps=1, batch=4096, device="cpu")
-    assert settled(labelled(norm), images, config).micro_batch == micro_batch
-    assert settled(labelled(norm), images, replace(config, micro_batch=64)).micro_batch == 64
+    assert choose(labelled(norm), images, config).micro_batch == micro_batch
+    assert choose(labelled(norm), images, replace(config, micro_batch=64)).micro_batch == 64
+
+
+class Across(Brightness):
+    """An objective whose loss looks across its batch: the distance of each image's guess from the mean of all."""
+
+    @property
+    def needs(self):
+        return Needs(whole_batch=True)
+
+
+def test_an_objective_that_looks_across_the_batch_is_never_given_a_part_of_it(tiny_vit, images):
+    config = TrainConfig(steps=1, batch=4096, device="cpu")
+    assert choose(Across(tiny_vit), images, config).micro_batch == 4096
+    with pytest.raises(ValueError, match=r"train.micro_batch \(64\) must be train.batch \(4096\): across looks across"):
+        choose(Across(tiny_vit), images, replace(config, micro_batch=64))
+
+
+class Timed(Brightness):
+    """Notes what it sees of progress, in the forward pass and behind the step."""
+
+    def __init__(self, encoder) -> None:
+        super().__init__(encoder)
+        self.seen: list[float] = []
+        self.after: list[float] = []
+
+    def forward(self, batch):
+        loss, metrics = super().forward(batch)
+        self.seen.append(self.progress.item())
+        return loss * (1 + self.progress), metrics
+
+    def after_step(self, progress):
+        self.after.append(progress)
+        assert self.progress.item() == pytest.approx(progress)
+
+
+def test_progress_reaches_the_forward_pass_also_right_after_a_resume(images, tmp_path):
+    def timed() -> Timed:
+        torch.manual_seed(7)
+        return Timed(ViT(tiny_config(image=(16, 16), patch=4, width=32, depth=1)))
+
+    log = LogConfig(every=1, pictures=0, tensorboard=False)
+    whole, first, second = timed(), timed(), timed()
+    config = replace(FEW, micro_batch=20)
+    train(whole, images, config, out=tmp_path / "whole", log=log)
+    assert whole.seen == pytest.approx([step / 6 for step in range(6)])
+    assert whole.after == pytest.approx([step / 6 for step in range(1, 7)])
+    with pytest.raises(PowerCut):
+        train(first, Cut(images, after=4), config, out=tmp_path / "halves", log=log)
+    train(second, images, config, out=tmp_path / "halves", log=log)
+    assert second.seen == pytest.approx([3 / 6, 4 / 6, 5 / 6])
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changes", [{"steps": None}, {"steps": None, "epochs": 1.0}, {"steps": 0}, {"warmup": 0.5}])
+def test_a_config_that_does_not_count_in_steps_is_refused(changes, images, tmp_path):
+    with pytest.raises(ValueError, match="train.steps must be at least 1 and train.warmup a whole number of steps"):
+        fit(tmp_path, images, replace(FEW, **changes))
 
 
 def test_what_a_recipe_chooses_is_left_alone(images):
     config = TrainConfig(steps=1, batch=20, micro_batch=5, precision="float32", compile=True, device="cpu", threads=3)
-    assert settled(masked(), images, config) == config
+    assert choose(masked(), images, config) == Execution("float32", True, 3, 5)
 
 
 @NO_CUDA
 def test_a_gpu_trains_compiled_in_bfloat16_with_the_micro_batch_that_fits(images, tmp_path):
     config = TrainConfig(steps=6, batch=20, lr=1e-3, device="cuda", save_every=3)
-    found = settled(masked(), images, config)
+    found = choose(masked(), images, config)
     assert (found.precision, found.compile, found.micro_batch) == ("bfloat16", True, 20)
     objective = fit(tmp_path, images, config)
     assert {parameter.dtype for parameter in objective.parameters()} == {torch.float32}

@@ -4,9 +4,11 @@ import torch
 from conftest import shaken, tiny_config
 
 from mpp.models.classifier import Classifier, Head
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
-from mpp.objectives.labels import Classification, LabelsConfig
+from mpp.objectives.labels import Classification
+from mpp.objectives.labels_config import LabelsConfig
 
 
 @pytest.mark.parametrize("hidden", [0, 6])

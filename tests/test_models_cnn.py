@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models import resnet18, resnet50
 
-from mpp.models.cnn import ResNet, ResNetConfig, StandardisedConv2d
+from mpp.models.cnn import ResNet, StandardisedConv2d
+from mpp.models.resnet_config import ResNetConfig
 
 SMALL = {"image": (32, 32), "depth": 18, "width": 8, "stem": "small"}
 

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +9,11 @@ from conftest import shaken, tiny_config
 from scipy import ndimage
 from torch import nn
 
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.extend import resolve
+from mpp.models.cnn import ResNet
 from mpp.models.encoder import Encoder
 from mpp.models.encoders import ENCODERS, build_encoder
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 
 SMALL = {"image": (32, 48), "depth": 18, "width": 4, "stem": "small"}
@@ -48,14 +53,19 @@ def refusal(encoder: Encoder, given: Encoder) -> str:
 @pytest.mark.parametrize("config", [tiny_config(), ResNetConfig(**SMALL)])
 def test_an_encoder_is_built_by_the_name_of_its_config(config):
     encoder = build_encoder(config)
-    kind, settings = ENCODERS[config.name]
-    assert (type(encoder), type(encoder.config)) == (kind, settings)
+    kind = ENCODERS[config.name]
+    assert (type(encoder), type(encoder.config)) == (resolve(kind.maker), kind.config)
     assert encoder.config == config
     assert encoder(images()).shape == (3, encoder.width)
 
 
 def test_every_kind_is_listed_under_the_name_of_its_config():
-    assert {name: settings().name for name, (_, settings) in ENCODERS.items()} == {"vit": "vit", "resnet": "resnet"}
+    assert {name: kind.config().name for name, kind in ENCODERS.items()} == {"vit": "vit", "resnet": "resnet"}
+
+
+def test_settings_are_read_without_torch():
+    code = "import sys, mpp.models.encoders, mpp.models.presets; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # Weights of another encoder

@@ -2,17 +2,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shaken, tiny_config
+from conftest import shaken
 
 from mpp.models.layers import take
-from mpp.models.mixers import MIXERS, Places, attend
-from mpp.models.vit_config import MIXER_NAMES, ON_GRID
+from mpp.models.mixers import MIXERS, OnGrid, Places, attend
+from mpp.models.trunk_config import ATTEND, MIXER_NAMES, ON_GRID, TrunkConfig
 
-GRID, WIDTH = (4, 6), 64  # of tiny_config
+GRID, WIDTH, CONTEXT = (4, 6), 64, 24
 
 
 def mixer_of(name: str, **changes):
-    mixer = MIXERS[name](tiny_config(mixer=(name,), pool="avg", **changes))
+    mixer = MIXERS[name](
+        TrunkConfig(**{"width": WIDTH, "depth": 2, "heads": 2, "mixer": (name,)} | changes), GRID, CONTEXT
+    )
     mixer.initialise()
     return shaken(mixer)
 
@@ -23,7 +25,8 @@ def tokens_of(prefix: int = 0) -> torch.Tensor:
 
 def test_the_table_holds_what_the_config_knows():
     assert tuple(MIXERS) == MIXER_NAMES
-    assert set(ON_GRID) < set(MIXERS)
+    assert set(ON_GRID) == {name for name, mixer in MIXERS.items() if issubclass(mixer, OnGrid)}
+    assert set(ATTEND) < set(MIXERS)
 
 
 def test_pooling_is_the_average_of_the_neighbours_minus_the_patch_itself():
@@ -90,10 +93,10 @@ def test_outputs_asked_for_are_those_of_the_whole(name, prefix):
     n = prefix + 24
     # The same for all images, as fixed positions have it, and each image's own, as where patches are dropped.
     for images in (1, 2):
-        angles, bias = (
-            (torch.randn(images, 1, n, 32), torch.randn(images, 2, n, n)) if name == "attention" else [None] * 2
-        )
-        places = Places(GRID, prefix, angles, bias)
+        angles = torch.randn(images, 1, n, 32) if name in ATTEND else None
+        bias = torch.randn(images, 2, n, n) if name == "attention" else None
+        context = (torch.randn(2, 9, CONTEXT), torch.randn(2, 1, 9, 32)) if name == "cross" else (None, None)
+        places = Places(GRID, prefix, angles, bias, *context)
         at = torch.rand(2, n).argsort(1)[:, :7]
         whole = mixer(tokens, places)
         torch.testing.assert_close(mixer(tokens, places, at), take(whole, at), atol=1e-5, rtol=1e-5)

@@ -9,7 +9,8 @@ import timm.layers.pos_embed_rel
 import torch
 from torch import Tensor
 
-from mpp.models.positions import POSITIONS, TABLES, Positions, turn
+from mpp.models.position_tables import TABLES
+from mpp.models.positions import POSITIONS, Positions, turn
 from mpp.models.vit_config import ViTConfig
 
 OWN = (4, 6)  # rows and columns of the encoder's own grid
@@ -23,7 +24,7 @@ def build(kind: str, grid: tuple[int, int] = OWN, **changes) -> Positions:
     """Positions whose parameters are all random and different."""
     image = (8 * grid[0], 8 * grid[1])
     config = ViTConfig(**{"image": image, "patch": 8, "width": 32, "depth": 1, "heads": 2, "positions": kind} | changes)
-    positions = POSITIONS[kind](config)
+    positions = POSITIONS[kind](config, config.grid)
     for parameter in positions.parameters():
         torch.nn.init.normal_(parameter)
     return positions
@@ -267,7 +268,7 @@ def test_resized_is_the_state_of_an_encoder_with_that_grid(kind, class_token, ho
     positions = build(kind, resize=how, pool="avg", class_token=class_token)
     for grid in [OWN, (5, 3), (8, 12)]:
         other = build(kind, grid, resize=how, pool="avg", class_token=class_token)
-        state = positions.resized(other.config)
+        state = positions.resized(other.config, other.grid)
         assert not any(value.requires_grad for value in state.values())
         other.load_state_dict(state)  # strict
         for found, expected in zip(everything(other, grid), everything(positions, grid), strict=True):
@@ -278,7 +279,7 @@ def test_resized_is_the_state_of_an_encoder_with_that_grid(kind, class_token, ho
 def test_resized_leaves_out_what_a_class_token_had(kind):
     positions = build(kind, pool="avg", class_token=True)
     other = build(kind, (5, 3), pool="avg")
-    other.load_state_dict(positions.resized(other.config))  # strict
+    other.load_state_dict(positions.resized(other.config, other.grid))  # strict
     torch.testing.assert_close(other.patches((5, 3)), positions.patches((5, 3)))
     if kind == "relative":
         torch.testing.assert_close(other.bias((5, 3)), positions.bias((5, 3))[:, 1:, 1:])

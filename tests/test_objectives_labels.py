@@ -7,9 +7,11 @@ from conftest import shaken, tiny_config
 
 from mpp.batch import Batch
 from mpp.mixing import mix, smoothed
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
-from mpp.objectives.labels import Classification, LabelsConfig
+from mpp.objectives.labels import Classification
+from mpp.objectives.labels_config import LabelsConfig
 
 NAMES = tuple("abcdefg")
 

@@ -9,7 +9,8 @@ from mpp import targets
 from mpp.batch import Batch
 from mpp.models.layers import take
 from mpp.models.vit import ViT
-from mpp.objectives.masked_patch import Draw, MaskedPatchConfig, MaskedPatchPrediction
+from mpp.objectives.masked_patch import Draw, MaskedPatchPrediction
+from mpp.objectives.masked_patch_config import MaskedPatchConfig
 
 TARGETS = ["mean_colour", "colour_grid", "pixels"]
 

@@ -6,7 +6,8 @@ from conftest import tiny_config
 from torch import nn
 
 from mpp.models.vit import ViT
-from mpp.objectives.labels import Classification, LabelsConfig
+from mpp.objectives.labels import Classification
+from mpp.objectives.labels_config import LabelsConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups
 

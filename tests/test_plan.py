@@ -8,6 +8,7 @@ from torchvision.models import resnet18
 
 from mpp.plan import activation_bytes, cost, duration, parameters, plan
 from mpp.recipe import load_recipe
+from mpp.train_config import Execution
 
 # Parameters without a classifier: timm's vit_*_patch16_224 (H: patch14) with num_classes=0, as its tables count them.
 PUBLISHED = {"Ti/16": 5_524_416, "S/16": 21_665_664, "B/16": 85_798_656, "L/16": 303_301_632, "H/14": 630_764_800}
@@ -56,12 +57,12 @@ def test_the_formula_agrees_with_the_published_cost_of_vit_b16():
     assert flops(recipe_of("B/16")) == pytest.approx(6 * whole, rel=0.06), "half of the last block is saved"
 
 
-ONE = ("train.micro_batch=1", "train.precision=float32")
+ONE = Execution("float32", False, 1, micro_batch=1)
 
 
 def test_activations_grow_with_depth_and_shrink_with_the_patch():
-    shallow, deep = (activation_bytes(recipe_of("Ti/16", f"model.depth={depth}", *ONE)) for depth in (2, 6))
-    longer = activation_bytes(recipe_of("Ti/8", "model.depth=2", *ONE))
+    shallow, deep = (activation_bytes(recipe_of("Ti/16", f"model.depth={depth}"), ONE) for depth in (2, 6))
+    longer = activation_bytes(recipe_of("Ti/8", "model.depth=2"), ONE)
     assert 2 < deep / shallow < 3.1
     assert 3.4 < longer / shallow < 4, "fused attention keeps no scores: linear in the 4 times as many tokens"
 

@@ -9,10 +9,11 @@ import torch
 from recipe_files import WHOLE, load, write
 
 from mpp.errors import UserError
-from mpp.models.cnn import ResNetConfig
 from mpp.models.presets import presets
+from mpp.models.resnet_config import ResNetConfig
 from mpp.objectives import OBJECTIVES
-from mpp.recipe import RecipeError, differences, list_recipes, load_recipe, save_recipe
+from mpp.recipe import RecipeError, list_recipes, load_recipe, save_recipe
+from mpp.recipe.recipe import differences
 
 pytestmark = pytest.mark.usefixtures("inside_tmp")
 
@@ -78,7 +79,7 @@ def test_values_are_plain_python():
     recipe = load("model: {mean: [0.1, 0.2, 0.3]}\ntrain: {betas: [0, 1e-1]}", "objective.split=[0.5, 0.25, 0.25]")
     assert repr(recipe.model.mean) == "(0.1, 0.2, 0.3)"
     assert repr(recipe.train.betas) == "(0.0, 0.1)"
-    assert repr(recipe.objective) == repr(OBJECTIVES["mpp"][1](name="mpp", split=(0.5, 0.25, 0.25)))
+    assert repr(recipe.objective) == repr(OBJECTIVES["mpp"].config(name="mpp", split=(0.5, 0.25, 0.25)))
 
 
 def test_one_number_is_a_square_image():

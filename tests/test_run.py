@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import re
@@ -7,16 +8,17 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tiny_runs import digests, finished, metrics, run, small_disk, small_splits, start, write_recipe
+from tiny_runs import LABELS, digests, finished, metrics, run, small_disk, small_splits, start, write_recipe
 
 from mpp.recipe import load_recipe
 from mpp.shards.build import index_folder
-from mpp.shards.index import read_index
+from mpp.shards.index import read_index, write_index
 from mpp.weights import load_encoder
 
 LIVES = Path(__file__).with_name("many_lives.py")
@@ -71,7 +73,7 @@ def test_the_quickstart_makes_shards_and_leaves_an_encoder_and_pictures(tmp_path
     assert "Traceback" not in result.err
     assert "step/s" in result.err or "s/step" in result.err, "a progress bar"
     names = {path.name for path in out.iterdir() if not path.name.startswith(("events", "."))}
-    assert names == {"recipe.yaml", "metrics.jsonl", "checkpoints", "pictures", "encoder.safetensors"}
+    assert names == {"recipe.yaml", "settled.json", "metrics.jsonl", "checkpoints", "pictures", "encoder.safetensors"}
     assert any(out.glob("events*"))
     assert [path.name for path in (out / "pictures").iterdir()] != []
     assert load_encoder(out).config.width == 32
@@ -94,33 +96,53 @@ def test_a_finished_run_started_again_does_nothing_more(done, splits, tmp_path):
     assert after == before
 
 
-def test_what_was_auto_is_a_plain_value_in_the_runs_recipe(splits, tmp_path):
+def settled(out: Path) -> dict:
+    return json.loads((out / "settled.json").read_text())
+
+
+def test_what_was_asked_and_what_was_chosen_stand_side_by_side(splits, tmp_path):
     recipe, out = write_recipe(tmp_path, splits), tmp_path / "run"
     auto = ["train.precision=auto", "train.micro_batch=auto", "train.compile=null", "train.steps=1", "train.warmup=0"]
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0
-    chosen = yaml.safe_load((out / "recipe.yaml").read_text())["train"]
+    asked = yaml.safe_load((out / "recipe.yaml").read_text())["train"]
+    assert (asked["precision"], asked["micro_batch"], asked["compile"], asked["threads"]) == (
+        "auto",
+        "auto",
+        None,
+        None,
+    )
+    chosen = settled(out)["execution"]
     assert chosen["precision"] in ("float32", "bfloat16")
-    assert chosen["micro_batch"] == 8
-    assert chosen["compile"] is False
-    assert chosen["threads"] == torch.get_num_threads()
+    assert (chosen["micro_batch"], chosen["compile"], chosen["threads"]) == (8, False, torch.get_num_threads())
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0, "and auto again agrees with it"
+    plain = [*auto, "train.micro_batch=8", f"train.precision={chosen['precision']}"]
+    assert run("pretrain", recipe, *plain, f"out={out}").code == 0, "as does what was chosen, said outright"
+    assert "train.micro_batch: 8 there, 4 here" in refused(
+        "pretrain", recipe, *auto, "train.micro_batch=4", f"out={out}"
+    )
 
 
 def test_what_was_chosen_once_is_kept_where_the_machine_would_choose_otherwise(splits, tmp_path):
     recipe, out = write_recipe(tmp_path, splits), tmp_path / "run"
     auto = ["train.micro_batch=auto", "train.steps=2", "train.warmup=0"]
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0
-    text = (out / "recipe.yaml").read_text()
-    (out / "recipe.yaml").write_text(text.replace("micro_batch: 8", "micro_batch: 2"))
+    text = (out / "settled.json").read_text()
+    (out / "settled.json").write_text(text.replace('"micro_batch": 8', '"micro_batch": 2'))
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0
-    assert load_recipe(out / "recipe.yaml").train.micro_batch == 2
+    assert settled(out)["execution"]["micro_batch"] == 2
 
 
 def test_epochs_become_steps_once(splits, tmp_path):
     recipe, out = write_recipe(tmp_path, splits), tmp_path / "run"
-    assert run("pretrain", recipe, "train.epochs=0.5", "train.warmup=0.2", f"out={out}").code == 0
+    half = ["train.epochs=0.5", "train.warmup=0.2"]
+    assert run("pretrain", recipe, *half, f"out={out}").code == 0
     train = load_recipe(out / "recipe.yaml").train
-    assert (train.steps, train.epochs, train.warmup) == (3, None, 1), "20 of 40 images in batches of 8, rounded up"
+    assert (train.steps, train.epochs, train.warmup) == (None, 0.5, 0.2), "as it was asked"
+    assert (settled(out)["steps"], settled(out)["warmup"]) == (3, 1), "20 of 40 images in batches of 8, rounded up"
+    assert run("pretrain", recipe, "train.steps=3", "train.warmup=1", f"out={out}").code == 0, "the same in steps"
+    assert "train.steps: 3 there, 4 here" in refused(
+        "pretrain", recipe, "train.steps=4", "train.warmup=1", f"out={out}"
+    )
 
 
 def test_a_folder_whose_run_never_saved_takes_another_recipe(splits, tmp_path):
@@ -371,13 +393,13 @@ def test_sigkill_is_what_the_driver_sends():
     assert signal.SIGKILL == 9
 
 
-# The images of a run
+# The images and weights that a run began with are known by their content
 
 
 def test_a_run_goes_on_with_the_images_that_it_began_with_alone(recipe, tmp_path):
     out = f"out={tmp_path / 'run'}"
     assert run("pretrain", recipe, out, "train.steps=4").code == 0
-    found = load_recipe(tmp_path / "run/recipe.yaml").data.found
+    found = settled(tmp_path / "run")["images"]
     index = read_index(tmp_path / "shards", "train")
     keys = b"".join(index.key(i).encode() for i in range(len(index)))
     assert found == f"{len(index)} images {zlib.crc32(index.crc32.tobytes(), zlib.crc32(keys)):08x}"
@@ -385,4 +407,94 @@ def test_a_run_goes_on_with_the_images_that_it_began_with_alone(recipe, tmp_path
     index_folder(tmp_path / "shards", report=lambda line: None)
     line = refused("pretrain", recipe, out, "train.steps=4")
     assert f"it began with {found}, now there are " in line
-    assert refused("pretrain", recipe, f"out={tmp_path / 'other'}", f"data.found={found}").endswith("are other images")
+
+
+def test_moved_folders_and_other_ways_to_name_them_are_the_same_run(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("pretrain", recipe, "out=run", "data.path=shards", "train.steps=4").code == 0
+    weights = (tmp_path / "run/encoder.safetensors").read_bytes()
+    assert run("pretrain", recipe, "out=run", f"data.path={tmp_path / 'shards'}", "train.steps=4").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").rename(tmp_path / "elsewhere/moved")
+    (tmp_path / "shards").rename(tmp_path / "elsewhere/images")
+    out = tmp_path / "elsewhere/moved"
+    (out / "encoder.safetensors").unlink()
+    shutil.rmtree(out / "checkpoints/step-00000004")
+    assert run("pretrain", recipe, f"out={out}", "data.path=elsewhere/images", "train.steps=4").code == 0
+    assert (out / "encoder.safetensors").read_bytes() == weights, "it goes on from step 2, as if nothing had been moved"
+
+
+def test_labels_that_changed_are_other_images_where_the_objective_learns_them(splits, tmp_path):
+    shards = shutil.copytree(splits, tmp_path / "shards")
+    recipe = write_recipe(tmp_path, shards, LABELS)
+    out = f"out={tmp_path / 'run'}"
+    assert run("finetune", recipe, out).code == 0
+    index = read_index(shards, "train")
+    write_index(replace(index, label=(1 - index.label).astype(index.label.dtype)))
+    assert "but with other labels" in refused("finetune", recipe, out)
+
+
+@pytest.fixture
+def begun(done, splits, tmp_path):
+    """A run that began from the weights of another, of which it has a copy."""
+    start = shutil.copytree(done, tmp_path / "start")
+    arguments = ["pretrain", write_recipe(tmp_path, splits), "seed=99", f"out={tmp_path / 'run'}"]
+    assert run(*arguments, "--from", start).code == 0
+    return start, arguments
+
+
+def test_starting_weights_may_be_moved_or_named_otherwise(begun, tmp_path, monkeypatch):
+    start, arguments = begun
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments, "--from", "start").code == 0
+    assert run(*arguments, "--from", start / "encoder.safetensors").code == 0
+    start.rename(tmp_path / "archived")
+    assert run(*arguments, "--from", "archived").code == 0
+    assert run(*arguments, "--from", start).code == 0, "its checkpoint holds all that it needs"
+    assert "nowhere: is not there" in refused(*arguments, "--from", "nowhere")
+
+
+def test_starting_weights_that_are_gone_must_be_in_a_whole_checkpoint(begun, tmp_path):
+    start, arguments = begun
+    shutil.rmtree(start)
+    for step in (4, 6):
+        os.truncate(tmp_path / f"run/checkpoints/step-{step:08d}/model.safetensors", 100)
+    line = run(*arguments, "--from", start).err.splitlines()[-1]
+    assert line.startswith(f"mpp: {start}: gone, and {tmp_path / 'run'} holds no whole checkpoint to go on from")
+
+
+def test_weights_trained_anew_under_the_same_name_are_not_the_same(begun, splits, tmp_path):
+    start, arguments = begun
+    shutil.rmtree(start)
+    assert run("pretrain", write_recipe(tmp_path, splits), "seed=5", f"out={start}").code == 0
+    line = refused(*arguments, "--from", start)
+    assert f"{tmp_path / 'run'}: holds a run that began from other weights than {start} now holds" in line
+    assert "began from weights" in refused(*arguments), "nor is a run that begins from none"
+
+
+# Folders of other versions, and files that are cut
+
+
+def test_a_run_folder_from_before_settled_json_gets_one_line(done, splits, tmp_path):
+    out = shutil.copytree(done, tmp_path / "run")
+    (out / "settled.json").unlink()
+    with (out / "recipe.yaml").open("a") as file:
+        file.write("old_key: 3\n")
+    line = refused("pretrain", write_recipe(tmp_path, splits), f"out={out}")
+    assert line.startswith(f"mpp: {out}: holds a run of an earlier version of mpp (it has no settled.json)")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "steps": [', "\x00\xff"])
+def test_a_settled_json_that_is_cut_is_named(text, done, splits, tmp_path):
+    out = shutil.copytree(done, tmp_path / "run")
+    (out / "settled.json").write_bytes(text.encode("latin-1"))
+    line = refused("pretrain", write_recipe(tmp_path, splits), f"out={out}")
+    assert line.startswith(f"mpp: {out / 'settled.json'}: cut, or not as it was written")
+
+
+def test_a_settled_json_of_a_later_version_is_named(done, splits, tmp_path):
+    out = shutil.copytree(done, tmp_path / "run")
+    text = (out / "settled.json").read_text()
+    (out / "settled.json").write_text(text.replace('"format": 1', '"format": 2'))
+    line = refused("pretrain", write_recipe(tmp_path, splits), f"out={out}")
+    assert "settled.json: has format 2, this version of mpp reads 1" in line

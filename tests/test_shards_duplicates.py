@@ -12,6 +12,7 @@ from mpp.shards.build import index_folder
 from mpp.shards.duplicates import LISTED, Copy, Duplicates, find_duplicates
 from mpp.shards.index import Index, read_index
 from mpp.shards.stats import folder_stats
+from mpp.shards.stats_table import table
 
 Images = dict[str, list[tuple[bytes, str]]]  # by split: bytes and label
 
@@ -70,7 +71,7 @@ def test_leaks_come_first_and_then_labels_that_disagree(tmp_path):
         [Copy("train", "train2", "0"), Copy("train", "train3", "1")],
         [Copy("train", "train0", "0"), Copy("train", "train1", "0")],
     ]
-    lines = str(folder_stats(tmp_path, progress=False)).splitlines()
+    lines = table(folder_stats(tmp_path, progress=False)).splitlines()
     assert "LEAK: 2 of 3 images of test are in train as well" in lines
     assert "train holds 2 images more than once" in lines
     assert "in 2 groups the labels disagree" in lines
@@ -108,5 +109,5 @@ def test_damaged_images_are_no_duplicates_and_long_lists_are_cut(tmp_path):
     splits = {"train": [(picture, "0") for picture in pictures] * 2}
     found = find_duplicates(indexes(tmp_path / "many", splits), progress=False)
     assert (found.groups, found.within["train"], len(found.listed)) == (len(pictures), len(pictures), LISTED)
-    text = str(folder_stats(tmp_path / "many", progress=False))
+    text = table(folder_stats(tmp_path / "many", progress=False))
     assert f"  and {len(pictures) - 5} more (--json FILE lists the first 1000)" in text

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from shard_files import write_tar
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.decode import DamagedImage, decode
 from mpp.shards.build import index_folder

@@ -14,6 +14,7 @@ from mpp.cli import main
 from mpp.shards.build import index_folder
 from mpp.shards.index import Index, read_index, write_index
 from mpp.shards.stats import Stats, folder_stats
+from mpp.shards.stats_table import table
 from mpp.shards.tar import ShardError
 
 SIZES = [(6, 9), (12, 4), (30, 31), (5, 5), (8, 20)]  # (h, w)
@@ -87,7 +88,7 @@ def test_grey_and_turned_images_are_counted_as_training_gets_them(tmp_path):
     found = stats(folder).splits["train"]
     assert (found.height.max, found.width.max, found.aspect.max) == (10, 4, 0.4)
     np.testing.assert_allclose(found.mean, [0.2], atol=0.005)
-    assert "grey" in str(stats(folder))
+    assert "grey" in table(stats(folder))
 
 
 def test_damaged_images_are_counted_and_left_out(tmp_path):
@@ -102,7 +103,7 @@ def test_damaged_images_are_counted_and_left_out(tmp_path):
     assert stats(folder).splits["train"].damaged == 3  # its bytes are others than the index's
     only_bad = stats(indexed(tmp_path / "bad", {"train": [(b"<html>", "0")]}))
     assert only_bad.splits["train"].height is None
-    assert "no image could be decoded" in str(only_bad)
+    assert "no image could be decoded" in table(only_bad)
 
 
 def test_a_sample_is_drawn_by_keys_and_said_to_be_one(tmp_path):
@@ -112,7 +113,7 @@ def test_a_sample_is_drawn_by_keys_and_said_to_be_one(tmp_path):
     assert (found.splits["train"].decoded, found.splits["train"].sampled) == (10, True)
     assert found == stats(folder, 10)
     assert folder_stats(folder, 10, seed=1, progress=False).splits["train"].mean != found.splits["train"].mean
-    assert "over a sample of 10 images" in str(found)
+    assert "over a sample of 10 images" in table(found)
     assert stats(folder, 40).splits == stats(folder).splits
     with pytest.raises(ShardError, match="at least 1 image, got 0"):
         stats(folder, 0)
@@ -125,7 +126,7 @@ def test_classes_are_counted_and_those_that_a_split_lacks_are_named(tmp_path):
     assert list(found.splits) == ["train", "test"]
     assert found.splits["train"].images_by_label == [4, 2, 0, 2]
     assert found.splits["train"].without_label == 1
-    lines = str(found).splitlines()
+    lines = table(found).splitlines()
     for row in (["cat", "4", "0"], ["eel", "0", "1"], ["without", "label", "1", "0"]):
         assert row in [line.split() for line in lines]
     assert "train lacks 1 of the classes: eel" in lines
@@ -135,7 +136,7 @@ def test_classes_are_counted_and_those_that_a_split_lacks_are_named(tmp_path):
 def test_of_many_classes_the_smallest_and_largest_are_shown(tmp_path):
     labels = [str(c) for c in range(30) for _ in range(1 + c % 7)]
     folder = indexed(tmp_path, {"train": [(png(i), label) for i, label in enumerate(labels)]})
-    text = str(stats(folder))
+    text = table(stats(folder))
     assert "train: 30 classes with images: 1 to 7, median 4; 0 images without a label" in text
     assert "  fewest: 0 1, 7 1, 14 1, 21 1, 28 1" in text
     assert "  most: 27 7, 20 7, 13 7, 6 7, 26 6" in text
@@ -159,7 +160,7 @@ def test_the_command_prints_a_table_and_writes_every_figure(tmp_path, capsys):
     assert saved == json.loads(json.dumps(asdict(stats(folder, 2))))
     assert saved["splits"]["train"]["images_by_label"] == [1, 2]
     assert saved["duplicates"]["disagreeing"] == 1
-    assert out == str(stats(folder, 2)) + "\n"
+    assert out == table(stats(folder, 2)) + "\n"
 
 
 def test_no_shards_and_shards_without_labels(tmp_path):
@@ -167,4 +168,4 @@ def test_no_shards_and_shards_without_labels(tmp_path):
         stats(tmp_path / "absent")
     write_tar(tmp_path / "t-0.tar", [(name, data) for name, data in labelled(4, ["0"]) if name.endswith("png")])
     index_folder(tmp_path, report=quiet)
-    assert "no labels" in str(stats(tmp_path))
+    assert "no labels" in table(stats(tmp_path))

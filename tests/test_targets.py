@@ -72,3 +72,16 @@ def test_targets_refuse_what_has_no_colours():
         targets.mean_colour(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), 2)
     with pytest.raises(ValueError, match=r"grid \(4\) divides, got 6"):
         targets.colour_grid(torch.zeros(1, 3, 12, 12, dtype=torch.uint8), 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_put_together_again_are_the_image(dtype, channels):
+    images = torch.randint(0, 256, (2, channels, 12, 20)).to(dtype)
+    patches = targets.patch_pixels(images, 4)
+    assert torch.equal(targets.unpatchify(patches, 4, (3, 5)), images)
+    alone = torch.zeros_like(patches)
+    alone[:, 7] = patches[:, 7]  # row 1, column 2
+    expected = torch.zeros_like(images)
+    expected[:, :, 4:8, 8:12] = images[:, :, 4:8, 8:12]
+    assert torch.equal(targets.unpatchify(alone, 4, (3, 5)), expected)

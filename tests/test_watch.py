@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import FEW, Brightness, Cut, digests, finished, fit, losses, masked, metrics, run, start, write_recipe
 
 from mpp.data.read import read_shards
-from mpp.log import LogConfig
 from mpp.loop import train
 from mpp.models.vit import ViT
+from mpp.train_config import LogConfig
 from mpp.watch import Interrupted, TrainingError
 
 

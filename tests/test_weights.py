@@ -12,7 +12,8 @@ from torch import nn
 
 from mpp.errors import UserError
 from mpp.models.classifier import Classifier, Head
-from mpp.models.cnn import ResNet, ResNetConfig
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 from mpp.weights import WeightsError, load_classifier, load_encoder, save_classifier, save_encoder, timm
 

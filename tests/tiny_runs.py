@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from mpp.batch import Batch
 from mpp.cli import main
-from mpp.log import LogConfig
-from mpp.loop import TrainConfig, train
+from mpp.loop import train
 from mpp.models.vit import ViT
-from mpp.objectives import Objective
+from mpp.objectives.base import Objective
 from mpp.objectives.masked_patch import MaskedPatchPrediction
 from mpp.shards.write import make_shards
+from mpp.train_config import LogConfig, TrainConfig
 
 RECIPE = """\
 seed: 3

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mpp.data.config import DataConfig
+from mpp.data.subset import digest
 from mpp.recipe import Recipe, RecipeError, load_recipe, load_section
+from mpp.recipe.recipe import differences
+from mpp.remote.urls import is_url
+from mpp.shards.index import read_index, splits
 
 from ..probes.protocols import PROTOCOLS, ProtocolError, cheap, check_names
 
@@ -117,8 +122,24 @@ class Comparison:
     def with_labels(self, arm: str) -> bool:
         """Whether an arm's pretraining takes labels of the images that it is then fine-tuned on."""
         recipe = self.pretrain.get(arm)
-        same = recipe is not None and recipe.data.path == self.finetune[arm].data.path
-        return same and recipe is not None and recipe.objective.needs.labels
+        if recipe is None or not recipe.objective.needs.labels:
+            return False
+        return same_images(recipe.data, self.finetune[arm].data)
+
+
+def place(path: str) -> str:
+    """A folder of shards, however it is named: a URL, or its absolute path."""
+    return path if is_url(path) else str(Path(path).resolve())
+
+
+def same_images(one: DataConfig, other: DataConfig) -> bool:
+    """Whether two data sections train on the same images: in one place, or the same ones in two."""
+    if (place(one.path), one.train) == (place(other.path), other.train):
+        return True
+    if any(is_url(data.path) or data.train not in splits(data.path) for data in (one, other)):
+        return False  # not there to be looked at
+    found, expected = (digest(read_index(data.path, data.train, data.allow)) for data in (one, other))
+    return found == expected
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
@@ -126,8 +147,6 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
     Overrides of `compare.*` and `out` are the comparison's; all others go to every run of it. Raises RecipeError.
     """
-    from mpp.run import changes  # here, as it brings torch
-
     own = [text for text in overrides if text.startswith("compare.")]
     others = [text for text in overrides if not text.startswith(("compare.", "out="))]
     name, folder, values, source = load_section(path, "compare", CompareConfig, own)
@@ -149,12 +168,12 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             pretrain[arm] = _recipe(settings.pretrain, folder, others)
     for arm, recipe in pretrain.items():
         for other in pretrain.values():
-            if recipe.name == other.name and changes(recipe, other):
+            if recipe.name == other.name and differences(recipe, other):
                 raise RecipeError(
                     f"{source}: compare.arms.{arm}.pretrain: two recipes are called {recipe.name}; rename one"
                 )
     comparison = Comparison(name, Path(out), config, pretrain, finetune)
-    places = {arm: (recipe.data.path, recipe.data.train, recipe.data.val) for arm, recipe in finetune.items()}
+    places = {arm: (place(recipe.data.path), recipe.data.train, recipe.data.val) for arm, recipe in finetune.items()}
     if len(set(places.values())) > 1:
         raise RecipeError(f"{source}: compare.arms: all must be fine-tuned on the same data, found {places}")
     for arm, settings in config.arms.items():

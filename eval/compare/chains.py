@@ -14,17 +14,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpp.data.subset import SubsetConfig, drawn
+from mpp.data.config import SubsetConfig
+from mpp.data.subset import drawn
+from mpp.execution import Once
 from mpp.files import claimed, write_atomically
+from mpp.loop import steps_of
+from mpp.models.encoder import Encoder
 from mpp.recipe import Recipe
-from mpp.run import build, run
+from mpp.run import run
+from mpp.run.start import at_start
 from mpp.shards.index import read_index
-from mpp.weights import load_encoder
+from mpp.weights import fingerprint, load_encoder
 
 from ..labelled.finetune import finetune
 from ..probes.probe import probe_encoder
 from ..probes.protocols import PROTOCOLS
 from .arms import FINETUNE, ArmConfig, Comparison
+from .machine import Machine
 from .summary import shown
 
 ENCODER, SCORES, ROWS = "encoder.safetensors", "scores.json", "rows.json"
@@ -51,6 +57,7 @@ class Job:
     result: Path  # the file that says it is done
     work: Callable[[], object]
     recipe: Callable[[], Recipe] | None = None  # of the run, known once what it needs is done
+    encoder: Callable[[], Encoder] | None = None  # of a probing, known then as well
     asked: tuple[Asked, ...] = ()  # of a probing
 
     @property
@@ -64,6 +71,7 @@ class Chains:
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison, self.config, self.out = comparison, comparison.config, comparison.out
+        self.machine = Machine(self.out)
 
     def jobs(self) -> list[Job]:
         """All jobs, each after those that it needs; one that several arms share stands once."""
@@ -97,8 +105,8 @@ class Chains:
             recipe = replace(recipe, data=replace(recipe.data, subset=replace(recipe.data.subset, share=fraction)))
         out = self.out / "pretrain" / name / f"seed-{seed}"
         recipe = replace(recipe, seed=seed, out=str(out))
-        title = f"{name} pretraining, seed {seed}"
-        return [Job(title, "pretrain", arm, seed, None, (), out / ENCODER, partial(run, recipe), lambda: recipe)]
+        title, work = f"{name} pretraining, seed {seed}", partial(run, recipe, self.machine.once)
+        return [Job(title, "pretrain", arm, seed, None, (), out / ENCODER, work, lambda: recipe)]
 
     def trials(self, arm: str, fraction: float) -> list[Job]:
         """Fine-tuning with the first seed on part of its labels, once with each learning rate."""
@@ -112,7 +120,7 @@ class Chains:
             recipe = partial(self.tuned, arm, seed, fraction, out, lr, self.config.hold_out)
             name = f"{arm} trial of learning rate {lr:g}, {shown(fraction)}"
             needs = tuple(job.name for job in before)
-            work = partial(_run, recipe)
+            work = partial(self._carry_out, run, recipe)
             jobs.append(Job(name, "choose", arm, seed, fraction, needs, out / ENCODER, work, recipe))
         return [*before, *jobs]
 
@@ -152,7 +160,11 @@ class Chains:
 
         name = f"{arm} fine-tuning, seed {seed}, {shown(fraction)}"
         names = tuple(job.name for job in needs)
-        return Job(name, "finetune", arm, seed, fraction, names, out / SCORES, lambda: finetune(recipe()), recipe)
+        work = partial(self._carry_out, finetune, recipe)
+        return Job(name, "finetune", arm, seed, fraction, names, out / SCORES, work, recipe)
+
+    def _carry_out(self, how: Callable[[Recipe, Once], object], recipe: Callable[[], Recipe]) -> None:
+        how(recipe(), self.machine.once)
 
     def tuned(self, arm: str, seed: int, fraction: float, out: Path, lr: float | None, hold_out: float = 0.0) -> Recipe:
         """An arm's fine-tuning recipe with all that the comparison decides."""
@@ -189,8 +201,8 @@ class Chains:
                 continue
             names = tuple(job.name for job in self.pretraining(arm, seed, part[-1]))
             work = partial(self.probe, arm, seed, part[-1], asked, out)
-            name = f"{arm}{place} probing, seed {seed}"
-            jobs.append(Job(name, "probe", arm, seed, None, names, out / ROWS, work, asked=asked))
+            name, encoder = f"{arm}{place} probing, seed {seed}", partial(self.probed, arm, seed, part[-1])
+            jobs.append(Job(name, "probe", arm, seed, None, names, out / ROWS, work, encoder=encoder, asked=asked))
         return jobs
 
     def asked(self, fractions: Sequence[float], draws: bool) -> tuple[Asked, ...]:
@@ -202,6 +214,11 @@ class Chains:
             *(Asked(fraction, name) for fraction in fractions for name in others),
         )
 
+    def probed(self, arm: str, seed: int, fraction: float) -> Encoder:
+        """The encoder whose frozen features are looked at: what the arm fine-tunes, before it does."""
+        recipe = self.tuned(arm, seed, fraction, self.out, None)
+        return load_encoder(recipe.weights) if recipe.weights else at_start(recipe).encoder
+
     def probe(self, arm: str, seed: int, fraction: float, asked: tuple[Asked, ...], out: Path) -> None:
         """Writes rows of an arm's frozen features, the labels drawn as for fine-tuning; what is there stays.
 
@@ -210,8 +227,7 @@ class Chains:
         shards, train, test = self.comparison.data
         with claimed(out, "in use by a comparison that is still going"):
             done, rows = read_rows(out / ROWS)
-            recipe = self.tuned(arm, seed, fraction, out, None)
-            encoder = load_encoder(recipe.weights) if recipe.weights else build(recipe).encoder
+            encoder = self.probed(arm, seed, fraction)
             index, missing = read_index(shards, train), [one for one in asked if one not in done]
             for share in dict.fromkeys(one.fraction for one in missing):
                 numbers, _ = drawn(index, SubsetConfig(share=share), seed)
@@ -220,7 +236,8 @@ class Chains:
                     place = {"protocol": row.protocol, "fraction": share, "metric": row.metric}
                     rows.append({**place, "value": row.value, "detail": row.detail})
             shutil.rmtree(out / "features", ignore_errors=True)
-            results = {"format": FORMAT, "asked": [*done, *missing], "rows": rows}
+            weights = fingerprint(encoder)
+            results = {"format": FORMAT, "weights": weights, "asked": [*done, *missing], "rows": rows}
             write_atomically(out / ROWS, json.dumps(results).encode())
 
 
@@ -235,10 +252,14 @@ def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
         return [], []
 
 
-def _run(recipe: Callable[[], Recipe]) -> None:
-    run(recipe())
+def probed_weights(path: Path) -> str | None:
+    """The digest of the weights that a probing read its rows off; None where there is no such file."""
+    try:
+        return str(json.loads(path.read_text())["weights"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def images_of(recipe: Recipe, train: int) -> int:
     """Images that a run sees, for a train split of so many."""
-    return (recipe.in_steps(train).train.steps or 0) * recipe.train.batch
+    return steps_of(recipe.in_steps(train).train) * recipe.train.batch

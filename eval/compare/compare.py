@@ -5,23 +5,24 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mpp import checkpoint
+from mpp.data.chosen import chosen
 from mpp.errors import UserError, cause
+from mpp.execution import at_once
 from mpp.files import BusyError, write_atomically
-from mpp.recipe import load_recipe
-from mpp.run import as_chosen, changes, check_classes, opened, resolved
-from mpp.shards.index import read_index
+from mpp.recipe.settled import RunError
+from mpp.run.images import check_classes, make_missing, open_images
+from mpp.run.start import earlier, same_run, same_weights
 from mpp.watch import sigterm_as_ctrl_c
+from mpp.weights import fingerprint
 
 from ..report.report import write_report
 from .arms import load_comparison
-from .chains import Chains, Job
+from .chains import Chains, Job, probed_weights
 from .gather import gather
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing
@@ -40,9 +41,11 @@ def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict
     if the folder holds runs of other recipes.
     """
     comparison = load_comparison(path, overrides)
-    _, train, _ = opened(comparison.finetune[comparison.config.baseline])  # made here if the recipe says from what
-    shards, _, test = comparison.data
-    check_classes(train.index, read_index(shards, test))
+    baseline = comparison.finetune[comparison.config.baseline]
+    make_missing(baseline.data)
+    [train, *_], scored = chosen(baseline.data, baseline.seed, labelled=True)
+    if scored is not None:
+        check_classes(train, scored)
     chains = Chains(comparison)
     jobs, failures = chains.jobs(), dict[str, str]()
     check_folder(jobs)
@@ -58,35 +61,50 @@ def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict
 
 
 def check_folder(jobs: Sequence[Job]) -> None:
-    """Raises CompareError if a run that has begun is of another recipe than the one that is wanted."""
+    """Raises CompareError if a run that has begun is not the one that is wanted: of another recipe, or other content.
+
+    Its folder, the data's and those of weights may have moved: what lies there counts.
+    """
     done = {job.name for job in jobs if job.done}
     for job in jobs:
-        folder = job.result.parent
-        if job.recipe is None or not done.issuperset(job.needs) or not checkpoint.steps(folder / "checkpoints"):
-            continue
-        before, recipe = load_recipe(folder / "recipe.yaml"), job.recipe()
-        recipe, batches, _ = opened(as_chosen(before, recipe))
-        recipe = resolved(recipe, batches.index, batches.epoch)
-        if job.needs:
-            recipe = replace(recipe, weights=before.weights)  # which is in this folder, wherever that was moved from
-        if changed := changes(before, recipe):
-            raise CompareError(
-                f"{folder}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out="
-            )
+        if done.issuperset(job.needs) and (wrong := other_than_wanted(job)):
+            raise CompareError(wrong)
+
+
+def other_than_wanted(job: Job) -> str | None:
+    """Why what a job's folder holds is not of this job; None if it is, or holds nothing yet."""
+    folder = job.result.parent
+    weights = probed_weights(job.result) if job.encoder else None
+    if job.encoder and weights not in (None, fingerprint(job.encoder())):
+        return f"{job.result}: was read off other weights than there are now; delete it, or choose another out="
+    try:
+        if job.recipe is not None and (before := earlier(folder)) is not None:
+            recipe = job.recipe()
+            images = open_images(recipe, before.settled, at_once)
+            same_run(before, recipe, images)
+            images.close()
+            same_weights(before, recipe)
+    except RunError as error:
+        return str(error)
+    return None
 
 
 def carry_out(jobs: Sequence[Job], failures: dict[str, str]) -> None:
     """Does all jobs, each after those that it needs; `failures` gets the name and cause of each that can't be done."""
-    todo, told = list(jobs), set[str]()
+    todo, told, anew = list(jobs), set[str](), set[str]()
     while todo:
         for job in todo:
             failed = next((name for name in job.needs if name in failures), None)
             if failed:
                 failures[job.name] = f"needs what failed: {failed}"
-            elif not job.done:
+            elif job.done:
+                if anew.intersection(job.needs) and (wrong := other_than_wanted(job)):  # of what was trained again
+                    failures[job.name] = wrong
+            else:
                 waits = any(other.name in job.needs for other in todo)
                 if waits or not attempt(job, failures, told):
                     continue
+                anew.add(job.name)
             todo.remove(job)
             print(f"mpp: {len(jobs) - len(todo)} of {len(jobs)} runs done", file=sys.stderr)
             break  # what could not be done before may be possible now, and comes first

@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 
-from mpp.data.subset import SubsetConfig, drawn
+from mpp.data.config import SubsetConfig
+from mpp.data.subset import drawn
+from mpp.loop import steps_of
 from mpp.models.encoders import build_encoder
 from mpp.plan import cost
 from mpp.recipe import load_recipe
+from mpp.recipe.settled import FILE as SETTLED
+from mpp.recipe.settled import load_settled
 from mpp.shards.index import read_index
 
 from ..probes.protocols import PROTOCOLS
@@ -134,8 +138,8 @@ def _costs(chains: Chains, arm: str, known: dict[Any, int]) -> list[dict[str, An
 
 def _cost(folder: Path, known: dict[Any, int]) -> tuple[int, int, float]:
     """Of a finished run: images seen, FLOPs, and seconds of training by its log, interruptions left out."""
-    recipe = load_recipe(folder / "recipe.yaml")
-    images = (recipe.train.steps or 0) * recipe.train.batch
+    recipe = load_settled(folder).fill(load_recipe(folder / "recipe.yaml"))
+    images = steps_of(recipe.train) * recipe.train.batch
     seconds, before = 0.0, 0
     for row in _metrics(folder):
         if "images/s" in row:
@@ -192,11 +196,16 @@ def _pictures(chains: Chains, arm: str) -> list[dict[str, Any]]:
 
 
 def _recipes(done: Sequence[Job]) -> dict[str, str]:
-    """The recipe of one run of each stage of each arm, with every setting; seeds and fractions differ, no more."""
+    """The recipe of one run of each stage of each arm, with every setting, and what its first start settled.
+
+    Seeds and fractions differ between the runs of a stage, no more.
+    """
     found: dict[str, str] = {}
     for job in done:
         if job.stage in ("pretrain", "finetune"):
-            found.setdefault(f"{job.arm} {job.stage}", (job.result.parent / "recipe.yaml").read_text())
+            asked, settled = (job.result.parent / name for name in ("recipe.yaml", SETTLED))
+            text = f"{asked.read_text()}\n# What the first start found and chose ({SETTLED}):\n{settled.read_text()}"
+            found.setdefault(f"{job.arm} {job.stage}", text)
     return found
 
 

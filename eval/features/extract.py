@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
 from mpp.files import FileError, write_atomically

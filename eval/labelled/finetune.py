@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from mpp.errors import UserError
+from mpp.execution import Once, at_once
 from mpp.files import write_atomically
 from mpp.recipe import Recipe
 from mpp.run import run
@@ -17,10 +18,10 @@ class FinetuneError(UserError):
     """A recipe that does not train with labels."""
 
 
-def finetune(recipe: Recipe) -> tuple[Path, Scores | None]:
+def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]:
     """Carries out a recipe with labels and scores its last weights on `data.val`, if it has one.
 
-    Leaves scores.json in the run folder. Without `recipe.weights` this is training from scratch.
+    Leaves scores.json in the run folder. Without `recipe.weights` this is training from scratch. once: as in `run`.
     """
     objective = recipe.objective
     if not (objective.needs.labels and "classifier" in objective.results):
@@ -28,7 +29,7 @@ def finetune(recipe: Recipe) -> tuple[Path, Scores | None]:
             f"{recipe.name}: objective.name is {objective.name}, expected labels, or another that trains a classifier; "
             "`mpp pretrain` is for recipes without labels"
         )
-    out = run(recipe)
+    out = run(recipe, once)
     if recipe.data.val is None:
         return out, None
     scores = score_split(load_classifier(out), recipe.data.path, recipe.data.val, augment=recipe.data.augment)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.folder import open_pictures
 from mpp.data.read import read_shards
 from mpp.errors import UserError, shown
 from mpp.hardware import autocast, device_of
-from mpp.models.encoder import EncoderConfig
+from mpp.models.encoder_config import EncoderConfig
 from mpp.remote.urls import is_url
 from mpp.shards.index import UNFINISHED, no_index, read_index, splits
 from mpp.shards.sources import open_source, understand

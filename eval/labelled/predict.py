@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.errors import UserError, shown
 from mpp.files import write_atomically
 from mpp.models.classifier import Classifier

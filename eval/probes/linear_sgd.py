@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.batch import Batch
 from mpp.data.read import Batches, read_shards
 from mpp.hardware import autocast, device_of

@@ -16,7 +16,8 @@ from mpp.extend import resolve
 from mpp.files import cache_folder, write_atomically
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
-from mpp.run import build
+from mpp.recipe.settled import load_settled
+from mpp.run.start import at_start
 from mpp.shards.index import read_index
 from mpp.weights import load_encoder
 
@@ -169,4 +170,4 @@ def _before_training(run: Path) -> Encoder:
     recipe = run / "recipe.yaml"
     if not recipe.is_file():
         raise ProbeError(f"{run}: no run folder (it has no recipe.yaml), so what it was before training is not known")
-    return build(load_recipe(recipe)).encoder
+    return at_start(load_settled(run).fill(load_recipe(recipe))).encoder

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpp.augment.batched_crop import to_uint8
-from mpp.augment.randaugment import FILL, HIGHEST, NAMES
+from mpp.augment.config import HIGHEST
+from mpp.augment.randaugment import FILL, NAMES
 
 BLENDING = ("ColorIncreasing", "SharpnessIncreasing")
 MOVING = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")

@@ -16,11 +16,11 @@ import cv2
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from mpp.augment.config import HIGHEST
 from mpp.seeds import uniform
 
 Operation = tuple[str, float]  # name; magnitude in [-10, 10], of which operations without a direction take the size
 
-HIGHEST = 10.0  # magnitude, timm's _LEVEL_DENOM
 CHANCE = 0.5  # that an operation is done at all
 FILL = 128  # where nothing of the picture is
 STREAM = 1  # keeps these draws apart from others of (seed, position)

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,20 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.augment.plan import AugmentConfig, Change, Plan, apply, evaluation_plan, training_plan
+from mpp.augment.config import AugmentConfig
+from mpp.augment.plan import Change, Plan, apply, evaluation_plan, training_plan
 from mpp.batch import Batch
-from mpp.data.config import LastBatch, PrepareName
+from mpp.data.config import LastBatch, PrepareName, View, batches_of
 from mpp.data.order import Order
 from mpp.decode import DamagedImage
 from mpp.errors import cause, shown
 from mpp.remote.urls import shown_url
+from mpp.seeds import seed_of
 from mpp.shards.index import ShardError
 from mpp.shards.pictures import Indexed
 
 POLL = 0.2  # seconds between two looks whether to stop waiting
 PARTS = 4  # of a batch that each thread takes: photographs differ tenfold in cost, and none should wait for the last
 TRIED = 8  # batches that a choice by measuring reads, after one that is not counted
+VIEWS = 0x7669657773  # "views": what stands in this place of other draws counts from 0 and never comes so far
 NAMED = 100  # damaged images that the log names; `mpp shards check` lists them all
+
+Step = tuple[list[int], bool, list[int], Change | None]  # box, flip, shift and change of `apply`
 
 logger = logging.getLogger("mpp.data")
 
@@ -48,7 +52,7 @@ class Reading(NamedTuple):
     """How a split is read, nothing left to choose."""
 
     batch: int  # images of a step, over all ranks
-    image: tuple[int, int]  # (h, w) of the pictures
+    image: tuple[int, int]  # (h, w) of the pictures, in the first view
     seed: int
     train: bool  # shuffled, augmented and endless
     augment: AugmentConfig
@@ -56,6 +60,7 @@ class Reading(NamedTuple):
     windowed: bool  # shards are read a window at a time, and brought near before
     threads: int
     part: Part = Part()
+    views: tuple[View, ...] = ()  # beside the first
 
 
 class Batches:
@@ -64,7 +69,7 @@ class Batches:
     In training an order (mpp.data.order) says which image each position of an endless chain holds, and batch s holds
     positions s * batch to (s + 1) * batch, across the borders of epochs unless `last_batch` says otherwise. The place
     of an image that turns out damaged is taken by another one of its window. In evaluation damaged images are left out.
-    Either way each is named once, in the log and in `damaged`.
+    Either way each is named once, in the log and in `damaged`. All views of an image are made of one decoding.
     """
 
     prepared: PrepareName = "cpu"  # where pictures are made
@@ -75,6 +80,7 @@ class Batches:
         self.batch, self.image, self.seed, self.train = reading.batch, reading.image, reading.seed, reading.train
         self.damaged: dict[int, str] = {}  # image number -> cause, of those met so far
         self._images, self._order, self._reading = images, order, reading
+        self._view_sizes = [reading.image, *(view.image for view in reading.views)]
         self._last = reading.last_batch if self.train else "kept"
         self._bad = images.index.damaged.copy()
         self._sizes = np.stack([images.index.height, images.index.width], axis=1).astype(np.int64)
@@ -137,17 +143,22 @@ class Batches:
 
     def _read(self, positions: np.ndarray) -> Batch:
         """Fills a batch, with threads, until each position has a good image or, in evaluation, is left out."""
-        shape = len(positions), *self.image, self.index.channels
+        shapes = [(len(positions), *size, self.index.channels) for size in self._view_sizes]
         # Pinned memory lets the copy to a GPU run beside its computing; torch keeps and reuses such blocks.
-        out = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        pinned = torch.cuda.is_available()
+        views = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes]
         numbers = self._numbers(positions)
         missing = np.arange(len(positions))
         while len(missing):
-            missing = self._fill(out.numpy(), positions, numbers, missing)
+            missing = self._fill([view.numpy() for view in views], positions, numbers, missing)
             if not self.train and len(missing):
                 return self._read(np.delete(positions, missing))
             numbers[missing] = self._numbers(positions[missing])
-        return Batch(out.permute(0, 3, 1, 2), self._labels(numbers))
+        return self._batch([view.permute(0, 3, 1, 2) for view in views], numbers)
+
+    def _batch(self, views: Sequence[Tensor], numbers: np.ndarray) -> Batch:
+        """All views of some images, and their labels."""
+        return Batch(views[0], self._labels(numbers), tuple(views[1:]))
 
     def _labels(self, numbers: np.ndarray) -> Tensor | None:
         return torch.from_numpy(self.index.label[numbers].astype(np.int64)) if self.index.classes else None
@@ -163,30 +174,41 @@ class Batches:
             numbers[row] = good
         return numbers
 
-    def _plan(self, positions: np.ndarray, numbers: np.ndarray) -> Plan:
-        sizes = self._sizes[numbers]
-        if not self.train:
-            return evaluation_plan(self._reading.augment, sizes, self.image)
-        return training_plan(self._reading.augment, sizes, self.image, self.seed, positions)
+    def _plans(self, positions: np.ndarray, numbers: np.ndarray) -> list[Plan]:
+        """Of each view: the first is drawn from (seed, position), view v = 1, 2, ... from (seed, v, position).
 
-    def _fill(self, out: np.ndarray, positions: np.ndarray, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Writes the images of some rows of a batch; gives the rows whose image is damaged."""
-        plan = self._plan(positions[rows], numbers[rows])
-        ends = plan.boxes[:, 0] + plan.boxes[:, 2]  # of the rows of an image that its crop needs
-        # Plain lists: taking single elements out of arrays would cost as much as a small image's crop.
-        boxes, flips, shifts = plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist()
-        changes: Sequence[Change | None] = plan.changes or [None] * len(rows)
-        todo = list(zip(rows.tolist(), boxes, flips, shifts, changes, strict=True))
+        In evaluation the first is the centre, and the others are drawn as in training.
+        """
+        sizes, reading = self._sizes[numbers], self._reading
+        if self.train:
+            first = training_plan(reading.augment, sizes, self.image, self.seed, positions)
+        else:
+            first = evaluation_plan(reading.augment, sizes, self.image)
+        return [first] + [
+            training_plan(view.augment, sizes, view.image, seed_of(self.seed, VIEWS, number), positions)
+            for number, view in enumerate(reading.views, 1)
+        ]
+
+    def _fill(
+        self, views: Sequence[np.ndarray], positions: np.ndarray, numbers: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Writes the images of some rows of a batch in all views; gives the rows whose image is damaged."""
+        plans = self._plans(positions[rows], numbers[rows])
+        ends = np.max([plan.boxes[:, 0] + plan.boxes[:, 2] for plan in plans], axis=0)  # of the rows that crops need
+        todo, makings = rows.tolist(), list(zip(views, map(_steps, plans), strict=True))
 
         def work(part: slice) -> list[int]:
             damaged = []
             images = self._images.each(numbers[rows[part]], ends[part])
-            for pixels, (row, box, flip, shift, change) in zip(images, todo[part], strict=True):
+            for place, pixels in enumerate(images, part.start):
+                row = todo[place]
                 if isinstance(pixels, DamagedImage):
                     damaged.append(row)
                     self._report(int(numbers[row]), str(pixels))
                 else:
-                    apply(pixels, box, flip, shift, out[row], change)
+                    for pictures, steps in makings:
+                        box, flip, shift, change = steps[place]
+                        apply(pixels, box, flip, shift, pictures[row], change)
             return damaged
 
         size = -(-len(todo) // (self._reading.threads * PARTS if self._pool else 1))
@@ -229,6 +251,7 @@ def _seconds(batches: Batches) -> float:
     return time.perf_counter() - start
 
 
-def batches_of(images: int, batch: int, last: str) -> int:
-    """Batches an epoch of so many images."""
-    return images // batch if last == "dropped" else math.ceil(images / batch)
+def _steps(plan: Plan) -> list[Step]:
+    """What `apply` does to each image, as plain values: single elements of arrays cost as much as a small crop."""
+    changes: Sequence[Change | None] = plan.changes or [None] * len(plan.boxes)
+    return list(zip(plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist(), changes, strict=True))

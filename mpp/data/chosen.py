@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from mpp.data.config import DataConfig
-from mpp.data.subset import SubsetConfig, drawn, held_out
+from mpp.data.config import DataConfig, SubsetConfig
+from mpp.data.subset import drawn, held_out
 from mpp.shards.index import Index, ShardError, read_index
 
 

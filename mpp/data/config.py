@@ -2,10 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from mpp.augment.plan import AugmentConfig
-from mpp.data.subset import SubsetConfig
+from mpp.augment.config import AugmentConfig
 
 LONGEST_TURN = 10_000  # positions in which each of several data sets has its share; a batch sorts them
 ReaderName = Literal["auto", "resident", "indexed"]
@@ -16,12 +15,45 @@ LastBatch = Literal["chained", "kept", "dropped"]
 
 
 @dataclass(frozen=True)
+class SubsetConfig:
+    """Which images of the train split are trained on; only labelled ones as soon as anything here is set."""
+
+    share: float = 1.0  # of each class's images, at least one
+    per_class: int | None = None  # images of each class, or all where it has fewer; then `share` stays 1
+    hold_out: float = 0.0  # share of each class, of those drawn, that is not trained on but scored in data.val's place
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"data.subset.share must be in (0, 1], got {self.share}")
+        if self.per_class is not None and (self.per_class < 1 or self.share != 1):
+            raise ValueError(f"data.subset.per_class must be at least 1, with share 1, got {self.per_class}")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"data.subset.hold_out must be in [0, 1), got {self.hold_out}")
+
+
+@dataclass(frozen=True)
 class MixConfig:
     """A further data set that is trained on, all of its split; its labels count if its classes are `data.path`'s."""
 
     path: str
     train: str = "train"  # split
     weight: int = 1  # its positions for data.weight of data.path
+
+
+class View(NamedTuple):
+    """One picture that is made of each image, beside the first."""
+
+    image: tuple[int, int]  # (h, w) pixels
+    augment: AugmentConfig
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Further views: more pictures of each image of a batch, each drawn on its own."""
+
+    count: int = 1  # views made alike
+    image: tuple[int, int] | None = None  # (h, w) pixels; the model's where not given
+    augment: AugmentConfig | None = None  # of these alone, as a whole; data.augment where not given
 
 
 @dataclass(frozen=True)
@@ -34,7 +66,6 @@ class DataConfig:
     val: str | None = None  # split that the objective is scored on while training
     hold_out: float = 0.0  # share of train, by a hash of the key alone, that is scored in val's place, never trained on
     subset: SubsetConfig = field(default_factory=SubsetConfig)
-    found: str | None = None  # which images train was found to hold; a run writes it at its first start and keeps to it
     mix: dict[str, MixConfig | None] = field(default_factory=dict)  # more data sets, by any name; null leaves one out
     weight: int = 1  # of path among them
     sampling: SamplingName = "images"  # classes: each is seen equally often
@@ -42,6 +73,7 @@ class DataConfig:
     shuffle: ShuffleName = "auto"  # over all images or a window of shards; auto: window for URLs
     window: int = 16  # shards
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    views: dict[str, ViewConfig | None] = field(default_factory=dict)  # by any name; null leaves out a base's
     reader: ReaderName = "auto"
     memory: float = 4.0  # GiB of decoded images up to which "auto" keeps them
     prepare: PrepareName = "auto"  # where pictures are made; device: that of train; auto: where it is faster
@@ -77,6 +109,11 @@ class DataConfig:
         if self.sampling == "classes" and (self.mixed or self.shuffle == "window"):
             other = "data.mix" if self.mixed else "data.shuffle: window"
             raise ValueError(f"data.sampling: classes looks for each class in all shards; it does not go with {other}")
+        for name, view in self.views.items():
+            if view is not None and view.count < 1:
+                raise ValueError(f"data.views.{name}.count must be at least 1, got {view.count}")
+            if view is not None and view.image is not None and (len(view.image) != 2 or min(view.image) < 1):
+                raise ValueError(f"data.views.{name}.image must be two sides of at least 1 pixel, got {view.image}")
 
     @property
     def mixed(self) -> dict[str, MixConfig]:
@@ -87,3 +124,13 @@ class DataConfig:
     def weights(self) -> list[int]:
         """Of `path` and the data sets beside it."""
         return [self.weight, *(part.weight for part in self.mixed.values())]
+
+    def further_views(self, image: tuple[int, int]) -> tuple[View, ...]:
+        """The views beside the first, in order, each as often as it counts, for a model of such images (h, w)."""
+        views = [view for view in self.views.values() if view is not None]
+        return tuple(View(v.image or image, v.augment or self.augment) for v in views for _ in range(v.count))
+
+
+def batches_of(images: int, batch: int, last: str) -> int:
+    """Batches an epoch of so many images."""
+    return images // batch if last == "dropped" else math.ceil(images / batch)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.batches import NAMED, Batches, Reading
 from mpp.data.order import Chain
 from mpp.decode import DamagedImage, image_size

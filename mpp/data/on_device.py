@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mpp.augment.batched import augment
+from mpp.augment.plan import Plan
 from mpp.batch import Batch
 from mpp.data.batches import Batches, Reading
 from mpp.data.order import Order
@@ -117,7 +118,8 @@ class DeviceBatches(Batches):
         if self._stream:
             self._stream.synchronize()
             # Its memory must not go to the next batch before training, in another stream, is done with this one.
-            batch.images.record_stream(torch.cuda.default_stream(self._device))
+            for view in batch.all_views:
+                view.record_stream(torch.cuda.default_stream(self._device))
         return batch
 
     def _made(self, positions: np.ndarray) -> Batch:
@@ -129,10 +131,14 @@ class DeviceBatches(Batches):
             if not self.train:
                 return self._made(positions[~bad])
             numbers[bad] = self._numbers(positions[bad])
-        if len(numbers):
-            plan = self._plan(positions, numbers)
-            compiled = self._stream is not None and not (plan.colours is plan.operations is None)  # hundreds of kernels
-            images = augment(self._source.take(numbers), plan, self.image, compiled=compiled)
-        else:
-            images = torch.empty(0, self.index.channels, *self.image, dtype=torch.uint8, device=self._device)
-        return Batch(images, self._labels(numbers))
+        if not len(numbers):
+            shapes = [(0, self.index.channels, *size) for size in self._view_sizes]
+            views = [torch.empty(shape, dtype=torch.uint8, device=self._device) for shape in shapes]
+            return self._batch(views, numbers)
+        images, plans = self._source.take(numbers), self._plans(positions, numbers)
+        pairs = zip(plans, self._view_sizes, strict=True)
+        return self._batch([self._augmented(images, plan, size) for plan, size in pairs], numbers)
+
+    def _augmented(self, images: Tensor | list[Tensor], plan: Plan, size: tuple[int, int]) -> Tensor:
+        compiled = self._stream is not None and not (plan.colours is plan.operations is None)  # hundreds of kernels
+        return augment(images, plan, size, compiled=compiled)

@@ -2,16 +2,16 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from mpp.augment.plan import AugmentConfig
+from mpp.augment.config import AugmentConfig
 from mpp.data.batches import Batches, Part, Reading
-from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, ShuffleName
+from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, ShuffleName, ViewConfig
 from mpp.data.order import Chain, Mixture, Order
 from mpp.files import cache_folder
 from mpp.remote.cache import Cache
@@ -33,6 +33,7 @@ def read_shards(
     seed: int = 0,
     train: bool = True,
     augment: AugmentConfig | None = None,
+    views: Mapping[str, ViewConfig] | None = None,
     shuffle: ShuffleName = "auto",
     window: int = 16,
     sampling: SamplingName = "images",
@@ -52,6 +53,7 @@ def read_shards(
     batch: images of one step, over all ranks.
     image: (h, w) of the pictures; that of the shards' images where all are of one size.
     train: shuffled, augmented and endless; otherwise in order, centred, and each good image once.
+    views: more pictures of each image, in Batch.views, by any name: in evaluation too, where they are drawn as well.
     shuffle, window, sampling, last_batch, cache, cache_gib, allow: as in the `data` section of a recipe (DataConfig).
     reader: "resident" keeps what it has decoded in memory, "indexed" decodes every time, "auto" is resident for up to
         `memory` GiB. Both give the same batches, bit for bit.
@@ -68,6 +70,7 @@ def read_shards(
         shuffle=shuffle,
         window=window,
         augment=augment or AugmentConfig(),
+        views=dict(views or {}),
         reader=reader,
         memory=memory,
         threads=threads,
@@ -110,9 +113,10 @@ def open_batches(
     shards = Shards(index, _cache(index, config))
     resident = config.reader == "resident" or (config.reader == "auto" and decoded_bytes(index) <= config.memory * GIB)
     images = (Resident if resident else Indexed)(shards)
+    size = image or _common_size(index)
     reading = Reading(
         batch=batch,
-        image=image or _common_size(index),
+        image=size,
         seed=seed,
         train=train,
         augment=config.augment,
@@ -120,6 +124,7 @@ def open_batches(
         windowed=window is not None,
         threads=config.threads or _threads_for(index),
         part=Part(rank, ranks),
+        views=config.further_views(size),
     )
     if device is not None:
         from mpp.data.on_device import DeviceBatches  # here, as torchvision's transforms take a second to import

@@ -5,31 +5,14 @@ smaller shares lie within larger ones.
 """
 
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 
+from mpp.data.config import SubsetConfig
 from mpp.seeds import mix
 from mpp.shards.index import Index, ShardError
 
 SHARE, HELD_OUT, FOR_EVER = 1, 2, 3  # what a draw is for; mpp.shards.stats has 4
-
-
-@dataclass(frozen=True)
-class SubsetConfig:
-    """Which images of the train split are trained on; only labelled ones as soon as anything here is set."""
-
-    share: float = 1.0  # of each class's images, at least one
-    per_class: int | None = None  # images of each class, or all where it has fewer; then `share` stays 1
-    hold_out: float = 0.0  # share of each class, of those drawn, that is not trained on but scored in data.val's place
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"data.subset.share must be in (0, 1], got {self.share}")
-        if self.per_class is not None and (self.per_class < 1 or self.share != 1):
-            raise ValueError(f"data.subset.per_class must be at least 1, with share 1, got {self.per_class}")
-        if not 0 <= self.hold_out < 1:
-            raise ValueError(f"data.subset.hold_out must be in [0, 1), got {self.hold_out}")
 
 
 def drawn(index: Index, config: SubsetConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +47,12 @@ def held_out(index: Index, share: float) -> np.ndarray:
 def digest(index: Index) -> str:
     """Which images these are, whatever shards they lie in: how many, and a checksum of their keys and contents."""
     return f"{len(index)} images {zlib.crc32(index.crc32.tobytes(), zlib.crc32(index.key_bytes.tobytes())):08x}"
+
+
+def label_digest(index: Index) -> str:
+    """Which label each image has: a checksum of the labels and of the classes' names."""
+    names = "\0".join(index.classes).encode("utf-8", "surrogateescape")
+    return f"{len(index.classes)} classes {zlib.crc32(index.label.tobytes(), zlib.crc32(names)):08x}"
 
 
 def _first(

@@ -15,6 +15,7 @@ from mpp.export.markdown import block, code, table
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder
 from mpp.recipe import Recipe, load_recipe
+from mpp.recipe.settled import Settled, load_settled
 from mpp.remote.urls import without_secrets
 
 NO_RESULTS = {"step", "lr", "norm", "images/s", "waiting", "memory"}  # of metrics.jsonl: how training went
@@ -66,20 +67,19 @@ def origin(given: Given) -> Iterator[str]:
     yield f"Trained with mpp in the run {code(folder.resolve().name)}; the weights {at}."
     recipe = folder / "recipe.yaml"
     with suppress(UserError):  # of another version: it is shown all the same
-        yield _trained(load_recipe(recipe))
+        yield _trained(load_recipe(recipe), load_settled(folder))
     yield "The recipe, with every setting:"
     yield block(without_secrets("\n".join(_lines(recipe))), "yaml")
 
 
-def _trained(recipe: Recipe) -> str:
+def _trained(recipe: Recipe, settled: Settled) -> str:
     data, train = recipe.data, recipe.train
-    found = "" if data.found is None else f", {code(data.found.rpartition(' ')[0] or data.found)}"
-    lines = [f"Data: {code(without_secrets(data.path))}, split {code(data.train)}{found}."]
+    found = code(settled.images.rpartition(" ")[0] or settled.images)
+    lines = [f"Data: {code(without_secrets(data.path))}, split {code(data.train)}, {found}."]
     for name, part in data.mix.items():
         if part is not None:
             lines.append(f"Mixed in: {code(name)}, {code(without_secrets(part.path))}.")
-    unit, duration = recipe.duration
-    lines.append(f"Objective: {code(recipe.objective.name)}; {duration:g} {unit} of {train.batch} images a batch.")
+    lines.append(f"Objective: {code(recipe.objective.name)}; {settled.steps} steps of {train.batch} images a batch.")
     if recipe.weights:
         lines.append(f"Started from the weights of {code(without_secrets(recipe.weights))}.")
     return "\n".join(f"- {line}" for line in lines)

@@ -1,15 +1,14 @@
 """The baseline: ResNets (arXiv 1512.03385) made of torchvision's blocks, so that its weights fit name for name."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from mpp.models.encoder import Encoder, EncoderConfig
+from mpp.models.encoder import Encoder
+from mpp.models.resnet_config import ResNetConfig
 
 BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {  # by depth; table 1 of the paper
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -20,26 +19,6 @@ BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] =
 STAGES = 4
 GROUPS = 32  # of GroupNorm: BiT (arXiv 1912.11370), and the best in GroupNorm's own paper (1803.08494, table 3)
 STANDARD_EPS = 1e-10  # added to the variance of a filter's weights; BiT's code (bit_pytorch/models.py)
-
-
-@dataclass(frozen=True)
-class ResNetConfig(EncoderConfig):
-    """The shape of a CNN. The defaults are torchvision's resnet50."""
-
-    name: str = "resnet"
-    depth: Literal[18, 34, 50, 101] = 50  # layers with weights
-    width: int = 64  # channels of the first stage; each later one has twice as many, and Bottleneck's output 4 times
-    stem: Literal["imagenet", "small"] = "imagenet"  # small, for images up to 64 pixels: 3x3, no stride, no pooling
-    # group: with weight standardisation, as the ViT paper's baseline ResNet (BiT); no image sees others of its batch
-    norm: Literal["batch", "group"] = "batch"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.width <= 10**4:
-            raise ValueError(f"model.width must be 1 to {10**4}, got {self.width}")
-
-    def describe(self) -> str:
-        return f"ResNet-{self.depth}, width {self.width}, {self.norm} norm"
 
 
 class StandardisedConv2d(nn.Conv2d):

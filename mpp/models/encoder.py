@@ -1,59 +1,11 @@
 """What every encoder has in common: images of any kind in, one vector an image out."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from mpp.errors import shown
-from mpp.hints import fits
-
-MOST_PIXELS = 2**16  # a side
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """What images an encoder takes, and the name of its kind."""
-
-    name: str
-    image: tuple[int, int] = (224, 224)  # (h, w) pixels
-    channels: int = 3
-    mean: tuple[float, ...] = (0.5,)  # of each channel, on [0, 1]; a single number serves all channels
-    std: tuple[float, ...] = (0.5,)
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-        self.check_types(vars(self))
-        if min(self.image) < 1:
-            raise ValueError(f"model.image must be at least 1x1 pixels, got {self.image}")
-        if max(self.image) > MOST_PIXELS:
-            raise ValueError(f"model.image must be at most {MOST_PIXELS} pixels a side, got {self.image}")
-        if not 1 <= self.channels <= 1000:
-            raise ValueError(f"model.channels must be 1 to 1000, got {self.channels}")
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (1, self.channels):
-                raise ValueError(f"model.{name} needs 1 or {self.channels} numbers, got {len(getattr(self, name))}")
-        if min(self.std) <= 0:
-            raise ValueError(f"model.std must be positive, got {self.std}")
-
-    @classmethod
-    def check_types(cls, values: Mapping[str, Any]) -> None:
-        """Raises ValueError for the first of some settings that is not of its field's type, or none of its choices."""
-        hints = get_type_hints(cls)
-        for name, value in values.items():
-            if not fits(value, hints[name]):
-                hint, found = hints[name], shown(repr(value)[:80])
-                plain = hint.__name__ if hint in (int, float, bool, str) else hint
-                expected = f"one of {', '.join(map(str, get_args(hint)))}" if get_origin(hint) is Literal else plain
-                raise ValueError(f"model.{name} must be {expected}, got {found}")
-
-    def describe(self) -> str:
-        """The encoder in a few words, for tables."""
-        return self.name
 
 
 class Encoder(nn.Module):
@@ -72,7 +24,7 @@ class Encoder(nn.Module):
     looks_across_batch = False  # whether an image's vector depends, in training, on the others of its micro-batch
 
     def __init__(self, config: Any) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): a ViT is a trunk as well, which it puts together itself
         self.config = config
         for name in ("mean", "std"):
             self.register_buffer(name, self._by_channel(name), persistent=False)  # kept in the config
@@ -86,6 +38,11 @@ class Encoder(nn.Module):
         if images.dtype != torch.uint8:
             return images
         return (images.float() - 255 * self.mean) / (255 * self.std)
+
+    @property
+    def undroppable(self) -> str | None:
+        """Why the encoder can't do without some of the patches, by setting, or None if it can."""
+        return self.config.undroppable
 
     def layer_of(self, parameter: str) -> int:
         """The layer, 0 to layers + 1, that a parameter of this name belongs to."""

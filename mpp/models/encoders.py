@@ -1,18 +1,29 @@
-"""The kinds of encoder by the name that recipes give them. A new kind is one file here and one line in ENCODERS."""
+"""The kinds of encoder by the name that recipes give them. docs/extending.md adds one.
 
-from typing import Any
+Settings stand in modules without torch (`*_config.py`), so that a misspelt key is named at once.
+"""
 
-from mpp.models.cnn import ResNet, ResNetConfig
-from mpp.models.encoder import Encoder, EncoderConfig
-from mpp.models.vit import ViT
+from typing import TYPE_CHECKING
+
+from mpp.extend import Kind, Table
+from mpp.models.encoder_config import EncoderConfig
+from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit_config import ViTConfig
 
-ENCODERS: dict[str, tuple[type[Encoder], type[EncoderConfig]]] = {
-    "resnet": (ResNet, ResNetConfig),
-    "vit": (ViT, ViTConfig),
-}
+if TYPE_CHECKING:
+    from mpp.models.encoder import Encoder
+
+ENCODERS: Table[Kind] = Table(
+    "encoder",
+    "mpp.encoders",
+    Kind,
+    {
+        "resnet": Kind(ResNetConfig, "mpp.models.cnn:ResNet"),
+        "vit": Kind(ViTConfig, "mpp.models.vit:ViT"),
+    },
+)
 
 
-def build_encoder(config: Any) -> Encoder:
+def build_encoder(config: EncoderConfig) -> "Encoder":
     """The encoder that a config describes, freshly initialised."""
-    return ENCODERS[config.name][0](config)
+    return ENCODERS[config.name].make(config)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpp.models.vit_config import ViTConfig
+from mpp.models.trunk_config import TrunkConfig
 
 
 @runtime_checkable
@@ -21,7 +21,13 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def norm_of(config: ViTConfig, size: int) -> nn.Module:
+def put(tokens: Tensor, index: Tensor, new: Tensor) -> Tensor:
+    """The tokens (b, n, d) with `new`, (b, k, d) or a single (d,), at index (b, k), in the tokens' dtype."""
+    places = index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])  # (b, k, d)
+    return tokens.scatter(1, places, new.to(tokens.dtype).expand_as(places))
+
+
+def norm_of(config: TrunkConfig, size: int) -> nn.Module:
     """The config's norm, over that many channels."""
     return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(size, config.norm_eps)
 
@@ -29,7 +35,7 @@ def norm_of(config: ViTConfig, size: int) -> nn.Module:
 class MLP(nn.Module):
     """Two linear maps with a GELU between them; with swiglu, silu(gate) * value, the gate's rows first."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
         self.swiglu = config.swiglu
         self.dropout = dropout_of(config.dropout)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpp.models.layers import norm_of, take
 from mpp.models.positions import turn
-from mpp.models.vit_config import Grid, ViTConfig
+from mpp.models.trunk_config import Grid, TrunkConfig
 
 # Above this many keys plain products would hold too large a score matrix. Below it they are faster than PyTorch's fused
 # kernel in bf16 on a CPU: 5.3 times at 65 tokens, 1.9 times at 197 and 577. In float32 there is no such difference
@@ -27,10 +27,18 @@ class Places(NamedTuple):
     prefix: int  # tokens in front of the patches
     angles: Tensor | None = None  # by which queries and keys are turned, (b or 1, 1, n, head size)
     bias: Tensor | None = None  # of attention's scores, (b or 1, heads, n, n)
+    context: Tensor | None = None  # the tokens that cross-attention looks at, (b, m, context)
+    context_angles: Tensor | None = None  # by which their keys are turned, (b, 1, m, head size)
 
 
 class Mixer(nn.Module):
-    """`forward(tokens, places, at)` mixes tokens (b, n, d); with `at` (b, k), it gives the outputs there, (b, k, d)."""
+    """`forward(tokens, places, at)` mixes tokens (b, n, d); with `at` (b, k), it gives the outputs there, (b, k, d).
+
+    grid: the trunk's own. context: channels of the tokens that cross-attention looks at.
+    """
+
+    def __init__(self, config: TrunkConfig, grid: Grid, context: int) -> None:
+        super().__init__()
 
     def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
         raise NotImplementedError
@@ -55,8 +63,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 class Attention(Mixer):
     """Multi-head self-attention (ViT paper, appendix A), its four projections with biases as published."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
+    def __init__(self, config: TrunkConfig, grid: Grid, context: int) -> None:
+        super().__init__(config, grid, context)
         self.heads, width = config.heads, config.width
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.norm_q = norm_of(config, config.head) if config.qk_norm else None
@@ -98,6 +106,39 @@ class Attention(Mixer):
                 nn.init.zeros_(linear.bias)
 
 
+class CrossAttention(Mixer):
+    """Multi-head attention of the tokens to a context, and not among themselves (CrossMAE, arXiv 2401.14391)."""
+
+    def __init__(self, config: TrunkConfig, grid: Grid, context: int) -> None:
+        super().__init__(config, grid, context)
+        self.heads, width = config.heads, config.width
+        self.query = nn.Linear(width, width, bias=config.qkv_bias)
+        self.kv = nn.Linear(context, 2 * width, bias=config.qkv_bias)
+        self.norm_q = norm_of(config, config.head) if config.qk_norm else None
+        self.norm_k = norm_of(config, config.head) if config.qk_norm else None
+        self.project = nn.Linear(width, width, bias=config.bias)
+
+    def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
+        assert places.context is not None, "a trunk's encode gives one"
+        tokens = tokens if at is None else take(tokens, at)
+        q = rearrange(self.query(tokens), "b n (heads d) -> b heads n d", heads=self.heads)
+        kv = self.kv(places.context)  # (b, m, 2 d)
+        k, v = rearrange(kv, "b m (two heads d) -> two b heads m d", two=2, heads=self.heads)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        if places.angles is not None and places.context_angles is not None:
+            turned = places.angles if at is None else _rows(places.angles, at, (len(tokens), 1))
+            q, k = turn(q, turned), turn(k, places.context_angles)
+        return self.project(rearrange(attend(q, k, v), "b heads n d -> b n (heads d)"))
+
+    def initialise(self) -> None:
+        for weight in (self.query.weight, *self.kv.weight.chunk(2), self.project.weight):
+            nn.init.xavier_uniform_(weight)
+        for linear in (self.query, self.kv, self.project):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+
 def _rows(of: Tensor, at: Tensor, shape: tuple[int, int]) -> Tensor:
     """Rows `at` (b, k) of (b or 1, x, n, m), for (b, x) as in `shape`: (b, x, k, m)."""
     of = of.expand(*shape, -1, -1)
@@ -121,9 +162,9 @@ class OnGrid(Mixer):
 class TokenMLP(OnGrid):
     """MLP-Mixer's map across patches (arXiv 2105.01601, equation 1); hidden units half the width (its table 1)."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.grid, patches = config.grid, math.prod(config.grid)
+    def __init__(self, config: TrunkConfig, grid: Grid, context: int) -> None:
+        super().__init__(config, grid, context)
+        self.section, self.grid, patches = config.section, grid, math.prod(grid)
         self.approximate = "tanh" if config.gelu == "tanh" else "none"
         self.expand = nn.Linear(patches, max(1, config.width // 2), bias=config.bias)
         self.contract = nn.Linear(max(1, config.width // 2), patches, bias=config.bias)
@@ -131,7 +172,9 @@ class TokenMLP(OnGrid):
     def mix(self, patches: Tensor, grid: Grid) -> Tensor:
         if grid != self.grid:
             have, got = ("x".join(map(str, shape)) for shape in (self.grid, grid))
-            raise ValueError(f"model.mixer mlp has weights for a grid of {have} patches only, got images of {got}")
+            raise ValueError(
+                f"{self.section}.mixer mlp has weights for a grid of {have} patches only, got images of {got}"
+            )
         hidden = F.gelu(self.expand(patches.transpose(1, 2)), approximate=self.approximate)  # (b, d, hidden)
         return self.contract(hidden).transpose(1, 2)
 
@@ -144,9 +187,6 @@ class TokenMLP(OnGrid):
 
 class Pooling(OnGrid):
     """The average of each patch's 3x3 neighbours inside the grid, minus itself (arXiv 2111.11418, equation 4)."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
 
     def mix(self, patches: Tensor, grid: Grid) -> Tensor:
         # Sums along either axis as products with band matrices: avg_pool2d's gradient is many times slower on a CPU.
@@ -165,8 +205,8 @@ class Pooling(OnGrid):
 class DepthwiseConv(OnGrid):
     """A 7x7 convolution of each channel by itself."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
+    def __init__(self, config: TrunkConfig, grid: Grid, context: int) -> None:
+        super().__init__(config, grid, context)
         width = config.width
         self.conv = nn.Conv2d(width, width, CONV_SIDE, padding=CONV_SIDE // 2, groups=width, bias=config.bias)
 
@@ -183,15 +223,13 @@ class DepthwiseConv(OnGrid):
 class IdentityMixer(Mixer):
     """Every token by itself: what is left of a MetaFormer without mixing (arXiv 2210.13452, IdentityFormer)."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-
     def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
         return tokens if at is None else take(tokens, at)
 
 
-MIXERS: dict[str, type[Attention] | type[TokenMLP] | type[Pooling] | type[DepthwiseConv] | type[IdentityMixer]] = {
+MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "cross": CrossAttention,
     "mlp": TokenMLP,
     "pool": Pooling,
     "conv": DepthwiseConv,

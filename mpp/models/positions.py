@@ -4,8 +4,6 @@ Some are vectors added to the tokens, some turn the queries and keys of attentio
 """
 
 import math
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,28 +11,25 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mpp.models.vit_config import Grid, ViTConfig
+from mpp.models.position_tables import SINCOS, fixed, plain, rope, rope_capi
+from mpp.models.trunk_config import Grid, TrunkConfig
 
 STD = 0.02  # of learned positions (vit_jax, models_vit.py)
 DINO_OFFSET = 0.1  # patches by which DINO's code enlarges a grid before it computes the scale
-SINCOS_BASE = 10_000.0  # longest wave, in 2 pi patches
-ROPE_BASE = 100.0  # longest period, half the picture's side being 1 (DINOv3's layers/rope_position_encoding.py)
-CAPI_FREQUENCIES = 7.0, 7e-4  # highest and lowest, in turns from edge to edge (CAPI's model.py)
-MOST_TABLES = 32  # kept at once; a long run sees few grids
-TABLES: dict[tuple[object, ...], Tensor] = {}
 
 
 class Positions(nn.Module):
     """Nothing at all, from which each kind overrides what it has. (Alone, as `none`: a bag of patches, ViT table 8.)
 
-    Fixed tables are float32 whatever the encoder's dtype; learned ones have the dtype of their parameters.
+    grid: the one that learned tables are for; any other can be asked for. Fixed tables are float32 whatever the
+    encoder's dtype; learned ones have the dtype of their parameters.
     """
 
     place: Tensor
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: TrunkConfig, grid: Grid) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.grid = config, grid
         self.register_buffer("place", torch.zeros(1), persistent=False)  # tells the device where there is no parameter
 
     def patches(self, grid: Grid) -> Tensor:
@@ -53,8 +48,8 @@ class Positions(nn.Module):
         """What is added to attention's scores, (heads, prefix + n, prefix + n) for queries by keys, or None."""
         return None
 
-    def resized(self, config: ViTConfig) -> dict[str, Tensor]:
-        """This module's state_dict for an encoder of another grid, to which learned tables are interpolated.
+    def resized(self, config: TrunkConfig, grid: Grid) -> dict[str, Tensor]:
+        """This module's state_dict for an encoder of that grid, to which learned tables are interpolated.
 
         What it holds for a class token and registers is left out where `config` has none.
         """
@@ -67,25 +62,25 @@ class Positions(nn.Module):
 class Learned(Positions):
     """A learned vector for each patch, and for the class token one of its own (ViT paper, appendix D.4, "1-D")."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: TrunkConfig, grid: Grid) -> None:
+        super().__init__(config, grid)
         self.first = int(config.has_class_token)  # rows in front of the patches'; registers have none
-        self.table = nn.Parameter(torch.empty(self.first + math.prod(config.grid), config.width))
+        self.table = nn.Parameter(torch.empty(self.first + math.prod(grid), config.width))
 
     def patches(self, grid: Grid) -> Tensor:
         table = self.table[self.first :]
-        if grid == self.config.grid:
+        if grid == self.grid:
             return table
-        picture = rearrange(table, "(h w) d -> d h w", h=self.config.grid[0])
+        picture = rearrange(table, "(h w) d -> d h w", h=self.grid[0])
         return rearrange(interpolate(picture, grid, self.config.resize), "d h w -> (h w) d")
 
     def class_token(self) -> Tensor:
         return self.table[0] if self.first else super().class_token()
 
     @torch.no_grad()
-    def resized(self, config: ViTConfig) -> dict[str, Tensor]:
+    def resized(self, config: TrunkConfig, grid: Grid) -> dict[str, Tensor]:
         first = self.table[: self.first if config.has_class_token else 0]
-        return {"table": torch.cat([first, self.patches(config.grid)])}
+        return {"table": torch.cat([first, self.patches(grid)])}
 
     def initialise(self) -> None:
         nn.init.normal_(self.table, std=STD)
@@ -97,9 +92,9 @@ class Learned2d(Positions):
     The first half is the column's ("X-embedding"), the second the row's. The class token has a whole one.
     """
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__(config)
-        rows, columns = config.grid
+    def __init__(self, config: TrunkConfig, grid: Grid) -> None:
+        super().__init__(config, grid)
+        rows, columns = grid
         self.rows = nn.Parameter(torch.empty(rows, config.width // 2))
         self.columns = nn.Parameter(torch.empty(columns, config.width // 2))
         self.token = nn.Parameter(torch.empty(config.width)) if config.has_class_token else None
@@ -119,8 +114,8 @@ class Learned2d(Positions):
         return super().class_token() if self.token is None else self.token
 
     @torch.no_grad()
-    def resized(self, config: ViTConfig) -> dict[str, Tensor]:
-        rows, columns = self._axes(config.grid)
+    def resized(self, config: TrunkConfig, grid: Grid) -> dict[str, Tensor]:
+        rows, columns = self._axes(grid)
         token = {"token": self.token.detach()} if self.token is not None and config.has_class_token else {}
         return {"rows": rows.detach(), "columns": columns.detach(), **token}
 
@@ -130,11 +125,11 @@ class Learned2d(Positions):
 
 
 class Fixed(Positions):
-    """Positions that are computed, once for each grid; that of the config's own grid is a constant to torch.compile."""
+    """Positions that are computed, once for each grid; that of its own grid is a constant to torch.compile."""
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__(config)
-        self.native = self.make(config.grid)
+    def __init__(self, config: TrunkConfig, grid: Grid) -> None:
+        super().__init__(config, grid)
+        self.native = self.make(grid)
 
     def make(self, grid: Grid) -> Tensor:
         """The table of a grid, float32 on the module's device."""
@@ -142,12 +137,12 @@ class Fixed(Positions):
 
     def table(self, grid: Grid) -> Tensor:
         """The same, without computing it again."""
-        return self.native if plain(grid) == self.config.grid else self.make(grid)
+        return self.native if plain(grid) == self.grid else self.make(grid)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves the module; the table goes to its new device and stays float32, as no buffer would."""
         super()._apply(fn, recurse)
-        self.native = self.make(self.config.grid)
+        self.native = self.make(self.grid)
         return self
 
 
@@ -169,9 +164,9 @@ class Relative(Positions):
     more: of such a query on patches, of patches on such a key, and among such tokens (BEiT's order, transposed).
     """
 
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__(config)
-        self.sides = offsets(config.grid)
+    def __init__(self, config: TrunkConfig, grid: Grid) -> None:
+        super().__init__(config, grid)
+        self.sides = offsets(grid)
         self.table = nn.Parameter(torch.empty(config.heads, math.prod(self.sides) + (3 if config.prefix else 0)))
 
     def bias(self, grid: Grid) -> Tensor:
@@ -191,9 +186,9 @@ class Relative(Positions):
         return interpolate(picture, offsets(grid), self.config.resize)
 
     @torch.no_grad()
-    def resized(self, config: ViTConfig) -> dict[str, Tensor]:
+    def resized(self, config: TrunkConfig, grid: Grid) -> dict[str, Tensor]:
         others = self.table[:, math.prod(self.sides) :] if config.prefix else self.table[:, :0]
-        return {"table": torch.cat([self._picture(config.grid).flatten(1), others], dim=1)}
+        return {"table": torch.cat([self._picture(grid).flatten(1), others], dim=1)}
 
     def initialise(self) -> None:
         nn.init.zeros_(self.table)
@@ -257,88 +252,6 @@ def turn(values: Tensor, angles: Tensor) -> Tensor:
     return values * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def fixed(make: Callable[..., Tensor], device: torch.device, grid: Grid, *sizes: int) -> Tensor:
-    """`make(grid, *sizes)` in float32 on a device, computed once for all encoders; in compiled code each time."""
-    grid = plain(grid)
-    if torch.compiler.is_compiling():
-        return make(grid, *sizes).to(device, torch.float32)
-    key = (make, device, *grid, *sizes)
-    if (table := TABLES.get(key)) is not None:
-        return table
-    with torch.inference_mode(False):  # a table made while evaluating must serve training
-        table = make(grid, *sizes).to(device, torch.float32)
-    if type(table) is Tensor:  # and not the stand-in of a tracer
-        if len(TABLES) >= MOST_TABLES:
-            TABLES.pop(next(iter(TABLES)))
-        TABLES[key] = table
-    return table
-
-
-def plain(grid: Grid) -> Grid:
-    """The grid in numbers that torch.compile knows (and compiles again for others), even if it traces any size."""
-    return operator.index(grid[0]), operator.index(grid[1])
-
-
-def steps(count: int) -> Tensor:
-    """0, 1, ..., in float64, in which all fixed tables are computed; not on the "meta" device, where it is default."""
-    return torch.arange(count, dtype=torch.float64, device="cpu")
-
-
-def product(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The row's and the column's coordinate of each patch, (n, 1) both, row by row."""
-    return rows.repeat_interleave(len(columns))[:, None], columns.repeat(len(rows))[:, None]
-
-
-def sincos2d(grid: Grid, width: int) -> Tensor:
-    """(n, width): sin x, cos x, sin y, cos y, the lowest frequency being 1 / 10,000 (big_vision, models/vit.py)."""
-    omega = SINCOS_BASE ** -(steps(width // 4) / max(1, width // 4 - 1))
-    y, x = product(*map(steps, grid))
-    return torch.cat([(x * omega).sin(), (x * omega).cos(), (y * omega).sin(), (y * omega).cos()], dim=1)
-
-
-def sincos2d_mae(grid: Grid, width: int) -> Tensor:
-    """(n, width): the same layout, the lowest frequency a step above 1 / 10,000 (MAE, util/pos_embed.py)."""
-    omega = SINCOS_BASE ** -(steps(width // 4) / (width // 4))
-    y, x = product(*map(steps, grid))
-    return torch.cat([(x * omega).sin(), (x * omega).cos(), (y * omega).sin(), (y * omega).cos()], dim=1)
-
-
-def sincos2d_timm(grid: Grid, width: int) -> Tensor:
-    """(n, width): sin y, sin x, cos y, cos x, with MAE's frequencies (timm, layers/pos_embed_sincos.py)."""
-    sin_x, cos_x, sin_y, cos_y = sincos2d_mae(grid, width).chunk(4, dim=1)
-    return torch.cat([sin_y, sin_x, cos_y, cos_x], dim=1)
-
-
-def rope(grid: Grid, head: int, prefix: int) -> Tensor:
-    """Angles (prefix + n, head): of the row, of the column, and both again, so that `turn` pairs like with like.
-
-    A patch's centre is in [-1, 1] along either axis whatever its length; tokens in front of the patches stay as is.
-    """
-    periods = ROPE_BASE ** (steps(head // 4) / (head // 4))
-    centres = product(*((2 * steps(side) + 1) / side - 1 for side in grid))
-    angles = torch.cat([2 * math.pi * centre / periods for centre in centres] * 2, dim=1)
-    return torch.cat([angles.new_zeros(prefix, head), angles])
-
-
-def rope_capi(grid: Grid, head: int, class_tokens: int, registers: int) -> Tensor:
-    """Angles (class_tokens + registers + n, head): of the row, twice, then of the column, twice.
-
-    Patches are spread from 0 to 1 along either axis, ends included; registers go round the edge: down
-    the first column, along the last row, up the last column and back.
-    """
-    highest, lowest = CAPI_FREQUENCIES
-    quarter = head // 4
-    turns = highest * (lowest / highest) ** (steps(quarter) / max(1, quarter - 1))
-    rows, columns = product(*(steps(side) / max(1, side - 1) for side in grid))
-    way = steps(registers // 4)[:, None] / max(1, registers // 4)
-    start, end = torch.zeros_like(way), torch.ones_like(way)
-    around = torch.cat([way, end, 1 - way, start]), torch.cat([start, way, end, 1 - way])
-    both = [torch.cat([edge * axis.max(), axis]) for edge, axis in zip(around, (rows, columns), strict=True)]
-    angles = torch.cat([2 * math.pi * axis * turns for axis in both for _ in range(2)], dim=1)
-    return torch.cat([angles.new_zeros(class_tokens, head), angles])
-
-
-SINCOS = {"sincos2d": sincos2d, "sincos2d_mae": sincos2d_mae, "sincos2d_timm": sincos2d_timm}
 POSITIONS: dict[str, type[Positions]] = {
     "learned": Learned,
     "learned2d": Learned2d,

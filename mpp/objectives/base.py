@@ -1,23 +1,12 @@
 """The contract between an objective and the training loop."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from mpp.batch import Batch
 from mpp.models.encoder import Encoder
 from mpp.objectives.config import Needs, ObjectiveConfig
-
-Schedule = Callable[[float], float]  # of the share of the run that is done, in [0, 1)
-
-
-class Scale(NamedTuple):
-    """Factors of the learning rate and the weight decay of a parameter: numbers, or functions of progress."""
-
-    lr: float | Schedule = 1.0
-    weight_decay: float | Schedule = 1.0
+from mpp.optim import Scale
 
 
 class Objective(nn.Module):

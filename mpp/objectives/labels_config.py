@@ -1,7 +1,7 @@
 """The settings of training with labels."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class LabelsConfig(ObjectiveConfig):
     hidden: bool = False  # a tanh layer before the last: the paper's head for pretraining
 
     results = ("encoder", "classifier")
-    metrics = {"accuracy": Metric("Accuracy", share=True), "top5": Metric("Top-5 accuracy", share=True)}
+    metrics: ClassVar = {"accuracy": Metric("Accuracy", share=True), "top5": Metric("Top-5 accuracy", share=True)}
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:

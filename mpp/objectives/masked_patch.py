@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mpp import targets
 from mpp.batch import Batch
 from mpp.masks import count_of, random_index
-from mpp.models.layers import take
+from mpp.models.layers import put, take
 from mpp.models.vit import ViT
 from mpp.objectives.base import Objective
 from mpp.objectives.masked_patch_config import MaskedPatchConfig
@@ -90,8 +90,7 @@ class MaskedPatchPrediction(Objective):
         masked, swapped, _ = self.config.split
         fate = draw.fate.unsqueeze(-1)  # (b, k, 1)
         kept_or_other = torch.where(fate < masked + swapped, take(tokens, draw.other), take(tokens, draw.patches))
-        new = torch.where(fate < masked, mask.to(tokens.dtype), kept_or_other)
-        return tokens.scatter(1, draw.patches.unsqueeze(-1).expand_as(new), new)
+        return put(tokens, draw.patches, torch.where(fate < masked, mask.to(tokens.dtype), kept_or_other))
 
     def predict(self, images: Tensor, draw: Draw) -> Tensor:
         """The head's outputs at the corrupted patches, float32 (b, k, outputs)."""
@@ -109,13 +108,13 @@ class MaskedPatchPrediction(Objective):
         """
         patch, pixels = self.encoder.config.patch, self.encoder.normalise(images)
         patches = self.corrupt(targets.patch_pixels(pixels, patch), draw, pixels.new_zeros(()))
-        return _picture(patches, images.shape[-1] // patch, patch)
+        return targets.unpatchify(patches, patch, self.encoder.grid(images))
 
     def masked(self, tokens: Tensor, draw: Draw) -> Tensor:
         """Replaces those patch embeddings (b, n, d) by [mask] that are to be masked, and no others."""
         fate = draw.fate.unsqueeze(-1)  # (b, k, 1)
         new = torch.where(fate < self.config.split[0], self.mask_token.to(tokens.dtype), take(tokens, draw.patches))
-        return tokens.scatter(1, draw.patches.unsqueeze(-1).expand_as(new), new)
+        return put(tokens, draw.patches, new)
 
     def compute(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and what to log, for a given draw."""
@@ -191,14 +190,14 @@ class MaskedPatchPrediction(Objective):
             logits = rearrange(predicted, "b k (cells colours) -> b k cells colours", cells=self.cells)
             guess = self._painted(logits.argmax(-1))
             truth = self._painted(take(self.true_colours(images), draw.patches))
-        where = draw.patches.unsqueeze(-1).expand_as(truth)
         painted = {
             "input": patches,
             "corrupted": self.corrupt(patches, draw, GREY.to(images.device)),
-            "predicted": patches.scatter(1, where, guess),
-            "truth": patches.scatter(1, where, truth),
+            "predicted": put(patches, draw.patches, guess),
+            "truth": put(patches, draw.patches, truth),
         }
-        return {name: _picture(pixels, images.shape[-1] // patch, patch) for name, pixels in painted.items()}
+        grid = self.encoder.grid(images)
+        return {name: targets.unpatchify(pixels, patch, grid) for name, pixels in painted.items()}
 
     def _painted(self, classes: Tensor) -> Tensor:
         """Fills patches with the colours of their cells: (b, k, cells) to uint8 (b, k, p * p * 3)."""
@@ -217,11 +216,6 @@ class MaskedPatchPrediction(Objective):
         """The mean colour's class of patches given as pixels: uint8 (b, k, p * p * 3) to (b, k) int64."""
         sums = pixels.unflatten(-1, (-1, 3)).sum(-2, dtype=torch.int64)
         return targets.colour_class(sums, self.encoder.config.patch**2, self.config.bits)
-
-
-def _picture(patches: Tensor, columns: int, patch: int) -> Tensor:
-    """Puts patches (b, n, p * p * c) together: (b, c, h, w)."""
-    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", w=columns, p=patch, q=patch)
 
 
 def _order(patches: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,7 +1,7 @@
 """The settings of masked patch prediction."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mpp.objectives.config import Metric, ObjectiveConfig
 
@@ -17,12 +17,12 @@ class MaskedPatchConfig(ObjectiveConfig):
     bits: int = 3  # a colour channel
     grid: int = 4  # cells a side, of colour_grid
 
-    metrics = {
+    metrics: ClassVar = {
         "accuracy": Metric("Accuracy", share=True),
         "nearest": Metric("Guess without learning: the nearest visible patch", share=True, guess=True),
         "commonest": Metric("Guess without learning: the commonest answer", share=True, guess=True),
     }
-    pictures = {
+    pictures: ClassVar = {
         "input": "the image",
         "corrupted": "what the model is given (grey: masked)",
         "predicted": "what it paints into the corrupted patches",

@@ -221,12 +221,13 @@ class Resident(Indexed):
 
     def each(self, numbers: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray | DamagedImage]:
         for number in numbers.tolist():
-            try:
-                pixels = self[number]
-            except DamagedImage as error:
-                yield error
-            else:
-                yield pixels
+            pixels: np.ndarray | DamagedImage | None = self._kept[number]
+            if pixels is None:
+                try:
+                    pixels = self[number]
+                except DamagedImage as error:
+                    pixels = error
+            yield pixels
 
 
 def decoded_bytes(index: Index) -> int:

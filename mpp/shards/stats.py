@@ -66,11 +66,6 @@ class Stats:
     splits: dict[str, SplitStats]  # train first
     duplicates: Duplicates
 
-    def __str__(self) -> str:
-        from mpp.shards.stats_table import table
-
-        return table(self)
-
     def save(self, path: Path) -> None:
         """Writes all of it as JSON."""
         write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())

@@ -6,11 +6,20 @@ from typing import Any
 
 from mpp.errors import shown
 from mpp.models.classifier import Classifier
+from mpp.models.encoder import Encoder
 from mpp.weights import files, foreign, own
 from mpp.weights.files import WeightsError
-from mpp.weights.own import save_classifier, save_encoder
+from mpp.weights.own import fingerprint, save_classifier, save_encoder, save_result
 
-__all__ = ["WeightsError", "load_classifier", "load_encoder", "save_classifier", "save_encoder"]
+__all__ = [
+    "WeightsError",
+    "fingerprint",
+    "load_classifier",
+    "load_encoder",
+    "save_classifier",
+    "save_encoder",
+    "save_result",
+]
 
 ENCODER = ("encoder.safetensors", "ema.safetensors", "model.safetensors")  # the last two in checkpoints
 CLASSIFIER = ("classifier.safetensors",)
@@ -18,7 +27,7 @@ CLASSIFIER = ("classifier.safetensors",)
 logger = logging.getLogger("mpp.weights")
 
 
-def load_encoder(path: str | Path, **facts: Any) -> Any:
+def load_encoder(path: str | Path, **facts: Any) -> Encoder:
     """Loads an encoder, in float32 on the CPU: this library's, or one that others published.
 
     path: a run folder, a checkpoint folder, an `encoder.safetensors` or a `classifier.safetensors`; Google's or

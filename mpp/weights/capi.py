@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mpp.models.positions import rope_capi
+from mpp.models.position_tables import rope_capi
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
 from mpp.weights.format import IMAGENET_MEAN, IMAGENET_STD, Layout, Part, patch_convolution, same, shape_of, stacked

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpp.models.positions import sincos2d_mae
+from mpp.models.position_tables import sincos2d_mae
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import timm
 from mpp.weights.files import Source

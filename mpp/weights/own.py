@@ -1,5 +1,6 @@
 """This library's own files: safetensors, in whose metadata the encoder's config stands."""
 
+import hashlib
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,6 +17,25 @@ from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder, fill
 from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.weights.files import WeightsError
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """A digest of an encoder's tensors, which tells it from one trained anew, whatever file it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def save_result(module: nn.Module, path: Path) -> None:
+    """Writes what a run leaves: a classifier, an encoder, or the tensors of anything else."""
+    if isinstance(module, Classifier):
+        save_classifier(module, path)
+    elif isinstance(module, Encoder):
+        save_encoder(module, path)
+    else:
+        _save(module, path, {})
 
 
 def save_encoder(encoder: Encoder, path: Path) -> None:
@@ -56,7 +76,9 @@ def load_encoder(path: Path) -> Encoder:
     """The encoder of a file; of a classifier's or an objective's its encoder. WeightsError names the file."""
     metadata, tensors = _read(path)
     encoder = _built(metadata, path)
-    prefix = "encoder." if any(name.startswith("encoder.") for name in tensors) else ""
+    # In a checkpoint the encoder is a part of the objective; in a classifier's file too, always by the same name.
+    place = json.loads(metadata["encoder"]).get("place", "encoder.")
+    prefix = place if any(name.startswith(place) for name in tensors) else ""
     found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     _fill(encoder, found, path)
     return encoder
@@ -100,7 +122,7 @@ def _built(metadata: dict[str, str], path: Path) -> Encoder:
         raise WeightsError(f"{path}: holds no encoder of mpp (its metadata has no 'encoder')")
     try:
         values = json.loads(metadata["encoder"])
-        _, kind = ENCODERS[values.get("name", "vit")]
+        kind = ENCODERS[values.get("name", "vit")].config
         names = {field.name for field in fields(kind)}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
         with torch.device("meta"):  # what a file claims costs no memory before its tensors are seen to be there

@@ -14,8 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mpp.models.classifier import Head
+from mpp.models.trunk_config import Grid
 from mpp.models.vit import ViT
-from mpp.models.vit_config import Grid, ViTConfig
+from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
 from mpp.weights.format import Layout, Part, heads_of, image_of, patch_convolution, row, same, shape_of, stacked
 from mpp.weights.timm_config import Told, about

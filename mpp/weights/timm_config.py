@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from mpp.models.vit_config import Grid, ViTConfig
+from mpp.models.trunk_config import Grid
+from mpp.models.vit_config import ViTConfig
 
 POOLS = {"token": "cls", "avg": "avg", "map": "map"}  # timm's names to ours
 GELU = {"gelu": "erf", "gelu_tanh": "tanh"}

@@ -1,0 +1,46 @@
+"""What a comparison leaves to the machine, chosen once for all its runs: machine.json in its folder.
+
+Each run by itself would choose at its own start, by its own stopwatch, and two seeds could see different pixels.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mpp.errors import UserError, cause
+from mpp.files import locked, write_atomically
+
+FORMAT = 1
+NOT_OURS = (OSError, ValueError, LookupError, TypeError)  # what cut and foreign files cause
+
+
+class MachineError(UserError):
+    """A machine.json that can't be read."""
+
+
+class Machine:
+    """The choices of a comparison, which all processes that share its folder agree on."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "machine.json"
+
+    def once(self, what: str, choose: Callable[[], Any]) -> Any:
+        """What was chosen under this name, or what `choose` gives now; other processes wait meanwhile."""
+        with locked(self.path.with_name(".machine.lock")):
+            choices = self._read()
+            if what not in choices:
+                choices[what] = choose()
+                write_atomically(self.path, json.dumps({"format": FORMAT, "choices": choices}, indent=1).encode())
+            return choices[what]
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']}, expected {FORMAT}")
+            return dict(found["choices"])
+        except NOT_OURS as error:
+            raise MachineError(f"{self.path}: cut, or not as it was written ({cause(error)})") from None

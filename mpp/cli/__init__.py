@@ -1,0 +1,48 @@
+"""`mpp ...`: parses the command line and calls one function a verb."""
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from mpp.cli.parser import parsed
+from mpp.errors import UserError
+from mpp.extend import ExtensionError, import_parts
+
+
+def import_first(arguments: Sequence[str]) -> list[str]:
+    """Carries out every `--import` of a command line, and gives the rest of it."""
+    rest, words = [], iter(arguments)
+    for word in words:
+        if word == "--import" or word.startswith("--import="):
+            what = word.partition("=")[2] or next(words, "")
+            if not what:
+                raise ExtensionError("--import: expected a .py file or an installed module behind it")
+            import_parts(what)
+        else:
+            rest.append(word)
+    return rest
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command. Errors that a user can mend are one line on stderr, with exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="mpp: %(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal can't show
+    try:
+        options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `mpp plan RECIPE | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(1) from None
+    except UserError as error:
+        print(f"mpp: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("mpp: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        if remote := sys.modules.get("mpp.remote.cache"):
+            remote.close_caches()  # what still waits for a server would keep Python from exiting

@@ -1,0 +1,168 @@
+"""One function a verb. Each imports what it needs when it runs: `mpp --help` is to be there at once, without torch."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from mpp.recipe import Recipe
+
+T = TypeVar("T")
+
+
+def shards_make(options: argparse.Namespace) -> None:
+    from mpp.shards.write import make_shards
+
+    make_shards(
+        options.source,
+        options.out,
+        labels=options.labels,
+        size=options.size,
+        format=options.format,
+        quality=options.quality,
+        mode=options.mode,
+        per_shard=options.per_shard,
+        workers=options.workers,
+    )
+
+
+def shards_index(options: argparse.Namespace) -> None:
+    from mpp.remote.urls import is_url
+    from mpp.shards.build import index_folder
+    from mpp.shards.build_urls import index_urls
+    from mpp.shards.tar import ShardError
+
+    *urls, folder = options.source
+    if not urls and not is_url(folder):
+        index_folder(folder, options.split, options.labels)
+    elif not urls or is_url(folder) or not all(map(is_url, urls)):
+        raise ShardError(
+            f"expected one FOLDER, or URLs and then a folder for their index, got {' '.join(options.source)}"
+        )
+    else:
+        index_urls(urls, folder, options.split, options.labels or "cls", allow=options.allow)
+
+
+def shards_check(options: argparse.Namespace) -> None:
+    from mpp.shards.check import check_folder
+
+    if check_folder(options.folder, mark=options.mark):
+        raise SystemExit(1)
+
+
+def shards_stats(options: argparse.Namespace) -> None:
+    from mpp.shards.stats import folder_stats
+    from mpp.shards.stats_table import table
+
+    found = folder_stats(options.folder, options.images)
+    print(table(found))
+    if options.json:
+        found.save(options.json)
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    recipe = recipe_of(options)  # without torch, so that what is misspelt is answered at once
+    from mpp.run import run
+
+    out = stoppable(lambda: run(recipe))
+    left = {"encoder.safetensors": "the encoder", "pictures": "what it predicts", "metrics.jsonl": "how it went"}
+    print("; ".join(f"{out}/{name}: {what}" for name, what in left.items() if (out / name).exists()))
+
+
+def finetune(options: argparse.Namespace) -> None:
+    recipe = recipe_of(options)
+    from mpp.eval.labelled.finetune import finetune
+
+    out, scores = stoppable(lambda: finetune(recipe))
+    if scores:
+        print(scores)
+    print(f"{out}/classifier.safetensors: encoder and head; {out}/metrics.jsonl: how it went")
+
+
+def recipe_of(options: argparse.Namespace) -> "Recipe":
+    """The recipe that a command names, with its settings from the command line."""
+    from mpp.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    return replace(recipe, weights=str(options.weights)) if options.weights else recipe
+
+
+def stoppable(work: Callable[[], T]) -> T:
+    """What `work` gives; if a signal stops it, says how to go on."""
+    from mpp.watch import Interrupted
+
+    try:
+        return work()
+    except Interrupted as stop:
+        print(f"mpp: stopped by {stop}; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(128 + stop.number) from None
+
+
+def plan(options: argparse.Namespace) -> None:
+    from mpp.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    from mpp.plan import plan
+
+    print(plan(recipe, measure=options.measure))
+
+
+def probe(options: argparse.Namespace) -> None:
+    from mpp.eval.probes.probe import probe
+
+    found = probe(
+        options.weights,
+        options.data,
+        protocols=None if options.protocol == "all" else (options.protocol,),
+        train=options.train,
+        test=options.test,
+        untrained=options.untrained,
+    )
+    print(found)
+    if options.json:
+        found.save(options.json)
+
+
+def compare(options: argparse.Namespace) -> None:
+    from mpp.eval.compare.arms import load_comparison
+
+    load_comparison(options.recipe, options.overrides)  # before torch is imported: what is misspelt is answered at once
+    from mpp.eval.compare.compare import compare
+    from mpp.eval.compare.summary import table
+
+    out, results = stoppable(lambda: compare(options.recipe, options.overrides))
+    print(table(results))
+    print(f"{out}/report.html: the report, for a browser; {out}/results.json: every figure")
+    if results["failures"]:
+        raise SystemExit(1)
+
+
+def embed(options: argparse.Namespace) -> None:
+    from mpp.eval.labelled.embed import embed
+
+    embed(options.weights, options.data, options.out, split=options.split)
+
+
+def predict(options: argparse.Namespace) -> None:
+    from mpp.eval.labelled.predict import predict
+
+    predict(
+        options.weights, options.data, split=options.split, out=options.out, top=options.top, scores_out=options.json
+    )
+
+
+def convert(options: argparse.Namespace) -> None:
+    from mpp.export.convert import convert, facts_of
+
+    print(convert(options.weights, options.out, options.to, head=not options.encoder, **facts_of(options.overrides)))
+
+
+def recipes(options: argparse.Namespace) -> None:
+    from mpp.recipe import list_recipes
+
+    for name, comment in list_recipes():
+        print(name)
+        for line in comment.splitlines():
+            print(f"    {line}")

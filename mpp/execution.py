@@ -1,0 +1,124 @@
+"""How training is carried out on this machine: precision, compiling, threads, and how many images a forward pass."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mpp.batch import Batch
+from mpp.hardware import device_of, multiplies_bfloat16
+from mpp.objectives.base import Objective
+from mpp.train_config import Execution, TrainConfig
+from mpp.watch import TrainingError
+
+Loss = tuple[Tensor, dict[str, Tensor]]
+Once = Callable[[str, Callable[[], Any]], Any]  # gives what a function chooses, under the name of what is chosen
+# Tokens of a micro-batch on a CPU: below, throughput grows with the batch; above, activations leave the caches and take
+# memory (`python -m benchmarks.step --sizes tiny32 --micro-batches 16 32 128`).
+CPU_TOKENS = 8192
+
+
+class Images(Protocol):
+    """Where batches come from; `mpp.read_shards` gives one."""
+
+    def at(self, step: int) -> Batch: ...
+
+    def iterate(self, start: int, stop: Sequence[int] = ()) -> Iterator[Batch]:
+        """Yields the batches from `start` on; ends early, instead of waiting for one, once `stop` holds something."""
+
+
+def at_once(what: str, choose: Callable[[], Any]) -> Any:
+    """Makes a choice where it is asked for."""
+    return choose()
+
+
+def forward_pass(objective: Objective, config: TrainConfig, execution: Execution) -> Callable[[Batch], Loss]:
+    """The forward pass in the precision of `execution`; parameters and their gradients are float32 in either.
+
+    In bfloat16 on a CPU the parameters are cast once a pass and all activations follow, which is faster than autocast's
+    casts of single operations. With `compile`, and on CUDA, it is autocast. Losses are float32 everywhere.
+    """
+    device = device_of(config.device)
+    objective.encoder.activation_checkpointing = config.activation_checkpointing
+    if execution.compile:
+        objective.compile()
+    if execution.precision == "float32":
+        return objective
+    if device.type == "cpu" and not execution.compile:
+        norms = {id(p) for part in objective.modules() if isinstance(part, _BatchNorm) for p in part.parameters()}
+        # Batch norm's statistics are float32 buffers, with which PyTorch takes float32 parameters only.
+        lowered = [(name, p) for name, p in objective.named_parameters() if id(p) not in norms]
+
+        def cast(batch: Batch) -> Loss:
+            low = {name: parameter.bfloat16() for name, parameter in lowered}
+            return functional_call(objective, low, (batch,))
+
+        return cast
+
+    def autocast(batch: Batch) -> Loss:
+        with torch.autocast(device.type, torch.bfloat16):
+            return objective(batch)
+
+    return autocast
+
+
+def choose(objective: Objective, batches: Images, config: TrainConfig, once: Once = at_once) -> Execution:
+    """A plain value for whatever `config` leaves to this machine; what it says itself stays.
+
+    once: makes each choice, or gives it as it was made before for other runs of a comparison.
+
+    Raises ValueError for a micro-batch that splits the batch of an objective that looks across it.
+    """
+    device = device_of(config.device)
+    multiplies = multiplies_bfloat16(device)
+    precision, compile, micro_batch = config.precision, config.compile, config.micro_batch
+    if precision == "auto":
+        precision = once("precision", lambda: "bfloat16" if multiplies else "float32")
+    if compile is None:
+        compile = once("compile", lambda: device.type == "cuda")
+    threads = config.threads or once("threads", torch.get_num_threads)
+    whole = Execution(precision, compile, threads, config.batch)
+    if objective.needs.whole_batch and micro_batch not in ("auto", config.batch):
+        raise ValueError(
+            f"train.micro_batch ({micro_batch}) must be train.batch ({config.batch}): "
+            f"{objective.config.name} looks across the whole batch"
+        )
+    if micro_batch == "auto":
+        if objective.needs.whole_batch or objective.encoder.looks_across_batch:
+            return whole
+        micro_batch = once("micro_batch", lambda: _micro_batch(objective, batches, config, whole))
+    return replace(whole, micro_batch=micro_batch)
+
+
+def _micro_batch(objective: Objective, batches: Images, config: TrainConfig, whole: Execution) -> int:
+    """The largest part of the batch that fits in a GPU's memory, or in a CPU's caches."""
+    sizes = [size for size in range(config.batch, 0, -1) if config.batch % size == 0]
+    if device_of(config.device).type == "cuda":
+        return _largest_that_fits(objective, batches, config, whole, sizes)
+    tokens = objective.encoder.tokens
+    return next((size for size in sizes if size * tokens <= CPU_TOKENS), 1)
+
+
+def _largest_that_fits(
+    objective: Objective, batches: Images, config: TrainConfig, whole: Execution, sizes: list[int]
+) -> int:
+    """The first of falling sizes whose forward and backward pass fits in the GPU's memory."""
+    device = device_of(config.device)
+    images = batches.at(0).to(device)
+    forward = forward_pass(objective.to(device), config, replace(whole, compile=False))  # eager needs the most memory
+    # Held while trying: room for Adam's two averages and a running one, which come later.
+    room = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(3)]  # noqa: F841
+    for size in sizes:
+        try:
+            forward(next(images.split(size)))[0].backward()
+            return size
+        except torch.OutOfMemoryError:
+            continue
+        finally:
+            objective.zero_grad()
+            torch.cuda.empty_cache()
+    raise TrainingError("train.micro_batch: not even one image fits in the GPU's memory; take a smaller model or image")

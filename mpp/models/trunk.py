@@ -1,0 +1,262 @@
+"""The trunk that encoders, decoders and predictors have in common: positions, tokens in front, blocks, a final norm."""
+
+import math
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from mpp.models.layers import MLP, DropPath, Initialised, dropout_of, norm_of, take
+from mpp.models.mixers import MIXERS, Places
+from mpp.models.positions import POSITIONS
+from mpp.models.trunk_config import Grid, TrunkConfig
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block (ViT paper, equations 2 and 3), with any mixer."""
+
+    def __init__(self, config: TrunkConfig, mixer: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = norm_of(config, config.width)
+        self.mixer = mixer
+        self.norm2 = norm_of(config, config.width)
+        self.mlp = MLP(config)
+        path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop = nn.Sequential(dropout_of(config.dropout), path)  # of both branches
+        scaled = config.layer_scale is not None
+        self.scale1 = nn.Parameter(torch.empty(config.width)) if scaled else None
+        self.scale2 = nn.Parameter(torch.empty(config.width)) if scaled else None
+
+    def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
+        """Maps tokens (b, n, d) to (b, n, d), or only those at `at` (b, k) to (b, k, d)."""
+        mixed = self.mixer(self.norm1(tokens), places, at)
+        tokens = tokens if at is None else take(tokens, at)
+        tokens = tokens + self.drop(mixed if self.scale1 is None else mixed * self.scale1)
+        mapped = self.mlp(self.norm2(tokens))
+        return tokens + self.drop(mapped if self.scale2 is None else mapped * self.scale2)
+
+
+class Trunk(nn.Module):
+    """What is between a ViT's stem and its pool; by itself a decoder or a predictor. Its one verb is `encode`.
+
+    grid: the (rows, columns) of its patches; for others, learned positions are interpolated. context: channels of the
+    tokens that the mixer `cross` looks at, where they are not as wide as the trunk's own.
+    """
+
+    config: TrunkConfig
+    activation_checkpointing = False  # recompute a block in the backward pass instead of keeping what it computed
+
+    def __init__(self, config: TrunkConfig, grid: Grid, context: int | None = None) -> None:
+        super().__init__()
+        if min(grid) < 1:
+            raise ValueError(f"a trunk needs a grid of at least 1x1 patches, got {grid[0]}x{grid[1]}")
+        self.config = config
+        self._put_together(grid, context)
+        self.initialise()
+
+    def _put_together(self, grid: Grid, context: int | None = None) -> None:
+        """Makes the parts, for the constructors of trunks and ViTs: the order is that of random draws and of names."""
+        config = self.config
+        self.own_grid, self.context = grid, context or config.width
+        self.prefix = config.prefix  # tokens in front of the patches
+        self.positions = POSITIONS[config.positions](config, grid)
+        self.class_token = nn.Parameter(torch.empty(config.width)) if config.has_class_token else None
+        self.registers = nn.Parameter(torch.empty(config.registers, config.width)) if config.registers else None
+        self.dropout = dropout_of(config.dropout)
+        self.blocks = nn.ModuleList()
+        for number, mixer in enumerate(config.mixers):
+            drop_path = config.drop_path * number / max(1, config.depth - 1)
+            self.blocks.append(Block(config, MIXERS[mixer](config, grid, self.context), drop_path))
+        self.norm = norm_of(config, config.width)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draws the paper's initial weights (its code's models_vit.py; flax's defaults where that is silent)."""
+        if self.class_token is not None:
+            nn.init.zeros_(self.class_token)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
+        for module in self.modules():
+            if module is not self and isinstance(module, Initialised):
+                module.initialise()
+        for name, parameter in self.named_parameters():
+            if name.endswith((".scale1", ".scale2")):
+                nn.init.constant_(parameter, self.config.layer_scale or 1.0)
+
+    @overload
+    def encode(
+        self,
+        tokens: Tensor,
+        keep: Tensor | None = None,
+        *,
+        at: Tensor | None = None,
+        layers: None = None,
+        grid: Grid | None = None,
+        context: Tensor | None = None,
+        context_at: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self,
+        tokens: Tensor,
+        keep: Tensor | None = None,
+        *,
+        layers: Sequence[int],
+        grid: Grid | None = None,
+        context: Tensor | None = None,
+        context_at: Tensor | None = None,
+    ) -> list[Tensor]: ...
+
+    def encode(
+        self,
+        tokens: Tensor,
+        keep: Tensor | None = None,
+        *,
+        at: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+        grid: Grid | None = None,
+        context: Tensor | None = None,
+        context_at: Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Runs the blocks on patch tokens (b, n, d): (b, prefix + n, d).
+
+        keep: (b, k) indices of patches; the others are dropped, after positions are added to all n.
+        at: (b, j) indices of patches; gives their outputs alone, (b, j, d) without prefix tokens. Exact, and saves
+            what the last block would compute for the others. Those from -prefix on are the tokens in front. With
+            `keep` they still count the patches of the image, and each must be among those kept.
+        layers: block numbers from 0; gives a list of these blocks' outputs (b, prefix + n, d), without the final norm.
+        grid: (rows, columns) of the patches where it is not the trunk's own.
+        context: (b, m, channels), the tokens that the mixer `cross` looks at. context_at: (b, m) says which patches of
+            the grid they are, numbers below 0 for those without a place; needed where positions turn queries and keys.
+
+        A ViT leaves the final norm to `pool` where that is avg_norm. Raises ValueError for `keep` if a mixer needs the
+        grid, and for what does not fit the settings.
+        """
+        grid = grid or self.own_grid
+        self._check(tokens, at, layers, grid, context, context_at)
+        tokens = tokens + self.positions.patches(grid).to(tokens.dtype)
+        index = None
+        if keep is not None:
+            if reason := self.config.needs_grid:
+                raise ValueError(f"{reason}, so no patches can be dropped")
+            tokens = take(tokens, keep)
+            front = torch.arange(self.prefix, device=keep.device).expand(len(keep), -1)
+            index = torch.cat([front, keep + self.prefix], dim=1)  # (b, prefix + k)
+        if self.prefix:
+            tokens = torch.cat([self._front().to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = self.dropout(tokens)
+        places = self._places(grid, index, None if context is None else context.to(tokens.dtype), context_at)
+        if layers is not None:
+            return self._outputs(tokens, places, layers)
+        for block in self.blocks[:-1]:
+            tokens = self._run(block, tokens, places)
+        if at is not None:
+            at = at + self.prefix
+            at = at if index is None else rows_of(at, index, self.prefix + math.prod(grid))
+        return self.finish(self._run(self.blocks[-1], tokens, places, at))
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Makes of the last block's output what `encode` gives, (b, prefix + n, d): applies the final norm."""
+        return self.norm(tokens)
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """Drops the prefix tokens: (b, prefix + n, d) to (b, n, d)."""
+        return tokens[:, self.prefix :]
+
+    def _check(
+        self,
+        tokens: Tensor,
+        at: Tensor | None,
+        layers: Sequence[int] | None,
+        grid: Grid,
+        context: Tensor | None,
+        context_at: Tensor | None,
+    ) -> None:
+        """Raises ValueError for arguments of `encode` that do not go together."""
+        section, words, crosses = self.config.section, self.config.mixer_words, "cross" in self.config.mixer
+        if grid[0] * grid[1] != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]}x{grid[1]} patches; pass grid=")
+        if at is not None and layers is not None:
+            raise ValueError("encode takes `at` or `layers`, not both")
+        if crosses and context is None:
+            raise ValueError(f"{section}.mixer {words} needs encode(context=...), the tokens that cross looks at")
+        if context is None:
+            if context_at is not None:
+                raise ValueError("encode got `context_at` without the `context` whose places it tells")
+            return
+        if not crosses:
+            raise ValueError(f"encode got a context, and {section}.mixer {words} looks at none; cross does")
+        if context.shape[-1] != self.context:
+            raise ValueError(f"encode needs a context of {self.context} channels, got {context.shape[-1]}")
+        if context_at is not None and context_at.shape != context.shape[:2]:
+            found, expected = tuple(context_at.shape), tuple(context.shape[:2])
+            raise ValueError(f"encode needs `context_at` of shape {expected}, as its context, got {found}")
+
+    def _front(self) -> Tensor:
+        """The tokens in front of the patches, (prefix, d)."""
+        front = [] if self.class_token is None else [(self.class_token + self.positions.class_token()).unsqueeze(0)]
+        return torch.cat(front if self.registers is None else [*front, self.registers])
+
+    def _places(self, grid: Grid, index: Tensor | None, context: Tensor | None, context_at: Tensor | None) -> Places:
+        """Where the tokens are that run through the blocks: all of the grid, or those of `index` (b, prefix + k)."""
+        angles, bias = self.positions.angles(grid), self.positions.bias(grid)
+        of_context = None
+        if angles is not None and context is not None:
+            of_context = self._context_angles(angles, context_at)
+        if index is None:
+            angles = None if angles is None else angles[None, None]
+            return Places(grid, self.prefix, angles, None if bias is None else bias[None], context, of_context)
+        if angles is not None:
+            angles = angles[index].unsqueeze(1)  # (b, 1, prefix + k, head)
+        if bias is not None:
+            bias = bias[:, index[:, :, None], index[:, None, :]].transpose(0, 1)  # (b, heads, prefix + k, prefix + k)
+        return Places(grid, self.prefix, angles, bias, context, of_context)
+
+    def _context_angles(self, angles: Tensor, context_at: Tensor | None) -> Tensor:
+        """The angles of a context's tokens (b, 1, m, head), from those of all (prefix + n, head); 0 without a place."""
+        if context_at is None:
+            raise ValueError(
+                f"{self.config.section}.positions {self.config.positions} turn queries and keys, "
+                "which needs encode(context_at=...): the patches that the context's tokens are"
+            )
+        turned = angles[context_at.clamp(min=0) + self.prefix]  # (b, m, head)
+        return (turned * (context_at >= 0).unsqueeze(-1)).unsqueeze(1)
+
+    def _run(self, block: nn.Module, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
+        """Runs a block; with activation checkpointing it keeps the block's input alone and computes the rest again."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return block(tokens, places, at)
+        # What stands in the parameters' place now, a bfloat16 copy perhaps, no longer does in the backward pass.
+        now: dict[str, Tensor] = dict(block.named_parameters())
+
+        def run(tokens: Tensor) -> Tensor:
+            return functional_call(block, now, (tokens, places, at))
+
+        return checkpoint(run, tokens, use_reentrant=False)
+
+    def _outputs(self, tokens: Tensor, places: Places, layers: Sequence[int]) -> list[Tensor]:
+        outputs = []
+        for block in self.blocks[: max(layers) + 1]:
+            tokens = self._run(block, tokens, places)
+            outputs.append(tokens)
+        return [outputs[layer] for layer in layers]
+
+
+def rows_of(numbers: Tensor, index: Tensor, count: int) -> Tensor:
+    """Where each of `numbers` (b, j) stands in `index` (b, k), whose numbers are below `count`: (b, j).
+
+    Raises ValueError for one that is not there, except where that would mean to wait for a device.
+    """
+    order = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    rows = index.new_full((len(index), count), -1).scatter(1, index, order)  # (b, count); -1 can't be gathered
+    found = rows.gather(1, numbers)
+    known = type(found) is Tensor and found.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and (found < 0).any():
+        raise ValueError(
+            "encode gives outputs of patches among those that it keeps; `at` has one that is not in `keep`"
+        )
+    return found

@@ -1,0 +1,104 @@
+"""Recipe files and overrides as layers of plain values, the lowest first. Nothing is resolved and no tag is obeyed."""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from mpp.recipe.check import RecipeError, leaves, near, quoted
+
+BUNDLED = Path(str(resources.files("mpp.recipes"))).resolve()
+COMMAND_LINE = "command line"  # the source that errors name for overrides
+ODD_YAML = (AttributeError, KeyError, RecursionError)  # what PyYAML raises beside its own errors: "!!bool a", "[[[..."
+
+
+class Layer(NamedTuple):
+    """Settings as they stand in one place; `source` names it in errors."""
+
+    source: str
+    values: dict[str, Any]
+
+
+def bundled() -> dict[str, Path]:
+    """The recipes that come along, by name; those that are only bases for others are left out."""
+    files = {file.relative_to(BUNDLED).with_suffix("").as_posix(): file for file in sorted(BUNDLED.rglob("*.yaml"))}
+    return {name: file for name, file in files.items() if not name.startswith("base/")}
+
+
+def find(path: str | Path) -> Path:
+    """The file of a recipe given by its path or by the name of a bundled one."""
+    if Path(path).is_file():
+        return Path(path).resolve()
+    files, name = bundled(), str(path).removesuffix(".yaml")
+    if name not in files:
+        raise RecipeError(f"{path}: neither a recipe file nor a bundled recipe.{near(name, files)}")
+    return files[name]
+
+
+def name_of(file: Path) -> str:
+    """The recipe's name, from the file's place: cifar10-mpp for recipes/cifar10/mpp.yaml."""
+    parts = file.with_suffix("").parts
+    below = len(parts) - parts[::-1].index("recipes") if "recipes" in parts[:-1] else len(parts) - 1
+    return "-".join(parts[below:])
+
+
+def _label(file: Path) -> str:
+    """How errors name a file: below the working directory or the bundled recipes if it is there."""
+    folders = [folder for folder in (Path.cwd(), BUNDLED) if file.is_relative_to(folder)]
+    return str(file.relative_to(folders[0]) if folders else file)
+
+
+def read_chain(file: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
+    """The layers of a file and its bases, the lowest first."""
+    chain, label = (*above, file), _label(file)
+    if file in above:
+        raise RecipeError(f"{' -> '.join(map(_label, chain))}: recipes include each other")
+    values = _values(partial(OmegaConf.load, file), label)
+    base = values.pop("base", None)
+    if base is None:
+        return [Layer(label, values)]
+    if not isinstance(base, str) or not (file.parent / base).is_file():
+        raise RecipeError(f"{label}: base: expected a file beside this one, found {quoted(base)}")
+    return [*read_chain((file.parent / base).resolve(), chain), Layer(label, values)]
+
+
+def command_line(overrides: Sequence[str]) -> Layer:
+    """The layer of `key=value` arguments."""
+    for override in overrides:
+        if not all(part.strip() for part in override.partition("=")):
+            raise RecipeError(f"{COMMAND_LINE}: expected KEY=VALUE (null for none), found {quoted(override)}")
+    return Layer(COMMAND_LINE, _values(partial(OmegaConf.from_dotlist, list(overrides)), COMMAND_LINE))
+
+
+def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
+    """What is read, as plain values. Nothing is resolved and no tag is obeyed."""
+    try:
+        values = OmegaConf.to_container(read())
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, *ODD_YAML) as error:
+        problem = " ".join(re.sub(r'in "[^"]*",', "at", str(error)).split())
+        raise RecipeError(f"{source}: expected keys with values in YAML, found an error: {problem}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{source}: expected keys with values, found {quoted(values)}")
+    for key, value in leaves(values):  # type: ignore[arg-type]
+        if "${" in f"{key}{value}":
+            raise RecipeError(f"{source}: {key}: recipes are plain values and take no ${{...}}, found {quoted(value)}")
+    _spell_out(values)
+    return values  # type: ignore[return-value]  # keys that are no strings are unknown keys
+
+
+def _spell_out(values: dict[Any, Any]) -> None:
+    """Puts lists where a recipe may write a single value: `image: 32` is 32x32 pixels."""
+    data = values.get("data")
+    views = data.get("views") if isinstance(data, dict) else None
+    sized = [values.get("model"), *(views.values() if isinstance(views, dict) else ())]
+    for section in filter(lambda section: isinstance(section, dict), sized):
+        if type(section.get("image")) is int:
+            section["image"] = [section["image"], section["image"]]
+        if type(section.get("mixer")) is str:
+            section["mixer"] = [section["mixer"]]

@@ -1,0 +1,91 @@
+"""What the first start of a run found and chose, in plain values: settled.json beside the recipe.yaml that was asked.
+
+A run goes on as it began, whatever the machine would choose now, and on the images and weights that it began with.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mpp.data.config import PrepareName, ShuffleName
+from mpp.errors import UserError, cause
+from mpp.files import write_atomically
+from mpp.recipe.recipe import Recipe
+from mpp.train_config import Execution
+
+FILE = "settled.json"
+FORMAT = 1
+NOT_OURS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what cut files cause
+
+
+class RunError(UserError):
+    """A run can't start where it was asked to."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a recipe left open, as the first start of its run found or chose it."""
+
+    images: str  # how many there are to train on, and a checksum of their keys and contents
+    labels: str | None  # a checksum of their labels, where the objective needs some
+    weights: str | None  # a digest of the encoder's tensors that it began with; None for random ones
+    objective: dict[str, Any]  # settings of the objective that follow from the images
+    steps: int
+    warmup: int  # steps
+    shuffle: ShuffleName
+    prepare: PrepareName  # where pictures are made: cpu or device
+    execution: Execution
+    imports: dict[str, str]  # key of the recipe, such as objective.name -> what `--import` its part came by
+
+    def fill(self, recipe: Recipe) -> Recipe:
+        """A recipe in plain values: what it left open is as settled here."""
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in self.objective.items()
+        }
+        train = replace(recipe.train, steps=self.steps, epochs=None, images=None, warmup=self.warmup)
+        return self.for_machine(replace(recipe, objective=replace(recipe.objective, **settings), train=train))
+
+    def for_machine(self, recipe: Recipe) -> Recipe:
+        """The recipe with what is left to the machine as it was chosen here."""
+        chosen = {key: value for key, value in asdict(self.execution).items() if is_open(getattr(recipe.train, key))}
+        reading = {key: getattr(self, key) for key in ("shuffle", "prepare") if is_open(getattr(recipe.data, key))}
+        return replace(recipe, train=replace(recipe.train, **chosen), data=replace(recipe.data, **reading))
+
+    def save(self, folder: Path) -> None:
+        """Writes settled.json, whole or not at all."""
+        write_atomically(folder / FILE, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+
+
+def is_open(value: object) -> bool:
+    """Whether a setting leaves the choice to the machine."""
+    return value is None or value == "auto"
+
+
+def load_settled(folder: Path) -> Settled:
+    """What a run folder's first start settled; RunError, one line, if the folder does not say it."""
+    path = folder / FILE
+    if not path.exists():
+        raise RunError(
+            f"{folder}: holds a run of an earlier version of mpp (it has no {FILE}), which can't go on with this one; "
+            "choose another folder with out="
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise RunError(f"{path}: has format {facts['format']}, this version of mpp reads {FORMAT}")
+        values = {field.name: facts[field.name] for field in fields(Settled)}
+        return Settled(**{**values, "execution": Execution(**values["execution"])})
+    except RunError:
+        raise
+    except NOT_OURS as error:
+        raise RunError(f"{path}: cut, or not as it was written ({cause(error)})") from None
+
+
+def imports_of(folder: Path) -> dict[str, str]:
+    """By which imports a run had the parts that are not mpp's: key of the recipe -> argument of `--import`."""
+    try:
+        facts = json.loads((folder / FILE).read_text(encoding="utf-8"))["imports"]
+        return {str(key): str(value) for key, value in facts.items()}
+    except NOT_OURS:
+        return {}

@@ -1,0 +1,43 @@
+"""A run: from a recipe to a folder with metrics, checkpoints and an encoder; started again there, it goes on."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from mpp.execution import Once, at_once
+from mpp.files import claimed
+from mpp.loop import train
+from mpp.recipe import Recipe
+from mpp.run.evaluation import evaluation
+from mpp.run.images import open_images
+from mpp.run.start import begin, earlier, go_on
+from mpp.weights import save_result
+
+BUSY = "in use by a run that is still going; stop it, or choose another folder with out="
+
+
+def run(recipe: Recipe, once: Once = at_once) -> Path:
+    """Carries out a recipe to its end, or on from where it stopped; gives the run folder.
+
+    once: makes the choices that are left to the machine, for `mpp compare` the same ones for all its runs.
+    """
+    out = recipe.folder
+    with claimed(out, BUSY), ExitStack() as stack:
+        before = earlier(out)
+        images = open_images(recipe, before and before.settled, once)
+        stack.callback(images.close)
+        objective, settled = begin(recipe, images, once) if before is None else go_on(before, recipe, images)
+        settings = settled.fill(recipe)
+        train(
+            objective,
+            images.batches,
+            settings.train,
+            out=out,
+            seed=recipe.seed,
+            log=recipe.log,
+            execution=settled.execution,
+            evaluate=evaluation(settings, objective, images, settled.execution),
+            evaluate_every=recipe.eval.every,
+        )
+        for name, result in objective.results().items():
+            save_result(result, out / f"{name}.safetensors")
+    return out

@@ -1,0 +1,57 @@
+"""Scoring the objective while it trains, on images that it does not train on."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from mpp.execution import forward_pass
+from mpp.hardware import device_of
+from mpp.objectives.base import Objective
+from mpp.recipe import Recipe
+from mpp.run.images import RunImages
+from mpp.seeds import seed_of
+from mpp.shards.index import ShardError
+from mpp.train_config import Execution
+
+EVALUATION = -2  # in the place of a step in seeds
+
+
+def evaluation(
+    recipe: Recipe, objective: Objective, images: RunImages, execution: Execution
+) -> Callable[[Sequence[int]], dict[str, float]] | None:
+    """A function that scores the objective: means over the images, for the same draws every time.
+
+    It gives nothing if it is asked to stop before. None where the recipe names no images to score on.
+    """
+    # A batch that fits in memory, and is compiled already.
+    batches = images.open_scored(min(execution.micro_batch, recipe.eval.images))
+    if batches is None:
+        return None
+    device = device_of(recipe.train.device)
+    forward = forward_pass(objective, recipe.train, replace(execution, compile=False))
+
+    @torch.no_grad()
+    def evaluate(stop: Sequence[int]) -> dict[str, float]:
+        objective.eval()
+        totals: dict[str, float] = {}
+        seen, steps = 0, min(len(batches), math.ceil(recipe.eval.images / batches.batch))
+        for step, batch in zip(range(steps), batches.iterate(0, stop), strict=False):
+            if stop:
+                break
+            if not len(batch):
+                continue  # all of its images are damaged
+            torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
+            loss, metrics = forward(batch.to(device))
+            for name, value in {"loss": loss, **metrics}.items():
+                totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + value.item() * len(batch)
+            seen += len(batch)
+        objective.train()
+        if stop:
+            return {}
+        if not seen:
+            raise ShardError(f"{batches.index.origin}: every image to score on is damaged")
+        return {name: total / seen for name, total in totals.items()}
+
+    return evaluate

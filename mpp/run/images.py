@@ -1,0 +1,103 @@
+"""The images of a run: which it trains on and is scored on, opened for reading."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from mpp.data.batches import Batches, faster
+from mpp.data.chosen import chosen
+from mpp.data.config import DataConfig, PrepareName, ShuffleName
+from mpp.data.read import open_batches, windowed
+from mpp.data.subset import lacking
+from mpp.errors import shown
+from mpp.execution import Once
+from mpp.hardware import device_of
+from mpp.recipe import Recipe
+from mpp.recipe.settled import Settled
+from mpp.remote.urls import is_url
+from mpp.shards.index import UNFINISHED, Index, ShardError, splits
+from mpp.shards.write import make_shards
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """What a run reads."""
+
+    recipe: Recipe  # with a plain value for where pictures are made
+    batches: Batches  # to train on
+    scored: Index | None
+    shuffle: ShuffleName
+
+    def open_scored(self, batch: int) -> Batches | None:
+        """Batches of the images to score on, if there are any."""
+        return None if self.scored is None else _open(self.recipe, [self.scored], batch, train=False)
+
+    def close(self) -> None:
+        self.batches.close()
+
+
+def open_images(recipe: Recipe, settled: Settled | None, once: Once) -> RunImages:
+    """Opens the images of a recipe, whose shards are made first if it says from what.
+
+    settled: what an earlier start of the run chose.
+    """
+    if settled is not None:
+        recipe = settled.for_machine(recipe)
+    make_missing(recipe.data)
+    needs = recipe.objective.needs
+    train, scored = chosen(recipe.data, recipe.seed, needs.labels)
+    recipe = replace(recipe, data=replace(recipe.data, prepare=_prepare(recipe, train, once)))
+    batches = _open(recipe, train, recipe.train.batch, train=True)
+    if needs.labels and scored is not None:
+        check_classes(batches.index, scored)
+    return RunImages(recipe, batches, scored, "window" if windowed(batches.index, recipe.data) else "all")
+
+
+def make_missing(data: DataConfig) -> None:
+    """Makes the shards of `data.path` from `data.source`, if that is given and they are not there or not done."""
+    folder = Path(data.path)
+    if data.source and not is_url(data.path) and (not splits(folder) or (folder / UNFINISHED).exists()):
+        make_shards(data.source, folder)
+
+
+def _prepare(recipe: Recipe, train: Sequence[Index], once: Once) -> PrepareName:
+    """Where pictures are made: as the recipe says or, if it leaves that open, where it is faster."""
+    asked, device = recipe.data.prepare, device_of(recipe.train.device)
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":
+        return "cpu"
+
+    def measure() -> PrepareName:
+        on_cpu, there = (
+            _open(_preparing(recipe, way), train, recipe.train.batch, train=True) for way in ("cpu", "device")
+        )
+        return "device" if there.stored else faster(on_cpu, there).prepared
+
+    height, width = recipe.model.image
+    return once(f"prepare {height}x{width}", measure)
+
+
+def _preparing(recipe: Recipe, way: PrepareName) -> Recipe:
+    return replace(recipe, data=replace(recipe.data, prepare=way))
+
+
+def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool) -> Batches:
+    """Batches of some images, made where `data.prepare` says."""
+    found, expected = indexes[0].channels, recipe.model.channels
+    if found != expected:
+        raise ShardError(f"{indexes[0].origin}: images have {found} channels, model.channels is {expected}")
+    device = device_of(recipe.train.device) if recipe.data.prepare == "device" else None
+    opened = partial(open_batches, indexes, batch, recipe.data, image=recipe.model.image, seed=recipe.seed)
+    return opened(train=train, device=device)
+
+
+def check_classes(train: Index, scored: Index) -> None:
+    """Raises ShardError for a class that is scored and that no image to train on has."""
+    if names := lacking(train, scored):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ShardError(
+            f"{scored.origin}: split {scored.split} has images of class {', '.join(map(shown, names[:3]))}{more}, "
+            f"of which split {train.split} has none to train on"
+        )

@@ -1,0 +1,181 @@
+"""The start of a run: its objective before the first step or before it goes on, and what is settled with it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mpp import checkpoint
+from mpp.data.subset import digest, label_digest
+from mpp.errors import UserError
+from mpp.execution import Once, choose
+from mpp.loop import steps_of
+from mpp.models.encoder import Encoder
+from mpp.models.encoders import ENCODERS, build_encoder
+from mpp.objectives import OBJECTIVES, build_objective
+from mpp.objectives.base import Objective
+from mpp.recipe import Recipe, load_recipe, save_recipe
+from mpp.recipe.check import quoted
+from mpp.recipe.recipe import changes
+from mpp.recipe.settled import RunError, Settled, load_settled
+from mpp.run.images import RunImages
+from mpp.seeds import seed_of
+from mpp.shards.index import Index
+from mpp.weights import fingerprint, load_encoder
+
+INITIAL = -1  # in the place of a step in seeds: what is drawn before training
+
+logger = logging.getLogger("mpp.run")
+
+
+class Earlier(NamedTuple):
+    """A run that has begun."""
+
+    folder: Path
+    recipe: Recipe  # as it was asked
+    settled: Settled
+
+
+def earlier(out: Path) -> Earlier | None:
+    """The run that a folder goes on with; one that never saved is none to go on with."""
+    path = out / "recipe.yaml"
+    if not path.exists() or not checkpoint.steps(out / "checkpoints"):
+        return None
+    settled = load_settled(out)  # first: the recipe of an earlier version might not be read
+    return Earlier(out, load_recipe(path), settled)
+
+
+def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Settled]:
+    """The objective before its first step; writes recipe.yaml, and settled.json beside it."""
+    index, epoch = images.batches.index, images.batches.epoch
+    settings = with_index(recipe, index).in_steps(epoch)
+    given = load_encoder(recipe.weights) if recipe.weights else None
+    objective = build(settings, given)
+
+    def once_a_kind(what: str, choose: Callable[[], Any]) -> Any:
+        kind = f" of {settings.model.describe()}, {settings.objective.name}, {recipe.train.batch} images a batch"
+        return once(what + kind if what == "micro_batch" else what, choose)
+
+    execution = choose(objective, images.batches, settings.train, once_a_kind)
+    _check_last_batch(recipe, objective, epoch, execution.micro_batch)
+    settled = Settled(
+        images=digest(index),
+        labels=label_digest(index) if recipe.objective.needs.labels else None,
+        weights=None if given is None else fingerprint(given),
+        objective={k: v for k, v in asdict(settings.objective).items() if v != getattr(recipe.objective, k)},
+        steps=steps_of(settings.train),
+        warmup=int(settings.train.warmup),
+        shuffle=images.shuffle,
+        prepare=images.batches.prepared,
+        execution=execution,
+        imports=_imports(recipe),
+    )
+    save_recipe(recipe, recipe.folder / "recipe.yaml")
+    settled.save(recipe.folder)
+    return objective, settled
+
+
+def go_on(before: Earlier, recipe: Recipe, images: RunImages) -> tuple[Objective, Settled]:
+    """The objective of a run that has begun, whose checkpoint the loop puts back; RunError if it is another run."""
+    return build(same_run(before, recipe, images), same_weights(before, recipe)), before.settled
+
+
+def same_run(before: Earlier, recipe: Recipe, images: RunImages) -> Recipe:
+    """The recipe with what follows from its images; RunError unless it and they are those that a run began with."""
+    folder, settled = before.folder, before.settled
+    settings = with_index(recipe, images.batches.index).in_steps(images.batches.epoch)
+    if changed := changes(settled.fill(before.recipe), settled.for_machine(settings)):
+        raise RunError(
+            f"{folder}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out="
+        )
+    _refuse_other_images(folder, settled, images.batches.index)
+    return settings
+
+
+def _refuse_other_images(folder: Path, settled: Settled, index: Index) -> None:
+    """Raises RunError unless these are the images, and the labels, that a run began with; wherever they lie now."""
+    if (found := digest(index)) != settled.images:
+        what = f"it began with {settled.images}, now there are {found}"
+    elif settled.labels not in (None, label_digest(index)):
+        what = f"{settled.images} as it began with, but with other labels"
+    else:
+        return
+    raise RunError(f"{folder}: holds a run on other images ({what}); restore them, or choose another folder with out=")
+
+
+def same_weights(before: Earlier, recipe: Recipe) -> Encoder | None:
+    """The weights that a run began with, if they are still there: its checkpoints hold all that it needs of them.
+
+    Raises RunError if others are there now, or if they are gone and no checkpoint is whole.
+    """
+    folder, digest = before.folder, before.settled.weights
+    if (recipe.weights is None) != (digest is None):
+        there, here = (quoted(one.weights) for one in (before.recipe, recipe))
+        raise RunError(f"{folder}: holds a run that began from weights {there}, here {here}; choose another with out=")
+    if recipe.weights is None:
+        return None
+    if not Path(recipe.weights).exists() and recipe.weights == before.recipe.weights:
+        if checkpoint.load_latest(folder / "checkpoints") is None:
+            raise RunError(f"{recipe.weights}: gone, and {folder} holds no whole checkpoint to go on from; restore it")
+        logger.info("%s: gone; the run goes on from its checkpoint, which holds all that it needs", recipe.weights)
+        return None
+    given = load_encoder(recipe.weights)
+    if fingerprint(given) != digest:
+        raise RunError(
+            f"{folder}: holds a run that began from other weights than {recipe.weights} now holds; "
+            "restore them, or choose another folder with out="
+        )
+    return given
+
+
+def with_index(recipe: Recipe, index: Index) -> Recipe:
+    """The recipe with the settings of its objective that follow from the images to train on."""
+    try:
+        return replace(recipe, objective=recipe.objective.settled(index))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def build(recipe: Recipe, weights: Encoder | None = None) -> Objective:
+    """The recipe's objective at its start: random weights depend on the recipe's seed alone.
+
+    weights: those that the encoder starts from. It has them before the objective is made, so that teachers have too.
+    """
+    torch.manual_seed(seed_of(recipe.seed, INITIAL))
+    encoder = build_encoder(recipe.model)
+    if weights is not None:
+        try:
+            encoder.adopt(weights)
+        except ValueError as error:
+            raise RunError(f"{recipe.weights}: another encoder than the recipe's: {error}") from None
+    return build_objective(encoder, recipe.objective)
+
+
+def at_start(recipe: Recipe) -> Objective:
+    """The objective of a recipe as it is before any step, its starting weights loaded."""
+    return build(recipe, load_encoder(recipe.weights) if recipe.weights else None)
+
+
+def _imports(recipe: Recipe) -> dict[str, str]:
+    """By which imports the recipe has parts that are not mpp's."""
+    origins = {
+        "objective.name": OBJECTIVES.origin(recipe.objective.name),
+        "model.name": ENCODERS.origin(recipe.model.name),
+    }
+    return {key: origin for key, origin in origins.items() if origin is not None}
+
+
+def _check_last_batch(recipe: Recipe, objective: Objective, epoch: int, micro_batch: int) -> None:
+    """Raises RunError where batch norm, or an objective that compares images, would get a single one."""
+    across = objective.encoder.looks_across_batch or objective.needs.whole_batch
+    if recipe.data.last_batch == "kept" and across and epoch % recipe.train.batch % micro_batch == 1:
+        what = "batch norm" if objective.encoder.looks_across_batch else f"objective.name {recipe.objective.name}"
+        raise RunError(
+            f"data.last_batch: kept ends an epoch of {epoch} images with a batch of 1, which {what} cannot take; "
+            "use chained or dropped, or another train.batch"
+        )

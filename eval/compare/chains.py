@@ -58,11 +58,11 @@ class Job:
     work: Callable[[], object]
     recipe: Callable[[], Recipe] | None = None  # of the run, known once what it needs is done
     encoder: Callable[[], Encoder] | None = None  # of a probing, known then as well
-    asked: tuple["Asked", ...] = ()  # of a probing
+    asked: tuple[Asked, ...] = ()  # of a probing
 
     @property
     def done(self) -> bool:
-        """A probing is done again, as far as it is new, where more fractions or protocols are asked for."""
+        """Whether nothing is left to do. A probing goes on where more fractions or protocols are asked for."""
         return set(self.asked) <= set(read_rows(self.result)[0]) if self.asked else self.result.exists()
 
 

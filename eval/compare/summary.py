@@ -126,19 +126,17 @@ def table(results: dict[str, Any]) -> str:
     wide = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(f"{text:<{width}}" for text, width in zip(line, wide, strict=True)).rstrip() for line in lines]
     problems = [f"failed: {failure['run']}: {failure['error']}" for failure in results["failures"]]
-    return "\n".join([*rows, "", *results["conclusions"], *_left_out(results, headlines), *problems])
+    return "\n".join([*rows, "", *results["conclusions"], *_left_out(results), *problems])
 
 
-def _left_out(results: dict[str, Any], headlines: dict[str, str]) -> list[str]:
-    """A line for each protocol that has figures, but not the one by which it is compared."""
-    given: dict[str, list[str]] = {}
-    for entry in results["summary"]:
-        given.setdefault(entry["protocol"], []).append(entry["metric"])
-    return [
-        f"{name}: no figure {headlines[name]}, by which it is compared; it gave {', '.join(dict.fromkeys(metrics))}"
-        for name, metrics in given.items()
-        if headlines[name] not in metrics
-    ]
+def _left_out(results: dict[str, Any]) -> list[str]:
+    """A line for each protocol without the figure by which it is compared."""
+    lines = []
+    for name, headline in ((one["name"], one["headline"]) for one in results["protocols"]):
+        given = dict.fromkeys(entry["metric"] for entry in results["summary"] if entry["protocol"] == name)
+        if headline not in given:
+            lines.append(f"{name}: no figure {headline}, by which it is compared; it gave {', '.join(given) or 'none'}")
+    return lines
 
 
 def _cell(entry: dict[str, Any]) -> str:

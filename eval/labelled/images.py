@@ -1,4 +1,4 @@
-"""Images to look at once each, in order and with their names: a split of shards, or a plain folder or archive."""
+"""The images of a split of shards, or of a plain folder or archive, in order and with their names."""
 
 import logging
 import tempfile
@@ -35,13 +35,13 @@ class ImagesError(UserError):
 
 
 class Images:
-    """All images of a place in order, centred, with their keys: those of samples in shards, paths in a folder."""
+    """All images of a place, centred, each with its key: the sample's in shards, the path in a folder."""
 
     def __init__(self, place: str, batches: Batches, known: Mapping[int, str], guessed: bool) -> None:
-        """place: for messages. known: why some are damaged. guessed: classes are names of folders, which may stand for
-        anything."""
-        self.place, self.guessed, self.index = place, guessed, batches.index
-        self._batches, self._known = batches, known
+        """known: why images are damaged of which that was known before they were read."""
+        self.place = place  # for messages
+        self.guessed = guessed  # classes are the names of folders, which may stand for anything
+        self.index, self._batches, self._known = batches.index, batches, known
 
     @property
     def classes(self) -> tuple[str, ...]:

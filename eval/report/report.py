@@ -191,21 +191,17 @@ def _frozen(results: Results) -> str:
     for protocol in results["protocols"]:
         name, title, own = protocol["name"], protocol["title"], protocol["draws_labels"]
         keys = {(row["fraction"], row["metric"]) for row in results["summary"] if row["protocol"] == name}
-        if not keys:
-            continue
         order = sorted(keys, key=lambda key: (key[0], _natural(key[1])))
         columns = [
             Column(f, metric, metric if own else f"{share(f)} of the labels", "" if own or metric == "top1" else metric)
             for f, metric in order
         ]
-        caption = f"{title}: accuracy on the test images in %"
-        text = f"<h3>{escape(title)}</h3><p>{escape(protocol['text'])}</p>"
-        tables.append(text + score_table(results, caption, name, columns))
+        table = score_table(results, f"{title}: accuracy on the test images in %", name, columns) if columns else ""
+        tables.append(f"<h3>{escape(title)}</h3><p>{escape(protocol['text'])}</p>{table or _paragraph('No figures.')}")
     if not tables:
         return _paragraph("No protocol on frozen features was run.")
-    return _paragraph("Here the encoder stays as it is and only a small classifier on its output learns.") + "".join(
-        tables
-    )
+    text = "Here the encoder stays as it is and only a small classifier on its output learns."
+    return _paragraph(text) + "".join(tables)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -264,9 +264,11 @@ def test_a_batch_takes_its_views_along():
 @pytest.mark.parametrize(
     ("view", "message"),
     [
-        (ViewConfig(count=0), r"data\.views\.crops\.count must be at least 1, got 0"),
-        (ViewConfig(image=(0, 8)), r"data\.views\.crops\.image must be two sides of at least 1 pixel, got \(0, 8\)"),
-        (ViewConfig(image=(8,)), r"data\.views\.crops\.image must be two sides of at least 1 pixel, got \(8,\)"),
+        (ViewConfig(count=0), r"data\.views\.crops\.count must be at least 1 and at most 1000, got 0"),
+        (ViewConfig(count=2**60), r"data\.views\.crops\.count must be at least 1 and at most 1000, got 11529"),
+        (ViewConfig(image=(0, 8)), r"data\.views\.crops\.image must be two sides of at least 1 pixel, .* got \(0, 8\)"),
+        (ViewConfig(image=(8,)), r"data\.views\.crops\.image must be two sides of at least 1 pixel, .* got \(8,\)"),
+        (ViewConfig(image=(2**15, 2**14)), r"data\.views\.crops\.image must be two sides .* at most 2 \*\* 28 in all"),
     ],
 )
 def test_views_that_cannot_be_made_are_refused_by_name(view, message):

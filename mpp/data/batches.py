@@ -31,7 +31,7 @@ TRIED = 8  # batches that a choice by measuring reads, after one that is not cou
 VIEWS = 0x7669657773  # "views": what stands in this place of other draws counts from 0 and never comes so far
 NAMED = 100  # damaged images that the log names; `mpp shards check` lists them all
 
-Step = tuple[list[int], bool, list[int], Change | None]  # box, flip, shift and change of `apply`
+Step = tuple[int, list[int], bool, list[int], Change | None]  # row of a batch; box, flip, shift, change of `apply`
 
 logger = logging.getLogger("mpp.data")
 
@@ -195,20 +195,20 @@ class Batches:
         """Writes the images of some rows of a batch in all views; gives the rows whose image is damaged."""
         plans = self._plans(positions[rows], numbers[rows])
         ends = np.max([plan.boxes[:, 0] + plan.boxes[:, 2] for plan in plans], axis=0)  # of the rows that crops need
-        todo, makings = rows.tolist(), list(zip(views, map(_steps, plans), strict=True))
+        first, *others = views
+        todo, *further = [_steps(plan, rows) for plan in plans]
 
         def work(part: slice) -> list[int]:
             damaged = []
             images = self._images.each(numbers[rows[part]], ends[part])
-            for place, pixels in enumerate(images, part.start):
-                row = todo[place]
+            for pictures, steps in zip(others, further, strict=True):
+                images = _also_made(images, steps[part], pictures)
+            for pixels, (row, box, flip, shift, change) in zip(images, todo[part], strict=True):
                 if isinstance(pixels, DamagedImage):
                     damaged.append(row)
                     self._report(int(numbers[row]), str(pixels))
                 else:
-                    for pictures, steps in makings:
-                        box, flip, shift, change = steps[place]
-                        apply(pixels, box, flip, shift, pictures[row], change)
+                    apply(pixels, box, flip, shift, first[row], change)
             return damaged
 
         size = -(-len(todo) // (self._reading.threads * PARTS if self._pool else 1))
@@ -251,7 +251,18 @@ def _seconds(batches: Batches) -> float:
     return time.perf_counter() - start
 
 
-def _steps(plan: Plan) -> list[Step]:
+def _steps(plan: Plan, rows: np.ndarray) -> list[Step]:
     """What `apply` does to each image, as plain values: single elements of arrays cost as much as a small crop."""
-    changes: Sequence[Change | None] = plan.changes or [None] * len(plan.boxes)
-    return list(zip(plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist(), changes, strict=True))
+    changes: Sequence[Change | None] = plan.changes or [None] * len(rows)
+    columns = rows.tolist(), plan.boxes.tolist(), plan.flips.tolist(), plan.shifts.tolist(), changes
+    return list(zip(*columns, strict=True))
+
+
+def _also_made(
+    images: Iterator[np.ndarray | DamagedImage], steps: list[Step], pictures: np.ndarray
+) -> Iterator[np.ndarray | DamagedImage]:
+    """Passes images on once a further view of each is made: while its pixels are there, and at no cost to one view."""
+    for pixels, (row, box, flip, shift, change) in zip(images, steps, strict=True):
+        if not isinstance(pixels, DamagedImage):
+            apply(pixels, box, flip, shift, pictures[row], change)
+        yield pixels

@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 
 from mpp.augment.config import AugmentConfig
 
+MOST_VIEWS = 1000  # of one name; a number above is a slip
+MOST_PIXELS = 2**28  # of a picture; images with more count as damaged
 LONGEST_TURN = 10_000  # positions in which each of several data sets has its share; a batch sorts them
 ReaderName = Literal["auto", "resident", "indexed"]
 ShuffleName = Literal["auto", "all", "window"]
@@ -110,10 +112,8 @@ class DataConfig:
             other = "data.mix" if self.mixed else "data.shuffle: window"
             raise ValueError(f"data.sampling: classes looks for each class in all shards; it does not go with {other}")
         for name, view in self.views.items():
-            if view is not None and view.count < 1:
-                raise ValueError(f"data.views.{name}.count must be at least 1, got {view.count}")
-            if view is not None and view.image is not None and (len(view.image) != 2 or min(view.image) < 1):
-                raise ValueError(f"data.views.{name}.image must be two sides of at least 1 pixel, got {view.image}")
+            if view is not None:
+                _check_view(f"data.views.{name}", view)
 
     @property
     def mixed(self) -> dict[str, MixConfig]:
@@ -134,3 +134,12 @@ class DataConfig:
 def batches_of(images: int, batch: int, last: str) -> int:
     """Batches an epoch of so many images."""
     return images // batch if last == "dropped" else math.ceil(images / batch)
+
+
+def _check_view(name: str, view: ViewConfig) -> None:
+    if not 1 <= view.count <= MOST_VIEWS:
+        raise ValueError(f"{name}.count must be at least 1 and at most {MOST_VIEWS}, got {view.count}")
+    if view.image is not None and (len(view.image) != 2 or min(view.image) < 1 or math.prod(view.image) > MOST_PIXELS):
+        raise ValueError(
+            f"{name}.image must be two sides of at least 1 pixel, at most 2 ** 28 in all, got {view.image}"
+        )

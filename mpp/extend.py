@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -49,7 +49,17 @@ def resolve(home: str | Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(home, str):
         return home
     module, _, name = home.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(_imported(module), name)
+
+
+def _imported(module: str) -> Any:
+    """A module whose constants are plain tensors, whatever the default device is where it is first needed.
+
+    Sizes are checked on torch's "meta" device: what is imported there would keep tensors without numbers for good.
+    """
+    torch = sys.modules.get("torch")
+    with torch.device("cpu") if torch else nullcontext():
+        return importlib.import_module(module)
 
 
 class Table(Mapping[str, T], Generic[T]):
@@ -111,7 +121,7 @@ class Table(Mapping[str, T], Generic[T]):
 
     def _import(self, name: str, point: EntryPoint) -> None:
         try:
-            importlib.import_module(point.module)
+            _imported(point.module)
         except Exception as error:  # another's code: whatever it raises is that package's fault
             raise ExtensionError(f"package {_package(point)}: {self.noun} {name}: {cause(error)}") from error
         if name not in self._added:

@@ -15,8 +15,9 @@ from tiny_runs import LABELS, RESNET, digests, metrics, run, small_splits, write
 
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
+from mpp.execution import at_once
 from mpp.recipe import load_recipe
-from mpp.run import opened
+from mpp.run.images import open_images
 from mpp.shards.index import read_index
 from mpp.shards.write import make_shards
 from mpp.weights import load_classifier, load_encoder
@@ -40,6 +41,11 @@ EVERYTHING = [
 SHORT = ["train.steps=3", "train.warmup=0", "eval.every=3"]
 OF_RESNETS = [setting for setting in EVERYTHING if not setting.startswith("model.")]
 TIMES = ("images/s", "waiting", "memory")  # what no two runs share
+
+
+def trained_on(out: Path):
+    """The images that a run trained on."""
+    return open_images(load_recipe(out / "recipe.yaml"), None, at_once).batches.index
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,8 +130,8 @@ def last_scores(out: Path) -> tuple[float, float]:
 
 def test_training_from_scratch_leaves_a_classifier_and_its_scores(tuned):
     names = {path.name for path in tuned.iterdir()} - {".lock", "said.txt"}
-    left = {"recipe.yaml", "metrics.jsonl", "checkpoints", "classifier.safetensors", "encoder.safetensors"}
-    assert names == left | {"scores.json"}
+    left = {"recipe.yaml", "settled.json", "metrics.jsonl", "checkpoints"}
+    assert names == left | {"classifier.safetensors", "encoder.safetensors", "scores.json"}
     said = (tuned / "said.txt").read_text()
     assert f"{tuned}/classifier.safetensors" in said
     assert f"{tuned}/metrics.jsonl" in said
@@ -149,13 +155,18 @@ def test_the_scores_are_those_of_the_last_weights_on_all_test_images(tuned, spli
     assert last_scores(tuned) == (pytest.approx(loss, rel=1e-4), pytest.approx(accuracy))
 
 
-def test_classes_and_weights_stand_in_the_runs_recipe(recipe, splits, tmp_path):
+def settled(out: Path) -> dict:
+    return json.loads((out / "settled.json").read_text())
+
+
+def test_classes_and_weights_are_settled_by_the_images_at_the_first_start(recipe, splits, tmp_path):
     out = finetune(recipe, tmp_path / "run", "objective.balance=true", "train.steps=2", "data.subset.per_class=13")
-    objective = yaml.safe_load((out / "recipe.yaml").read_text())["objective"]
+    objective = settled(out)["objective"]
     assert objective["classes"] == ["class0", "class1", "class2"]
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["objective"]["classes"] == [], "as it was asked"
     assert objective["weights"] == [pytest.approx(3, rel=1e-5)] * 3
     whole = finetune(recipe, tmp_path / "whole", "objective.balance=true", "train.steps=2")
-    objective = yaml.safe_load((whole / "recipe.yaml").read_text())["objective"]
+    objective = settled(whole)["objective"]
     counts = np.bincount(read_index(splits, "train").label)
     assert sorted(counts) == [13, 13, 14]
     assert objective["weights"] == pytest.approx((40 / counts).tolist(), rel=1e-5)
@@ -193,8 +204,8 @@ def test_a_share_of_the_labels_is_what_is_trained_on(recipe, splits, tmp_path):
     numbers, _ = drawn(index, SubsetConfig(share=0.5), seed=3)
     counts = np.bincount(index.label[numbers])
     assert sorted(counts) == [6, 6, 7]
-    assert load_recipe(out / "recipe.yaml").train.steps == 3, "19 images in batches of 8"
-    read = opened(load_recipe(out / "recipe.yaml"))[1].index
+    assert settled(out)["steps"] == 3, "19 images in batches of 8"
+    read = trained_on(out)
     assert [read.key(i) for i in range(len(read))] == [index.key(i) for i in numbers]
 
 
@@ -202,7 +213,7 @@ def test_held_out_images_are_scored_in_the_place_of_the_test_images(recipe, spli
     out = finetune(recipe, tmp_path / "run", "data.subset.hold_out=0.3", "train.lr=0.1")
     numbers, held = drawn(read_index(splits, "train"), SubsetConfig(hold_out=0.3), seed=3)
     assert len(held) == 12
-    assert len(opened(load_recipe(out / "recipe.yaml"))[1].index) == len(numbers) == 28
+    assert len(trained_on(out)) == len(numbers) == 28
     loss, accuracy = loss_and_accuracy(*logits_of(out, splits, "train", held))
     assert last_scores(out) == (pytest.approx(loss, rel=1e-4), pytest.approx(accuracy))
     test, _ = loss_and_accuracy(*logits_of(out, splits, "test", np.arange(20)))
@@ -256,7 +267,7 @@ def test_each_of_those_settings_changes_what_a_run_leaves(setting, recipe, plain
 def test_a_resnet_with_batch_norm_sees_its_batches_whole(splits, tmp_path):
     recipe = write_recipe(tmp_path, splits, RESNET)
     out = finetune(recipe, tmp_path / "run", "train.micro_batch=auto", "train.steps=2")
-    assert load_recipe(out / "recipe.yaml").train.micro_batch == 8
+    assert settled(out)["execution"]["micro_batch"] == 8
     assert load_classifier(out).encoder.config.name == "resnet"
 
 
@@ -276,7 +287,7 @@ def test_images_without_a_label_are_left_out(tmp_path):
     assert (scores["n"], scores["top1"]) == (6, pytest.approx(accuracy))
     assert scores["loss"] == pytest.approx(loss, rel=1e-4)
     assert last_scores(out) == (pytest.approx(loss, rel=1e-4), pytest.approx(accuracy))
-    assert len(opened(load_recipe(out / "recipe.yaml"))[1].index) == 12
+    assert len(trained_on(out)) == 12
 
 
 # What is refused

@@ -343,6 +343,13 @@ def test_a_package_is_listed_by_its_metadata_and_loaded_at_its_first_use(package
         things["forgotten"]
 
 
+def test_what_is_first_imported_while_sizes_are_checked_keeps_its_constants(tmp_path, monkeypatch):
+    (tmp_path / "constants_of_tests.py").write_text("import torch\nGREY = torch.tensor(128)\ndef make(): return GREY\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with torch.device("meta"):
+        assert Kind(int, "constants_of_tests:make").make().item() == 128
+
+
 def test_a_package_that_offers_a_name_of_mpps_is_refused(package):
     package("package_of_tests_b", "[mpp.things_of_tests]\nown = package_of_tests_b\n", "")
     with pytest.raises(ExtensionError, match="package package_of_tests_b offers the thing own, which mpp has itself"):

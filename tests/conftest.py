@@ -33,9 +33,9 @@ def inside_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a test add parts to the tables, and takes them out again."""
+    """Lets a test add parts to the tables that hold mpp's own alone, and takes them out again."""
     for table in (OBJECTIVES, PROTOCOLS):
-        monkeypatch.setattr(table, "_added", dict(table._added))
+        monkeypatch.setattr(table, "_added", {})
 
 
 def tiny_config(**changes) -> ViTConfig:

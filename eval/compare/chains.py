@@ -220,14 +220,15 @@ class Chains:
         return load_encoder(recipe.weights) if recipe.weights else at_start(recipe).encoder
 
     def probe(self, arm: str, seed: int, fraction: float, asked: tuple[Asked, ...], out: Path) -> None:
-        """Writes rows of an arm's frozen features, the labels drawn as for fine-tuning; what is there stays.
+        """Writes rows of an arm's frozen features, the labels drawn as for fine-tuning; rows of the same weights stay.
 
         fraction: one at which the arm is pretrained as this encoder was.
         """
         shards, train, test = self.comparison.data
         with claimed(out, "in use by a comparison that is still going"):
-            done, rows = read_rows(out / ROWS)
             encoder = self.probed(arm, seed, fraction)
+            weights = fingerprint(encoder)
+            done, rows = read_rows(out / ROWS) if probed_weights(out / ROWS) == weights else ([], [])
             index, missing = read_index(shards, train), [one for one in asked if one not in done]
             for share in dict.fromkeys(one.fraction for one in missing):
                 numbers, _ = drawn(index, SubsetConfig(share=share), seed)
@@ -236,7 +237,6 @@ class Chains:
                     place = {"protocol": row.protocol, "fraction": share, "metric": row.metric}
                     rows.append({**place, "value": row.value, "detail": row.detail})
             shutil.rmtree(out / "features", ignore_errors=True)
-            weights = fingerprint(encoder)
             results = {"format": FORMAT, "weights": weights, "asked": [*done, *missing], "rows": rows}
             write_atomically(out / ROWS, json.dumps(results).encode())
 

@@ -1,7 +1,9 @@
 """What a run tells: a progress bar, metrics.jsonl, TensorBoard, and pictures."""
 
+import functools
 import json
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -22,6 +24,18 @@ LABEL_WIDTH = 64  # pixels
 GAP = 2  # pixels between images of a grid
 
 
+@functools.cache
+def _hush_tensorboard() -> None:
+    """Lets TensorBoard's thread end without a traceback on a full disk: its next write says it, in one line."""
+    hook = threading.excepthook
+
+    def hushed(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+            hook(failed)
+
+    threading.excepthook = hushed
+
+
 class Log:
     """Writes metrics and pictures of a run that has done `start` of `steps` steps.
 
@@ -32,6 +46,7 @@ class Log:
     def __init__(self, out: Path, start: int, steps: int, tensorboard: bool, beside_bar: Sequence[str] = ()) -> None:
         """beside_bar: names of the scalars that stand beside the progress bar."""
         self.out, self._beside_bar = out, beside_bar
+        _hush_tensorboard()
         with self._writing():
             out.mkdir(parents=True, exist_ok=True)
             _forget_after(out / "metrics.jsonl", start)

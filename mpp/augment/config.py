@@ -36,29 +36,29 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise ValueError(f"augment.area must be two rising shares in (0, 1], got {self.area}")
+            raise ValueError(f"data.augment.area must be two rising shares in (0, 1], got {self.area}")
         if not 0 < self.aspect[0] <= self.aspect[1]:
-            raise ValueError(f"augment.aspect must be two rising ratios above 0, got {self.aspect}")
+            raise ValueError(f"data.augment.aspect must be two rising ratios above 0, got {self.aspect}")
         if not 0 < self.centre <= 1:
-            raise ValueError(f"augment.centre must be in (0, 1], got {self.centre}")
+            raise ValueError(f"data.augment.centre must be in (0, 1], got {self.centre}")
         if self.pad < 0:
-            raise ValueError(f"augment.pad must not be negative, got {self.pad}")
+            raise ValueError(f"data.augment.pad must not be negative, got {self.pad}")
         if self.randaugment < 0:
-            raise ValueError(f"augment.randaugment must not be negative, got {self.randaugment}")
+            raise ValueError(f"data.augment.randaugment must not be negative, got {self.randaugment}")
         if not 0 <= self.magnitude <= HIGHEST:
-            raise ValueError(f"augment.magnitude must be in [0, {HIGHEST:g}], got {self.magnitude}")
+            raise ValueError(f"data.augment.magnitude must be in [0, {HIGHEST:g}], got {self.magnitude}")
         if not 0 <= self.magnitude_std < math.inf:
-            raise ValueError(f"augment.magnitude_std must be finite and not negative, got {self.magnitude_std}")
+            raise ValueError(f"data.augment.magnitude_std must be finite and not negative, got {self.magnitude_std}")
         self._check_colours()
         for key in ("jitter_chance", "grey", "blur", "solarize", "erase"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"augment.{key} must be in [0, 1], got {getattr(self, key)}")
+                raise ValueError(f"data.augment.{key} must be in [0, 1], got {getattr(self, key)}")
 
     def _check_colours(self) -> None:
         if len(self.jitter) != 4 or not all(0 <= strength < math.inf for strength in self.jitter):
             kinds = "brightness, contrast, saturation and hue"
-            raise ValueError(f"augment.jitter must be four strengths of at least 0 ({kinds}), got {self.jitter}")
+            raise ValueError(f"data.augment.jitter must be four strengths of at least 0 ({kinds}), got {self.jitter}")
         if self.jitter[3] > 0.5:
-            raise ValueError(f"augment.jitter's hue must be at most 0.5, half the circle, got {self.jitter[3]}")
+            raise ValueError(f"data.augment.jitter's hue must be at most 0.5, half the circle, got {self.jitter[3]}")
         if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
-            raise ValueError(f"augment.blur_sigma must be two rising pixels above 0, got {self.blur_sigma}")
+            raise ValueError(f"data.augment.blur_sigma must be two rising pixels above 0, got {self.blur_sigma}")

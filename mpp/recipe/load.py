@@ -119,7 +119,17 @@ def _build(layers: Sequence[Layer], file: Path) -> Recipe:
         config = OmegaConf.merge(config, layer.values)
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise RecipeError(f"{layers[-2].source}: {', '.join(missing)}: missing, and without a default")
+    _check_views(config.data.views)
     return OmegaConf.to_object(config)  # type: ignore[return-value]  # a Recipe, as the config was made from one
+
+
+def _check_views(views: Any) -> None:
+    """Refuses an augmentation by the name of the view that it is of: as a section it only knows itself."""
+    for name, view in views.items():
+        try:
+            OmegaConf.to_object(view.augment) if view is not None and view.augment is not None else None
+        except ValueError as error:
+            raise ValueError(str(error).replace("data.augment.", f"data.views.{name}.augment.")) from None
 
 
 def _kind(

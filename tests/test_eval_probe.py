@@ -29,6 +29,8 @@ from mpp.weights import save_encoder
 BRIEF = {"linear-sgd": SGDConfig(epochs=2, warmup=1)}
 EVERY = list(PROTOCOLS)
 
+pytestmark = pytest.mark.usefixtures("own_parts")
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):

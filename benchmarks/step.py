@@ -133,7 +133,9 @@ def prepare_ours(
 ) -> Callable[[], Timing]:
     """Our step by default settings: what `mpp.train` does with each batch."""
     from mpp.batch import Batch
-    from mpp.loop import TrainConfig, build_optimizer, forward_pass, settled, update
+    from mpp.execution import choose, forward_pass
+    from mpp.loop import build_optimizer, update
+    from mpp.train_config import TrainConfig
 
     settle(threads)
     batch = Batch(images_of(size, device))
@@ -141,13 +143,15 @@ def prepare_ours(
     config = TrainConfig(
         steps=10_000, batch=size.batch, micro_batch=micro_batch, lr=LEARNING_RATE, device=device, compile=compiled
     )
-    config = settled(objective, SameBatch(batch), config)
+    execution = choose(objective, SameBatch(batch), config)
     optimizer = build_optimizer(objective, config)
-    forward = forward_pass(objective, config)
+    forward = forward_pass(objective, config, execution)
     numbers = itertools.count(1)
 
     def step() -> "Tensor":
-        loss, _norm, _metrics = update(forward, objective, optimizer, batch, config, 0, next(numbers))
+        loss, _norm, _metrics = update(
+            forward, objective, optimizer, batch, config, execution.micro_batch, 0, next(numbers)
+        )
         return loss
 
     return lambda: timed(step, size.batch, device, steps)

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mpp.batch import Batch
 from mpp.execution import Images, Loss, choose, forward_pass
 from mpp.hardware import device_of
 from mpp.log import Log
+from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
 from mpp.seeds import seed_of
@@ -192,7 +192,7 @@ def described(objective: Objective) -> dict[str, object]:
     place = next((name for name, module in objective.named_modules() if module is encoder), None)
     if place is None:
         raise ValueError(f"{objective.config.name}: the encoder of results() must be a part of the objective")
-    return {**asdict(encoder.config), "place": f"{place}."}
+    return {**facts_of(encoder.config), "place": f"{place}."}
 
 
 def averaged(objective: Objective) -> dict[str, Tensor]:

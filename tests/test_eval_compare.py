@@ -13,7 +13,8 @@ from test_eval_report import chromium, opened
 from tiny_runs import finished, run, small_splits, start
 
 from mpp.data.read import read_shards
-from mpp.weights import load_classifier
+from mpp.eval.compare.arms import load_comparison
+from mpp.weights import load_classifier, load_encoder, save_encoder
 
 BASE = """\
 data: {path: PATH, val: test, augment: {crop: shift, pad: 1}}
@@ -229,6 +230,87 @@ def test_runs_of_other_recipes_are_refused_and_left_alone(done, change):
     assert result.code == 2
     assert "holds a run of another recipe" in result.line
     assert times(out) == before
+
+
+def test_data_by_another_path_is_the_same_comparison(done, shards, tmp_path, monkeypatch):
+    out, recipe, results = done
+    copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy2)
+    shutil.copytree(shards, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    before = times(copy)
+    for path in ("elsewhere", tmp_path / "elsewhere"):
+        result = run("compare", recipe, f"out={copy}", f"data.path={path}")
+        assert result.code == 0, result.err
+    assert times(copy) == before
+    assert json.loads((copy / "results.json").read_text())["rows"] == results["rows"]
+
+
+def test_arms_may_name_the_same_images_by_different_paths(done, shards, tmp_path):
+    folder = shutil.copytree(done[1].parent, tmp_path / "recipes", ignore=lambda path, names: {"out"})
+    shutil.copytree(shards, tmp_path / "same")
+    text = (folder / "sup.yaml").read_text()
+    (folder / "sup.yaml").write_text(text + f"data: {{path: {tmp_path / 'same'}}}\n")
+    comparison = load_comparison(folder / "comparison.yaml")
+    assert comparison.with_labels("labels"), "its pretraining has labels of the images that are fine-tuned on"
+    assert comparison.with_labels("few")
+
+
+def test_weights_trained_anew_under_the_same_name_do_not_pass_for_the_old_ones(done, tmp_path):
+    out, recipe, _ = done
+    copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy2)
+    path = next(copy.glob("pretrain/pre*/seed-1")) / "encoder.safetensors"
+    encoder = load_encoder(path)
+    with torch.no_grad():
+        encoder.norm.bias.add_(1e-3)
+    save_encoder(encoder, path)
+    before = times(copy)
+    result = run("compare", recipe, f"out={copy}")
+    assert result.code == 2
+    assert f"holds a run that began from other weights than {path.parent} now holds" in result.line
+    assert times(copy) == before
+
+
+def test_a_run_that_is_done_again_in_the_same_comparison_is_looked_at_too(done, tmp_path, monkeypatch):
+    """A pretraining that was deleted is done again; what rests on it must be of the weights that it leaves now."""
+    out, recipe, _ = done
+    copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy2)
+    [folder] = copy.glob("pretrain/pre/seed-1")
+    shutil.rmtree(folder)
+    assert run("compare", recipe, f"out={copy}").code == 0, "the same weights again, bit for bit"
+    shutil.rmtree(folder)
+    monkeypatch.setattr("mpp.objectives.masked_patch.count_of", lambda share, patches: 1)  # as another version might
+    result = run("compare", recipe, f"out={copy}")
+    assert result.code == 1
+    failures = {one["run"]: one["error"] for one in json.loads((copy / "results.json").read_text())["failures"]}
+    assert failures
+    assert all("seed 1" in name and "other weights than" in error for name, error in failures.items())
+
+
+def test_what_is_left_to_the_machine_is_chosen_once_for_all_runs(shards, tmp_path, monkeypatch):
+    recipe, out = recipes(tmp_path, shards), tmp_path / "out"
+    arms = [f"compare.arms.{name}=null" for name in ("labels", "few", "cnn", "scratch_total")]
+    few = ["compare.protocols=[finetune]", "compare.fractions=[0.5]", "compare.images=[16]", "compare.lrs=[]"]
+    auto = ["compare.choose_at=null", "train.precision=auto", "train.threads=null", "train.micro_batch=auto"]
+    command = ["compare", recipe, f"out={out}", *few, *arms, *auto]
+    assert run(*command, "compare.seeds=[0]").code == 0
+    choices = json.loads((out / "machine.json").read_text())["choices"]
+    assert {"precision", "compile", "threads"} < choices.keys()
+    other = choices["precision"] == "float32"
+    monkeypatch.setattr("mpp.execution.multiplies_bfloat16", lambda device: other)  # as on another machine
+    monkeypatch.setattr("mpp.execution.CPU_TOKENS", 1)
+    assert run(*command, "compare.seeds=[0, 1]").code == 0
+    found = [json.loads(path.read_text())["execution"] for path in out.rglob("settled.json")]
+    assert len(found) == 6
+    assert all(one == found[0] for one in found)
+
+
+def test_a_machine_json_that_is_cut_is_named(done, tmp_path):
+    out, recipe, _ = done
+    copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy2)
+    (copy / "machine.json").write_text("{")
+    result = run("compare", recipe, f"out={copy}", "compare.seeds=[0, 1, 2]")
+    assert result.code == 2
+    assert f"{copy / 'machine.json'}: cut, or not as it was written" in result.line
 
 
 def test_a_failed_arm_is_reported_and_the_rest_finish(shards, tmp_path):

@@ -48,6 +48,7 @@ def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict
         check_classes(train, scored)
     chains = Chains(comparison)
     jobs, failures = chains.jobs(), dict[str, str]()
+    chains.machine.known()  # before any run that would fail by it
     check_folder(jobs)
     try:
         with sigterm_as_ctrl_c():

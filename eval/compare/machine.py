@@ -28,13 +28,14 @@ class Machine:
     def once(self, what: str, choose: Callable[[], Any]) -> Any:
         """What was chosen under this name, or what `choose` gives now; other processes wait meanwhile."""
         with locked(self.path.with_name(".machine.lock")):
-            choices = self._read()
+            choices = self.known()
             if what not in choices:
                 choices[what] = choose()
                 write_atomically(self.path, json.dumps({"format": FORMAT, "choices": choices}, indent=1).encode())
             return choices[what]
 
-    def _read(self) -> dict[str, Any]:
+    def known(self) -> dict[str, Any]:
+        """What has been chosen; MachineError for a file that can't be read."""
         if not self.path.exists():
             return {}
         try:

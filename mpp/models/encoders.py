@@ -3,7 +3,8 @@
 Settings stand in modules without torch (`*_config.py`), so that a misspelt key is named at once.
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from mpp.extend import Kind, Table
 from mpp.models.encoder_config import EncoderConfig
@@ -27,3 +28,9 @@ ENCODERS: Table[Kind] = Table(
 def build_encoder(config: EncoderConfig) -> "Encoder":
     """The encoder that a config describes, freshly initialised."""
     return ENCODERS[config.name].make(config)
+
+
+def facts_of(config: EncoderConfig) -> dict[str, Any]:
+    """What a file of weights says of its encoder: the config, and by which import its kind came, if by any."""
+    origin = ENCODERS.origin(config.name)
+    return asdict(config) | ({"import": origin} if origin else {})

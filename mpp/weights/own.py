@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mpp import checkpoint
+from mpp.errors import shown
 from mpp.files import write_atomically
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder, fill
-from mpp.models.encoders import ENCODERS, build_encoder
+from mpp.models.encoders import ENCODERS, build_encoder, facts_of
 from mpp.weights.files import WeightsError
 
 
@@ -40,7 +41,7 @@ def save_result(module: nn.Module, path: Path) -> None:
 
 def save_encoder(encoder: Encoder, path: Path) -> None:
     """Writes an encoder with its config, whole or not at all; FileError on a full disk."""
-    _save(encoder, path, {"encoder": json.dumps(asdict(encoder.config))})
+    _save(encoder, path, {"encoder": json.dumps(facts_of(encoder.config))})
 
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
@@ -48,8 +49,9 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
 
     In one entry of metadata: safetensors writes several in random order, and equal runs are to leave equal files.
     """
-    config = asdict(classifier.encoder.config) | {"classes": classifier.classes}
-    _save(classifier, path, {"encoder": json.dumps(config)})
+    _save(
+        classifier, path, {"encoder": json.dumps(facts_of(classifier.encoder.config) | {"classes": classifier.classes})}
+    )
 
 
 def _save(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
@@ -122,11 +124,18 @@ def _built(metadata: dict[str, str], path: Path) -> Encoder:
         raise WeightsError(f"{path}: holds no encoder of mpp (its metadata has no 'encoder')")
     try:
         values = json.loads(metadata["encoder"])
-        kind = ENCODERS[values.get("name", "vit")].config
+        name, origin = values.get("name", "vit"), values.get("import")
+        if origin and name not in ENCODERS:
+            raise WeightsError(
+                f"{path}: its encoder {shown(name)} comes from --import {shown(origin)}; import that first"
+            )
+        kind = ENCODERS[name].config
         names = {field.name for field in fields(kind)}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
         with torch.device("meta"):  # what a file claims costs no memory before its tensors are seen to be there
             return build_encoder(kind(**known))
+    except WeightsError:
+        raise
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: its encoder's config does not fit ({error})") from error
 

@@ -25,7 +25,7 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(kind, monkeypatch, capsys
     def fail(_: object) -> None:
         raise kind("a line\nand another")
 
-    monkeypatch.setattr(cli, "recipes", fail)
+    monkeypatch.setattr(cli.commands, "recipes", fail)
     with pytest.raises(SystemExit) as stop:
         cli.main(["recipes"])
     assert stop.value.code == 2
@@ -38,7 +38,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cli, "recipes", fail)
+    monkeypatch.setattr(cli.commands, "recipes", fail)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["recipes"])
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sklearn.neighbors import NearestCentroid
 from tiny_runs import losses, metrics, run
 
-from mpp import OBJECTIVES, load_encoder
+from mpp import ENCODERS, OBJECTIVES, PROTOCOLS, load_encoder
 from mpp.eval.features.extract import extract
 from mpp.extend import ExtensionError, Kind, Table, import_parts
 from mpp.recipe import load_recipe
@@ -44,6 +44,16 @@ def files(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def inside(files, monkeypatch):
     monkeypatch.chdir(files)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def taken_out_again():
+    """Files are run once in a process: their parts stay through this module, and leave the tables with it."""
+    yield
+    for table in (OBJECTIVES, PROTOCOLS, ENCODERS):
+        table._added.clear()
+    for name in [name for name in sys.modules if name.startswith("mpp_import_")]:
+        del sys.modules[name]
 
 
 def mpp(*arguments: object):
@@ -229,6 +239,60 @@ def test_it_appears_in_a_comparison_and_its_report(tmp_path):
     assert "Nearest class mean" in page
     assert "encoder frozen" in page
     assert "what the decoder adds" in page, "the objective's own caption of a picture"
+
+
+# A kind of encoder
+
+
+ENCODER = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import mpp
+
+
+@dataclass(frozen=True)
+class MeanColourConfig(mpp.EncoderConfig):
+    name: str = "mean-colour"
+    width: int = 8
+
+
+class MeanColour(mpp.Encoder):
+    layers, tokens = 0, 1
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.width = config.width
+        self.linear = nn.Linear(config.channels, config.width)
+
+    def layer_of(self, parameter):
+        return 0
+
+    def forward(self, images):
+        return self.linear(self.normalise(images).mean((2, 3)).to(self.linear.weight.dtype))
+
+
+mpp.ENCODERS.add("mean-colour", MeanColourConfig, MeanColour)
+"""
+
+
+def test_an_encoder_from_outside_is_trained_and_named_where_it_is_not_known(tmp_path):
+    Path("mean_colour.py").write_text(ENCODER)
+    Path("coloured.yaml").write_text(
+        "data: {path: data/digits, val: test}\nmodel: {name: mean-colour, image: 8}\nobjective: {name: labels}\n"
+        "train: {steps: 3, batch: 16}\n"
+    )
+    out = tmp_path / "run"
+    mpp("finetune", "coloured.yaml", "--import", "mean_colour.py", *QUICK, f"out={out}")
+    assert load_encoder(out).width == 8
+    for line in ("mpp.load_encoder(sys.argv[1])", "mpp.load_classifier(sys.argv[1])"):
+        code = f"import sys, mpp\ntry: {line}\nexcept mpp.errors.UserError as error: print(error)"
+        code = code.replace("import sys, mpp", "import sys, mpp, mpp.errors")
+        found = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False)
+        assert "its encoder mean-colour comes from --import" in found.stdout, found.stderr
+        assert str(Path("mean_colour.py").resolve()) in found.stdout
 
 
 # What a run without its import says

@@ -17,6 +17,7 @@ class TrunkConfig(Settings):
     """The shape of a trunk: sizes, and a choice from two tables (mixers, positions). The defaults are ViT-B's."""
 
     section: ClassVar[str] = "trunk"
+    mixer_names: ClassVar[tuple[str, ...]] = MIXER_NAMES
 
     width: int = 768
     depth: int = 12  # blocks
@@ -70,8 +71,8 @@ class TrunkConfig(Settings):
         self._check_positions()
 
     def _check_mixers(self) -> None:
-        if unknown := [name for name in self.mixer if name not in MIXER_NAMES]:
-            raise ValueError(f"{self.section}.mixer must be of {', '.join(MIXER_NAMES)}, got {unknown[0]!r}")
+        if unknown := [name for name in self.mixer if name not in self.mixer_names]:
+            raise ValueError(f"{self.section}.mixer must be of {', '.join(self.mixer_names)}, got {unknown[0]!r}")
         if not 1 <= len(self.mixer) <= self.depth:
             raise ValueError(
                 f"{self.section}.mixer needs 1 to {self.depth} names ({self.section}.depth), got {len(self.mixer)}"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mpp.models.encoder_config import EncoderConfig
-from mpp.models.trunk_config import Grid, TrunkConfig
+from mpp.models.trunk_config import MIXER_NAMES, Grid, TrunkConfig
 
 OVERLAPPING = ("overlap", "conv", "hybrid")  # stems that show a token pixels of other patches than its own
 RESNET_WIDTH = 64  # channels of the hybrid stem's first convolution; its first stage gives four times as many
@@ -15,6 +15,7 @@ class ViTConfig(TrunkConfig, EncoderConfig):
     """The shape of an encoder. The defaults are the paper's ViT-B/16 (table 1)."""
 
     section: ClassVar[str] = "model"
+    mixer_names: ClassVar[tuple[str, ...]] = tuple(name for name in MIXER_NAMES if name != "cross")
 
     name: str = "vit"
     patch: int = 16  # side, pixels
@@ -32,9 +33,9 @@ class ViTConfig(TrunkConfig, EncoderConfig):
         self._check_stem()
 
     def _check_mixers(self) -> None:
-        super()._check_mixers()
         if "cross" in self.mixer:
             raise ValueError("model.mixer cross looks at the tokens of an encoder, which is no part of one itself")
+        super()._check_mixers()
 
     def _check_attention(self) -> None:
         if self.pool == "cls" and self.class_token is False:

@@ -127,8 +127,5 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
     """The same, but for places of data and weights: whether these are the same is told by their content."""
-    return [line for line in differences(old, new) if not _is_place(line.partition(":")[0])]
-
-
-def _is_place(key: str) -> bool:
-    return key in BY_CONTENT or (key.startswith("data.mix.") and key.endswith(".path"))
+    moved = {f"data.mix.{name}.path" for name in old.data.mixed.keys() & new.data.mixed.keys()} | {*BY_CONTENT}
+    return [line for line in differences(old, new) if line.partition(":")[0] not in moved]

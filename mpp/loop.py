@@ -21,7 +21,7 @@ from mpp.objectives.base import Objective
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
 from mpp.seeds import seed_of
 from mpp.train_config import Execution, LogConfig, TrainConfig
-from mpp.watch import Clock, Interrupted, stop_signals
+from mpp.watch import Clock, Interrupted, TrainingError, stop_signals
 
 PICTURED = 8  # images of a picture grid
 PICTURE_SEED = 1  # the same for all pictures of a run, which then show the same patches corrupted
@@ -50,6 +50,7 @@ def train(
     ValueError for a config that does not say in steps how long.
     """
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
+    described = {"encoder": json.dumps(facts_of_result(objective))}  # goes with the weights of every checkpoint
     execution = execution or choose(objective, batches, config)
     torch.set_num_threads(execution.threads)
     if config.deterministic:
@@ -93,12 +94,12 @@ def train(
                         logger.pictures(step, pictures(objective, shown()))
             if saves:
                 with clock.stopped():
-                    save(objective, optimizer, ema, out / "checkpoints", step, config.keep)
+                    save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep)
             if ends and not last:  # a signal since then waits until the next step is saved
                 raise Interrupted(signals[0], step)
         if step < steps:  # a signal came while a batch was waited for
             if step > start:
-                save(objective, optimizer, ema, out / "checkpoints", step, config.keep)
+                save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep)
             raise Interrupted(signals[0], step)
     adopt(objective, ema)
 
@@ -176,22 +177,35 @@ def resume(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Ten
 
 
 def save(
-    objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor], folder: Path, step: int, keep: int
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    ema: list[Tensor],
+    folder: Path,
+    step: int,
+    described: dict[str, str],
+    keep: int,
 ) -> None:
-    """Writes a checkpoint; the encoder's config goes with the weights, so that they can be loaded alone."""
+    """Writes a checkpoint. described: of the encoder, which goes with the weights, so that they can be loaded alone."""
     state = {"model": objective.state_dict(), "optimizer": checkpoint.optimizer_state(objective, optimizer)}
     if ema:
         # With what is not averaged, batch norm's counters, so that an encoder can be loaded from this file alone.
         state["ema"] = state["model"] | dict(zip(averaged(objective), ema, strict=True))
-    checkpoint.save(folder, step, state, {"encoder": json.dumps(described(objective))}, keep)
+    checkpoint.save(folder, step, state, described, keep)
 
 
-def described(objective: Objective) -> dict[str, object]:
-    """The config of the encoder that is the result, and under which names its tensors stand in the objective."""
-    encoder: Any = objective.results()["encoder"]
-    place = next((name for name, module in objective.named_modules() if module is encoder), None)
+def facts_of_result(objective: Objective) -> dict[str, object]:
+    """What a checkpoint says of the encoder that is the result, and under which names its tensors stand there.
+
+    Raises TrainingError, before the first step, if the results are not those that the objective's config names.
+    """
+    name, results = objective.config.name, objective.results()
+    if set(results) != set(objective.config.results) or "encoder" not in results:
+        found, expected = ", ".join(results) or "none", ", ".join(objective.config.results)
+        raise TrainingError(f"{name}: results() gives {found}; its config says {expected}, among them an encoder")
+    encoder: Any = results["encoder"]
+    place = next((place for place, module in objective.named_modules() if module is encoder), None)
     if place is None:
-        raise ValueError(f"{objective.config.name}: the encoder of results() must be a part of the objective")
+        raise TrainingError(f"{name}: the encoder of results() must be a part of the objective, as every checkpoint is")
     return {**facts_of(encoder.config), "place": f"{place}."}
 
 

@@ -75,7 +75,14 @@ def short(name: str, out: str, *more: str) -> list[str]:
 
 
 def test_the_page_prints_the_files_that_are_tried_here():
-    assert {"tiny_mae.py", "tiny_mae.yaml", "two_views.py", "two_views.yaml", "nearest_mean.py"} <= printed().keys()
+    assert {
+        "tiny_mae.py",
+        "tiny_mae.yaml",
+        "two_views.py",
+        "two_views.yaml",
+        "nearest_mean.py",
+        "mean_colour.py",
+    } <= printed().keys()
     assert len(printed()["tiny_mae.py"].splitlines()) <= 100
 
 
@@ -244,42 +251,7 @@ def test_it_appears_in_a_comparison_and_its_report(tmp_path):
 # A kind of encoder
 
 
-ENCODER = """
-from dataclasses import dataclass
-
-import torch
-from torch import nn
-
-import mpp
-
-
-@dataclass(frozen=True)
-class MeanColourConfig(mpp.EncoderConfig):
-    name: str = "mean-colour"
-    width: int = 8
-
-
-class MeanColour(mpp.Encoder):
-    layers, tokens = 0, 1
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.width = config.width
-        self.linear = nn.Linear(config.channels, config.width)
-
-    def layer_of(self, parameter):
-        return 0
-
-    def forward(self, images):
-        return self.linear(self.normalise(images).mean((2, 3)).to(self.linear.weight.dtype))
-
-
-mpp.ENCODERS.add("mean-colour", MeanColourConfig, MeanColour)
-"""
-
-
 def test_an_encoder_from_outside_is_trained_and_named_where_it_is_not_known(tmp_path):
-    Path("mean_colour.py").write_text(ENCODER)
     Path("coloured.yaml").write_text(
         "data: {path: data/digits, val: test}\nmodel: {name: mean-colour, image: 8}\nobjective: {name: labels}\n"
         "train: {steps: 3, batch: 16}\n"

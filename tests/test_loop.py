@@ -27,6 +27,7 @@ from mpp.objectives.labels_config import LabelsConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction
 from mpp.optim import Scale
 from mpp.train_config import Execution, LogConfig, TrainConfig
+from mpp.watch import TrainingError
 
 CPU = torch.device("cpu")
 NO_BFLOAT16 = pytest.mark.skipif(not multiplies_bfloat16(CPU), reason="this CPU does not multiply bfloat16")
@@ -416,6 +417,22 @@ def test_progress_reaches_the_forward_pass_also_right_after_a_resume(images, tmp
     train(second, images, config, out=tmp_path / "halves", log=log)
     assert second.seen == pytest.approx([3 / 6, 4 / 6, 5 / 6])
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        (lambda own: {}, "results\\(\\) gives none; its config says encoder"),
+        (lambda own: {"encoder": own.encoder, "head": own.head}, "gives encoder, head; its config says encoder"),
+        (lambda own: {"encoder": ViT(own.encoder.config)}, "must be a part of the objective"),
+    ],
+)
+def test_results_that_no_checkpoint_could_give_back_are_refused_before_the_first_step(results, said, images, tmp_path):
+    objective = masked()
+    objective.results = lambda: results(objective)
+    with pytest.raises(TrainingError, match=said):
+        train(objective, images, FEW, out=tmp_path)
+    assert not objective.head.weight.any(), "no step was made"
 
 
 @pytest.mark.parametrize("changes", [{"steps": None}, {"steps": None, "epochs": 1.0}, {"steps": 0}, {"warmup": 0.5}])

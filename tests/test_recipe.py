@@ -1,7 +1,7 @@
 import math
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from recipe_files import WHOLE, load, write
 from mpp.errors import UserError
 from mpp.models.presets import presets
 from mpp.models.resnet_config import ResNetConfig
-from mpp.objectives import OBJECTIVES
+from mpp.objectives import OBJECTIVES, Needs, ObjectiveConfig
 from mpp.recipe import RecipeError, list_recipes, load_recipe, save_recipe
 from mpp.recipe.recipe import differences
 
@@ -110,6 +110,73 @@ def test_keys_of_another_kind_of_encoder_are_refused_by_name(key):
     found = refusal("objective: {name: labels}", "model.name=resnet")
     assert found.startswith("whole.yaml: model.patch: unknown key. "), "a layer below that was for another kind"
     assert refusal("model: {norm: batch}") == 'r.yaml: model.norm: expected one of layer, rms, found "batch"'
+
+
+LABELS_OVER = "objective: {name: labels, smoothing: 0.1}"
+
+
+def test_another_objective_over_a_base_drops_what_the_base_says_of_its_own():
+    base = WHOLE.replace("objective: {name: mpp}", "objective: {name: mpp, target: pixels, share: 0.3}")
+    assert base != WHOLE
+    assert load("", whole=base).objective.share == 0.3
+    assert load(LABELS_OVER, whole=base).objective == OBJECTIVES["labels"].config(smoothing=0.1)
+    assert load("", "objective.name=labels", whole=base).objective == OBJECTIVES["labels"].config()
+    back = load(LABELS_OVER, "objective.name=mpp", whole=base).objective
+    assert back == OBJECTIVES["mpp"].config(), "nothing of the first comes back"
+    again = load("objective: {name: mpp, bits: 2}", whole=base).objective
+    assert again == OBJECTIVES["mpp"].config(target="pixels", share=0.3, bits=2), "the same name keeps what is below"
+
+
+def test_what_is_dropped_is_read_all_the_same():
+    base = WHOLE.replace("objective: {name: mpp}", "objective: {name: mpp, shaer: 0.3}")
+    found = refusal("", "objective.name=labels", whole=base)
+    assert found == "whole.yaml: objective.shaer: unknown key. Did you mean: share?"
+    assert "objective.share: unknown key" in refusal("", "objective.name=labels", "objective.share=0.3")
+
+
+# Views
+
+
+VIEWS = "data: {views: {second: {count: 2, image: 16, augment: {pad: 1}}}}"
+
+
+@pytest.fixture
+def two_views(own_parts):
+    """An objective that needs two views."""
+
+    @dataclass(frozen=True)
+    class TwoViews(ObjectiveConfig):
+        name: str = "two-views"
+
+        @property
+        def needs(self) -> Needs:
+            return Needs(views=2, whole_batch=True)
+
+    OBJECTIVES.add("two-views", TwoViews, lambda encoder, config: None)
+
+
+def test_views_are_checked_by_what_the_objective_needs(two_views):
+    two = "objective: {name: two-views}"
+    recipe = load(f"{two}\n{VIEWS}")
+    assert recipe.view_sizes == [(16, 16), (16, 16)]
+    assert recipe.data.views["second"].augment.pad == 1
+    assert "needs 2 views of each image, and data.views has 0 beside the first" in refusal(two)
+    assert "objective.name mpp looks at one view; data.views has 2 more" in refusal(VIEWS)
+    patch = load("").model.patch
+    found = refusal(f"{two}\n{VIEWS}", f"data.views.second.image={patch + 1}")
+    assert found.startswith("command line: data.views.second.image: model.image")
+    found = refusal(f"{two}\n{VIEWS}", "data.views.second.augment.grey=2")
+    assert found == "command line: data.views.second.augment.grey must be in [0, 1], got 2.0"
+    assert "unknown key. Did you mean: augment" in refusal(f"{two}\n{VIEWS}", "data.views.second.agument.grey=1")
+
+
+def test_an_objective_that_looks_across_the_batch_takes_no_smaller_micro_batch(two_views):
+    two = f"objective: {{name: two-views}}\n{VIEWS}"
+    assert load(two, "train.batch=8", "train.micro_batch=8").train.micro_batch == 8
+    found = refusal(two, "train.batch=8", "train.micro_batch=4")
+    assert (
+        "train.micro_batch (4) must be train.batch (8): objective.name two-views looks across the whole batch" in found
+    )
 
 
 def test_activation_checkpointing_needs_blocks():

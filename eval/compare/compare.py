@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mpp.recipe.settled import RunError
 from mpp.run.images import check_classes, make_missing, open_images
 from mpp.run.start import earlier, same_run, same_weights
 from mpp.watch import sigterm_as_ctrl_c
-from mpp.weights import fingerprint
+from mpp.weights import WeightsError, fingerprint
 
 from ..report.report import write_report
 from .arms import load_comparison
@@ -75,9 +76,10 @@ def check_folder(jobs: Sequence[Job]) -> None:
 def other_than_wanted(job: Job) -> str | None:
     """Why what a job's folder holds is not of this job; None if it is, or holds nothing yet."""
     folder = job.result.parent
-    weights = probed_weights(job.result) if job.encoder else None
-    if job.encoder and weights not in (None, fingerprint(job.encoder())):
-        return f"{job.result}: was read off other weights than there are now; delete it, or choose another out="
+    if job.encoder and (weights := probed_weights(job.result)) is not None:
+        with suppress(WeightsError):  # gone: what was read off them stays
+            if fingerprint(job.encoder()) != weights:
+                return f"{job.result}: was read off other weights than there are now; delete it, or choose another out="
     try:
         if job.recipe is not None and (before := earlier(folder)) is not None:
             recipe = job.recipe()

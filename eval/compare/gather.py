@@ -36,7 +36,7 @@ PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn", "omegaconf")
 def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], command: str) -> dict[str, Any]:
     """All figures of what is done, and the names of what failed or is not done yet."""
     comparison, config = chains.comparison, chains.config
-    done = [job for job in jobs if job.done]
+    done = [job for job in jobs if job.done and job.name not in failures]  # one that failed may hold other content
     rows = [row for job in done for row in _rows(job)]
     titles, known = {arm: comparison.title(arm) for arm in config.arms}, dict[Any, int]()
     return {
@@ -56,7 +56,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "summary": summarise(rows, config.baseline),
         "conclusions": conclusions(rows, titles, config.arms, config.baseline),
         "per_class": [_per_class(job) for job in done if job.stage == "finetune"],
-        "costs": [entry for arm in config.arms for entry in _costs(chains, arm, known)],
+        "costs": [entry for arm in config.arms for entry in _costs(chains, arm, known, {job.name for job in done})],
         "chosen": _chosen(chains, {job.name for job in done}),
         "captions": {arm: _captions(comparison, arm) for arm in config.arms},
         "curves": [curve for job in done if job.stage in ("pretrain", "finetune") for curve in _curves(job)],
@@ -121,7 +121,7 @@ def _arm(comparison: Comparison, arm: str) -> dict[str, Any]:
     }
 
 
-def _costs(chains: Chains, arm: str, known: dict[Any, int]) -> list[dict[str, Any]]:
+def _costs(chains: Chains, arm: str, known: dict[Any, int], done: set[str]) -> list[dict[str, Any]]:
     """Images, FLOPs and seconds of each finished run that an arm rests on, runs shared with other arms included.
 
     Trials of learning rates are left out. known: FLOPs of an image by model and objective, as counting takes a second.
@@ -129,7 +129,7 @@ def _costs(chains: Chains, arm: str, known: dict[Any, int]) -> list[dict[str, An
     found = {}
     for seed in chains.config.seeds:
         for job in chains.of_arm(arm, seed):
-            if job.done and job.stage in ("pretrain", "finetune"):
+            if job.name in done and job.stage in ("pretrain", "finetune"):
                 images, flops, seconds = _cost(job.result.parent, known)
                 entry = {"arm": arm, "seed": seed, "stage": job.stage, "fraction": job.fraction}
                 found[job.name] = {**entry, "images": images, "flops": flops, "seconds": seconds}

@@ -38,7 +38,7 @@ def check(values: dict[str, Any], hints: dict[str, Any], source: str, above: str
             for name, part in value.items():
                 if part is not None:  # null leaves out what a base names
                     check({name: part}, {name: _required(get_args(hints[key])[1])}, source, f"{dotted}.")
-        elif not fits(_tupled(value), hints[key]):
+        elif not fits(tupled(value), hints[key]):
             raise RecipeError(f"{source}: {dotted}: expected {_expected(hints[key])}, found {quoted(value)}")
 
 
@@ -48,9 +48,9 @@ def _required(hint: Any) -> Any:
     return parts[0] if len(parts) == 1 < len(get_args(hint)) else hint
 
 
-def _tupled(value: Any) -> Any:
+def tupled(value: Any) -> Any:
     """YAML's lists as the tuples that configs hold."""
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
 
 
 def _expected(hint: Any) -> str:

@@ -28,13 +28,19 @@ class RunImages:
     batches: Batches  # to train on
     scored: Index | None
     shuffle: ShuffleName
+    opened: list[Batches]  # all that `close` gives up
 
     def open_scored(self, batch: int) -> Batches | None:
         """Batches of the images to score on, if there are any."""
-        return None if self.scored is None else _open(self.recipe, [self.scored], batch, train=False)
+        if self.scored is None:
+            return None
+        self.opened.append(_open(self.recipe, [self.scored], batch, train=False))
+        return self.opened[-1]
 
     def close(self) -> None:
-        self.batches.close()
+        """Gives up on whatever is still being read or fetched."""
+        for batches in self.opened:
+            batches.close()
 
 
 def open_images(recipe: Recipe, settled: Settled | None, once: Once) -> RunImages:
@@ -51,7 +57,8 @@ def open_images(recipe: Recipe, settled: Settled | None, once: Once) -> RunImage
     batches = _open(recipe, train, recipe.train.batch, train=True)
     if needs.labels and scored is not None:
         check_classes(batches.index, scored)
-    return RunImages(recipe, batches, scored, "window" if windowed(batches.index, recipe.data) else "all")
+    shuffle: ShuffleName = "window" if windowed(batches.index, recipe.data) else "all"
+    return RunImages(recipe, batches, scored, shuffle, [batches])
 
 
 def make_missing(data: DataConfig) -> None:
@@ -73,7 +80,9 @@ def _prepare(recipe: Recipe, train: Sequence[Index], once: Once) -> PrepareName:
         on_cpu, there = (
             _open(_preparing(recipe, way), train, recipe.train.batch, train=True) for way in ("cpu", "device")
         )
-        return "device" if there.stored else faster(on_cpu, there).prepared
+        chosen = there if there.stored else faster(on_cpu, there)
+        chosen.close()  # opened again below: a choice that others made has no batches
+        return chosen.prepared
 
     height, width = recipe.model.image
     return once(f"prepare {height}x{width}", measure)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from mpp.execution import Once, choose
 from mpp.loop import steps_of
 from mpp.models.encoder import Encoder
 from mpp.models.encoders import ENCODERS, build_encoder
-from mpp.objectives import OBJECTIVES, build_objective
+from mpp.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from mpp.objectives.base import Objective
 from mpp.recipe import Recipe, load_recipe, save_recipe
 from mpp.recipe.check import quoted
@@ -42,8 +42,12 @@ class Earlier(NamedTuple):
 def earlier(out: Path) -> Earlier | None:
     """The run that a folder goes on with; one that never saved is none to go on with."""
     path = out / "recipe.yaml"
-    if not path.exists() or not checkpoint.steps(out / "checkpoints"):
+    if not checkpoint.steps(out / "checkpoints"):
         return None
+    if not path.exists():
+        raise RunError(
+            f"{path}: missing, though {out} holds checkpoints; restore it, or choose another folder with out="
+        )
     settled = load_settled(out)  # first: the recipe of an earlier version might not be read
     return Earlier(out, load_recipe(path), settled)
 
@@ -65,7 +69,7 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
         images=digest(index),
         labels=label_digest(index) if recipe.objective.needs.labels else None,
         weights=None if given is None else fingerprint(given),
-        objective={k: v for k, v in asdict(settings.objective).items() if v != getattr(recipe.objective, k)},
+        objective=_found(recipe.objective, settings.objective),
         steps=steps_of(settings.train),
         warmup=int(settings.train.warmup),
         shuffle=images.shuffle,
@@ -76,6 +80,12 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
     save_recipe(recipe, recipe.folder / "recipe.yaml")
     settled.save(recipe.folder)
     return objective, settled
+
+
+def _found(asked: ObjectiveConfig, settled: ObjectiveConfig) -> dict[str, Any]:
+    """The settings of an objective that follow from the images."""
+    values = {field.name: getattr(settled, field.name) for field in fields(settled)}
+    return {name: value for name, value in values.items() if value != getattr(asked, name)}
 
 
 def go_on(before: Earlier, recipe: Recipe, images: RunImages) -> tuple[Objective, Settled]:

@@ -1,4 +1,4 @@
-"""The baseline: ResNets (arXiv 1512.03385) made of torchvision's blocks, so that its weights fit name for name."""
+"""The baseline: ResNets (arXiv 1512.03385) made of torchvision's blocks, whose names its parameters have."""
 
 import math
 
@@ -39,7 +39,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class ResNet(Encoder):
     """A residual network: a stem, four stages of blocks, and the average over the last stage's map.
 
-    Parameters have torchvision's names, and with its width, stem and norm its values fit. Batch norm has buffers, and
+    Parameters have torchvision's names and, with its width, stem and norm, its shapes. Batch norm has buffers, and
     its parameters must stay float32 where all others are cast to bfloat16 (PyTorch mixes the two in no other way).
     """
 

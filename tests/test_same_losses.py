@@ -30,6 +30,10 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(file.read_text())
 
 
+@pytest.mark.skipif(
+    same_losses.draws() != RECORDED["draws"],
+    reason=f"torch {torch.__version__} draws other random numbers than {RECORDED['torch']}, by which this was recorded",
+)
 @pytest.mark.parametrize("case", RECORDED["losses"])
 def test_the_losses_are_the_recorded_ones(computed, case):
     np.testing.assert_allclose(computed["losses"][case], RECORDED["losses"][case], rtol=RELATIVE)

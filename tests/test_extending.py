@@ -86,6 +86,14 @@ def test_the_page_prints_the_files_that_are_tried_here():
     assert len(printed()["tiny_mae.py"].splitlines()) <= 100
 
 
+def test_the_commands_of_the_page_run_as_they_are_printed():
+    commands = re.findall(r"^mpp (.*)$", DOC.read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        result = mpp(*command.split())
+    assert re.search(r"nearest-mean +top1 +\d\d\.\d\d %", result.out)
+
+
 # An objective that drops patches and decodes with a trunk
 
 

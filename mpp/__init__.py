@@ -24,6 +24,8 @@ _HOMES = {
     "Trunk": "mpp.models.trunk",
     "TrunkConfig": "mpp.models.trunk_config",
     "TrainConfig": "mpp.train_config",
+    "AugmentConfig": "mpp.augment.config",
+    "ViewConfig": "mpp.data.config",
     "take": "mpp.models.layers",
     "put": "mpp.models.layers",
     "load_recipe": "mpp.recipe",

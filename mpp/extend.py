@@ -22,6 +22,7 @@ from mpp.errors import UserError, cause, shown
 T = TypeVar("T")
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+imported: list[str] = []  # what `--import` has run in this process
 _importing: list[str] = []  # what `--import` is running now, by the name that the user gave it
 
 
@@ -155,6 +156,7 @@ def import_parts(what: str) -> None:
     path, is_file = Path(what), what.endswith(".py") or "/" in what
     if is_file and not path.is_file():
         raise ExtensionError(f"--import {shown(what)}: no such file")
+    imported.append(what)
     with _origin(str(path.resolve()) if is_file else what):
         try:
             if is_file:

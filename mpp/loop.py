@@ -85,7 +85,7 @@ def train(
             if logs:
                 values = {"loss": loss, **metrics, "norm": norm}
                 rate = {"lr": rate_at(step, config)}
-                logger.scalars(step, {k: v.item() for k, v in values.items()} | rate | clock.figures(device))
+                logger.scalars(step, {k: float(v) for k, v in values.items()} | rate | clock.figures(device))
             if scores or shows:
                 with clock.stopped(), swapped(objective, ema):
                     if evaluate and scores:
@@ -242,4 +242,9 @@ def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
 def pictures(objective: Objective, batch: Batch) -> dict[str, Tensor]:
     """What the objective shows of some images."""
     torch.manual_seed(PICTURE_SEED)
-    return objective.pictures(batch)
+    shown = objective.pictures(batch)
+    for name, row in shown.items():
+        if row.dtype != torch.uint8 or row.ndim != 4:
+            found = f"{row.dtype} of shape {tuple(row.shape)}"
+            raise TrainingError(f"{objective.config.name}: pictures() must give uint8 (b, c, h, w), got {name} {found}")
+    return shown

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -68,6 +69,9 @@ def plan(recipe: Recipe, *, measure: bool = False) -> str:
             rows.append((name, f"{sum(counts.values()):,}"))
             rows += [(f"  {part}", f"{count:,}") for part, count in counts.items()]
     flops, activations = cost(recipe), activation_bytes(recipe, execution)
+    if recipe.view_sizes:
+        sizes = Counter(f"{height}x{width}" for height, width in [recipe.model.image, *recipe.view_sizes])
+        rows.append(("views", ", ".join(f"{count} of {size}" for size, count in sizes.items())))
     rows.append(("FLOPs an image", f"{flops / 1e9:.3g} GFLOP (matrix products, forward and backward)"))
     rows.append(("micro-batch", f"{execution.micro_batch} of {recipe.train.batch} images, {execution.precision}"))
     rows.append(("memory", memory(recipe, sum(trained.values()), sum(others.values()), activations)))

@@ -116,6 +116,10 @@ def test_draws_come_from_torchs_generator():
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_standard_gamma", "Meta"),
+    reason=f"torch {torch.__version__} can't draw shares on the meta device (2.14 can)",
+)
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_no_number_is_read_off_the_device(mixup, cutmix):
     """The meta device has no numbers: reading one raises, as does a tensor that was left on the CPU."""

@@ -14,6 +14,7 @@ import torch
 from mpp.data.chosen import chosen
 from mpp.errors import UserError, cause
 from mpp.execution import at_once
+from mpp.extend import imported
 from mpp.files import BusyError, write_atomically
 from mpp.recipe.settled import RunError
 from mpp.run.images import check_classes, make_missing, open_images
@@ -55,7 +56,8 @@ def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict
         with sigterm_as_ctrl_c():
             carry_out(jobs, failures)
     finally:  # what is known so far, also of a comparison that was stopped
-        results = gather(chains, jobs, failures, shlex.join(["mpp", "compare", str(path), *overrides]))
+        imports = [word for what in imported for word in ("--import", what)]
+        results = gather(chains, jobs, failures, shlex.join(["mpp", "compare", str(path), *overrides, *imports]))
         comparison.out.mkdir(parents=True, exist_ok=True)
         write_atomically(comparison.out / "results.json", json.dumps(results, indent=1).encode())
         write_report(results, comparison.out / "report.html")

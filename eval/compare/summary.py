@@ -120,7 +120,9 @@ def table(results: dict[str, Any]) -> str:
     found = {(entry["protocol"], entry["fraction"]) for entry in main}
     columns = sorted(found, key=lambda column: (list(headlines).index(column[0]), column[1]))
     cells = {(entry["arm"], entry["protocol"], entry["fraction"]): _cell(entry) for entry in main}
-    lines = [["", *(f"{protocol}, {shown(fraction)}" for protocol, fraction in columns)]]
+    own = {one["name"]: one["headline"] for one in results["protocols"] if one["draws_labels"]}
+    heads = [f"{protocol}, {own.get(protocol) or shown(fraction)}" for protocol, fraction in columns]
+    lines = [["", *heads]]
     for arm in results["arms"]:
         lines.append([arm["title"], *(cells.get((arm["name"], *column), "") for column in columns)])
     wide = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

@@ -158,6 +158,9 @@ def _checked(name: str, rows: Sequence[Row]) -> list[Row]:
         rows = [replace(row, value=float(row.value)) for row in rows]
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"protocol {name}: gave a row that JSON can't hold: {cause(error)}") from None
+    if wrong := [row for row in rows if not 0 <= row.value <= 1]:
+        found = f"{wrong[0].metric} {wrong[0].value:g}"
+        raise ProtocolError(f"protocol {name}: gave {found}; a row's value is a share in [0, 1]")
     metrics, headline = [row.metric for row in rows], PROTOCOLS[name].headline
     if headline not in metrics:
         given = ", ".join(metrics) or "none"

@@ -124,7 +124,14 @@ def _notices(results: Results) -> str:
     return notices
 
 
+def _finetunes(results: Results) -> bool:
+    """Whether the comparison asked for fine-tuning, beside what is read off frozen features."""
+    return "finetune" in results["compare"]["protocols"]
+
+
 def _answer(results: Results) -> str:
+    if not _finetunes(results):
+        return _paragraph("Fine-tuning was not among the protocols. What the frozen features show stands below.")
     said = [escape(sentence) for sentence in results["conclusions"]]
     text = f'<div class="conclusions">{_list(said)}</div>' if said else _paragraph("Nothing can be concluded yet.")
     chart = gain_chart(results, _fractions(results))
@@ -168,7 +175,8 @@ def _arms(results: Results) -> str:
 def _accuracy(results: Results) -> str:
     fractions = _fractions(results)
     if not fractions:
-        return _paragraph("No fine-tuning has finished.")
+        done = "has finished" if _finetunes(results) else "was asked for"
+        return _paragraph(f"No fine-tuning {done}.")
     images = results["data"]["train_images"]
     heads = {
         fraction: (f"{share(fraction)} of the labels", f"{'about ' * (fraction < 1)}{fraction * images:,.0f} images")

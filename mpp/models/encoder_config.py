@@ -1,6 +1,6 @@
 """What every encoder is told: the images that it takes. No torch: recipes are checked without it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpp.models.settings import Settings
 
@@ -30,6 +30,10 @@ class EncoderConfig(Settings):
                 raise ValueError(f"model.{name} needs 1 or {self.channels} numbers, got {len(getattr(self, name))}")
         if min(self.std) <= 0:
             raise ValueError(f"model.std must be positive, got {self.std}")
+
+    def check_image(self, image: tuple[int, int]) -> None:
+        """Raises ValueError if the encoder takes no images of that (h, w) beside those of its own size."""
+        replace(self, image=image)
 
     def describe(self) -> str:
         """The encoder in a few words, for tables."""

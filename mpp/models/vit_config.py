@@ -66,6 +66,11 @@ class ViTConfig(TrunkConfig, EncoderConfig):
                     f"of which model.patch must be a multiple, got {self.patch}"
                 )
 
+    def check_image(self, image: tuple[int, int]) -> None:
+        super().check_image(image)
+        if "mlp" in self.mixer and image != self.image:
+            raise ValueError(f"model.mixer mlp has weights for images of {self.image} alone, got {image}")
+
     def describe(self) -> str:
         words = [f"patch {self.patch}", f"width {self.width}", f"depth {self.depth}"]
         words += [f"{self.heads} heads"] if "attention" in self.mixer else []

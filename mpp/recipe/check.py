@@ -4,7 +4,7 @@ import difflib
 import json
 import types
 from collections.abc import Collection, Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mpp.errors import UserError
@@ -24,9 +24,15 @@ def known(name: object, table: Collection[str], place: str) -> str:
     return name
 
 
+def hints_of(config: type[Any]) -> dict[str, Any]:
+    """The keys of a section: the types of a dataclass's fields, without what belongs to the class."""
+    hints = get_type_hints(config)
+    return {field.name: hints[field.name] for field in fields(config)}
+
+
 def check(values: dict[str, Any], hints: dict[str, Any], source: str, above: str = "") -> None:
     """Refuses unknown keys and values of another type; omegaconf alone would read 3 as text."""
-    sections = {key: get_type_hints(_required(hint)) for key, hint in hints.items() if is_dataclass(_required(hint))}
+    sections = {key: hints_of(_required(hint)) for key, hint in hints.items() if is_dataclass(_required(hint))}
     for key, value in values.items():
         dotted = f"{above}{key}"
         if key not in hints:

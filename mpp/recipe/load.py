@@ -7,6 +7,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,6 +22,7 @@ from mpp.objectives import OBJECTIVES, build_objective
 from mpp.recipe.check import RecipeError, check, known, near
 from mpp.recipe.files import COMMAND_LINE, Layer, bundled, command_line, find, name_of, read_chain
 from mpp.recipe.recipe import Recipe, plain
+from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import imports_of
 from mpp.train_config import UNITS
 
@@ -45,6 +47,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             check_sizes(_build([*files, Layer(COMMAND_LINE, {})], file))
             source = COMMAND_LINE
         raise RecipeError(f"{source}: {error}") from error
+    if (file.parent / SETTLED).exists() and "out" not in line.values:
+        return replace(recipe, out=str(file.parent))  # a run's own recipe means that run, wherever it was moved
     return recipe
 
 
@@ -140,16 +144,21 @@ def _kind(
     folders: of runs that may tell by which import they had a name that is not known. drops: where a layer chooses
         another one, what the layers below say of theirs has no meaning and goes.
     """
-    name = None
+    given = []  # the layers that choose, the lowest first: number and name
     for number, layer in enumerate(layers):
         values = layer.values.get(section)
-        if not isinstance(values, dict) or "name" not in values:
-            continue
-        chosen = _known_kind(values.pop("name"), table, f"{layer.source}: {section}.name", folders)
-        if drops and name is not None and chosen != name:
-            for below in layers[:number]:
-                check({section: below.values.pop(section, {})}, {section: table[name].config}, below.source)
-        name = chosen
+        if isinstance(values, dict) and "name" in values:
+            given.append((number, values.pop("name")))
+    if not given:
+        return None
+    last, chosen = given[-1]
+    name = _known_kind(chosen, table, f"{layers[last].source}: {section}.name", folders)
+    for (_, below), (number, above) in itertools.pairwise(given):
+        if drops and above != below:
+            for layer in layers[:number]:
+                said = {section: layer.values.pop(section, {})}
+                if isinstance(below, str) and below in table:  # else it needs an import that is not wanted here
+                    check(said, {section: table[below].config}, layer.source)
     return name
 
 
@@ -160,7 +169,10 @@ def _known_kind(name: object, table: Table[Kind], place: str, folders: Sequence[
         for folder in folders:
             if origin := imports_of(folder).get(key):
                 raise RecipeError(f"{place}: {name} is not known; {folder} began with --import {origin}, give it again")
-    return known(name, table, place)
+    try:
+        return known(name, table, place)
+    except RecipeError as error:
+        raise RecipeError(f"{error} (your own: --import FILE.py, docs/extending.md)") from None
 
 
 def _expand_presets(layers: Sequence[Layer]) -> None:

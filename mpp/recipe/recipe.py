@@ -19,7 +19,7 @@ class Recipe:
     """All that a user decides of a run. What is left out is "auto" or None, and found or chosen at the first start."""
 
     name: str = field(compare=False)  # from the file's place, cifar10-mpp for recipes/cifar10/mpp.yaml; no key of YAML
-    out: str | None = None  # run folder; runs/NAME where not given
+    out: str | None = field(default=None, compare=False)  # run folder; runs/NAME where not given
     seed: int = 0
     weights: str | None = None  # encoder to start from: what `mpp pretrain --from` sets; random weights where not given
     model: EncoderConfig
@@ -63,7 +63,7 @@ class Recipe:
             )
         for name, view in self.data.views.items():
             try:
-                replace(self.model, image=(view and view.image) or self.model.image)
+                self.model.check_image((view and view.image) or self.model.image)
             except ValueError as error:
                 raise ValueError(f"data.views.{name}.image: {error}") from None
 

@@ -45,7 +45,7 @@ def evaluation(
             torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
             loss, metrics = forward(batch.to(device))
             for name, value in {"loss": loss, **metrics}.items():
-                totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + value.item() * len(batch)
+                totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + float(value) * len(batch)
             seen += len(batch)
         objective.train()
         if stop:

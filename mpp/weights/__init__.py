@@ -28,7 +28,7 @@ logger = logging.getLogger("mpp.weights")
 
 
 def load_encoder(path: str | Path, **facts: Any) -> Encoder:
-    """Loads an encoder, in float32 on the CPU: this library's, or one that others published.
+    """Loads an encoder, in float32 on the CPU and eval mode: this library's, or one that others published.
 
     path: a run folder, a checkpoint folder, an `encoder.safetensors` or a `classifier.safetensors`; Google's or
         big_vision's `.npz`; a file or folder of timm, Hugging Face, MAE, DINO, DINOv2 or CAPI (docs/weights.md).
@@ -41,8 +41,8 @@ def load_encoder(path: str | Path, **facts: Any) -> Encoder:
     path = Path(path)
     if found := own.find(path, *ENCODER, *CLASSIFIER):
         _no_facts(found, facts)
-        return own.load_encoder(found)
-    return _foreign(path, facts).encoder
+        return own.load_encoder(found).eval()
+    return _foreign(path, facts).encoder.eval()
 
 
 def load_classifier(path: str | Path, **facts: Any) -> Classifier:

@@ -9,18 +9,21 @@ import importlib
 import importlib.util
 import re
 import sys
+import types
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mpp.errors import UserError, cause, shown
 
 T = TypeVar("T")
 
+PLAIN = (int, float, bool, str, type(None))
+OF_THE_CLASS = ("needs", "results", "metrics", "pictures")  # what a class of settings says of itself
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 imported: list[str] = []  # what `--import` has run in this process
 _importing: list[str] = []  # what `--import` is running now, by the name that the user gave it
@@ -40,9 +43,32 @@ class Kind:
     config: type[Any]
     maker: str | Callable[..., Any]
 
+    def __post_init__(self) -> None:
+        """Raises ExtensionError for settings that could not stand in a recipe."""
+        if not (isinstance(self.config, type) and is_dataclass(self.config)):
+            raise ExtensionError(f"{shown(self.config)}: expected the dataclass of the settings")
+        hints = get_type_hints(self.config)
+        for field in fields(self.config):
+            place = f"{self.config.__name__}.{field.name}"
+            if field.name in OF_THE_CLASS:
+                raise ExtensionError(
+                    f"{place}: belongs to the class; write it without a type, and no setting of that name"
+                )
+            if not _plain(hints[field.name]):
+                allowed = "settings are int, float, bool, str, None, Literal and tuples of these"
+                raise ExtensionError(f"{place}: is {hints[field.name]}; {allowed}")
+
     def make(self, *arguments: Any) -> Any:
         """The part itself."""
         return resolve(self.maker)(*arguments)
+
+
+def _plain(hint: Any) -> bool:
+    """Whether values of that type can stand in YAML and come back equal."""
+    if hint in PLAIN or get_origin(hint) is Literal or (isinstance(hint, type) and is_dataclass(hint)):
+        return True
+    composed = get_origin(hint) in (tuple, Union, types.UnionType)
+    return composed and all(part is ... or _plain(part) for part in get_args(hint))
 
 
 def resolve(home: str | Callable[..., Any]) -> Callable[..., Any]:
@@ -70,9 +96,14 @@ class Table(Mapping[str, T], Generic[T]):
     there, and imported only when one is used: the module that such an entry point names then calls `add`.
     """
 
-    def __init__(self, noun: str, group: str, sort: Callable[..., T], own: Mapping[str, T]) -> None:
-        """noun: for messages; group: of entry points; sort: makes a part of the arguments of `add`."""
-        self.noun, self.group, self._sort = noun, group, sort
+    def __init__(
+        self, noun: str, group: str, sort: Callable[..., T], own: Mapping[str, T], reserved: Sequence[str] = ()
+    ) -> None:
+        """noun: for messages; group: of entry points; sort: makes a part of the arguments of `add`.
+
+        reserved: words that mean something else where these names stand.
+        """
+        self.noun, self.group, self._sort, self._reserved = noun, group, sort, tuple(reserved)
         self._own, self._added = dict(own), dict[str, T]()
         self._origins: dict[str, str] = {}
 
@@ -85,13 +116,22 @@ class Table(Mapping[str, T], Generic[T]):
             raise ExtensionError(
                 f"{self._where()}{self.noun} {shown(name)!r}: a name is made of a-z, 0-9, - and _, expected such a one"
             )
+        if name in self._reserved:
+            raise ExtensionError(f"{self._where()}{self.noun} {name}: this word means something else; choose another")
         if name in self._own or name in self._added:
             whose = "mpp's own" if name in self._own else f"taken by {self._origins.get(name) or 'another part'}"
             raise ExtensionError(f"{self._where()}{self.noun} {name}: this name is {whose}; choose another")
-        part = self._added[name] = self._sort(*arguments, **more)
+        try:
+            part = self._added[name] = self._sort(*arguments, **more)
+        except UserError as error:
+            raise ExtensionError(f"{self._where()}{self.noun} {name}: {error}") from None
         if _importing:
             self._origins[name] = _importing[-1]
         return part
+
+    def is_own(self, name: str) -> bool:
+        """Whether a part is one that mpp brings."""
+        return name in self._own
 
     def origin(self, name: str) -> str | None:
         """The argument of `--import` by which a part came; None if it is mpp's, a package's, or was added in Python."""
@@ -123,7 +163,7 @@ class Table(Mapping[str, T], Generic[T]):
     def _import(self, name: str, point: EntryPoint) -> None:
         try:
             _imported(point.module)
-        except Exception as error:  # another's code: whatever it raises is that package's fault
+        except (Exception, SystemExit) as error:  # another's code: whatever it raises is that package's fault
             raise ExtensionError(f"package {_package(point)}: {self.noun} {name}: {cause(error)}") from error
         if name not in self._added:
             raise ExtensionError(
@@ -156,6 +196,8 @@ def import_parts(what: str) -> None:
     path, is_file = Path(what), what.endswith(".py") or "/" in what
     if is_file and not path.is_file():
         raise ExtensionError(f"--import {shown(what)}: no such file")
+    if is_file and path.suffix != ".py":
+        raise ExtensionError(f"--import {shown(what)}: expected a .py file, or the name of an installed module")
     imported.append(what)
     with _origin(str(path.resolve()) if is_file else what):
         try:
@@ -168,7 +210,7 @@ def import_parts(what: str) -> None:
         except ModuleNotFoundError as error:
             hint = "" if is_file else "; give an installed module, or the path of a .py file"
             raise ExtensionError(f"--import {shown(what)}: {cause(error)}{hint}") from error
-        except Exception as error:  # the user's own code: any error in it is theirs to mend
+        except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is theirs to mend
             raise ExtensionError(f"--import {shown(what)}: {_place(error, path)}{cause(error)}") from error
 
 
@@ -195,7 +237,7 @@ def _run_file(path: Path) -> None:
         raise
 
 
-def _place(error: Exception, path: Path) -> str:
+def _place(error: BaseException, path: Path) -> str:
     """The line of the file that an error comes from, as far as it can be told."""
     line, trace = None, error.__traceback__
     while trace is not None:

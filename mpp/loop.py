@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpp import checkpoint
 from mpp.batch import Batch
 from mpp.execution import Images, Loss, choose, forward_pass
 from mpp.hardware import device_of
 from mpp.log import Log
+from mpp.models.encoder import Encoder
 from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
@@ -61,7 +62,7 @@ def train(
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
     start = resume(objective, optimizer, ema, out / "checkpoints")
     objective.progress.fill_(start / steps)
-    forward = forward_pass(objective, config, execution)
+    forward = checked(objective.config.name, forward_pass(objective, config, execution))
     clock = Clock(config.lr)
     # Read once: the first batch of streamed shards may have to be fetched again.
     shown = functools.cache(lambda: next(batches.at(0).split(PICTURED)).to(device))
@@ -199,14 +200,50 @@ def facts_of_result(objective: Objective) -> dict[str, object]:
     Raises TrainingError, before the first step, if the results are not those that the objective's config names.
     """
     name, results = objective.config.name, objective.results()
-    if set(results) != set(objective.config.results) or "encoder" not in results:
-        found, expected = ", ".join(results) or "none", ", ".join(objective.config.results)
+    if not isinstance(results, dict) or set(results) != set(objective.config.results) or "encoder" not in results:
+        found, expected = ", ".join(results or ()) or "none", ", ".join(objective.config.results)
         raise TrainingError(f"{name}: results() gives {found}; its config says {expected}, among them an encoder")
+    own = {id(tensor) for tensor in (*objective.parameters(), *objective.buffers())}
+    for key, module in results.items():
+        tensors = module.state_dict(keep_vars=True).values() if isinstance(module, nn.Module) else ()
+        if not isinstance(module, nn.Module) or not own.issuperset(map(id, tensors)):
+            raise TrainingError(f"{name}: results() must be parts of the objective, as checkpoints are; {key} is not")
+        if not key.isidentifier():
+            raise TrainingError(f"{name}: results() are files of the run folder; {key!r} is no name for one")
     encoder: Any = results["encoder"]
     place = next((place for place, module in objective.named_modules() if module is encoder), None)
-    if place is None:
-        raise TrainingError(f"{name}: the encoder of results() must be a part of the objective, as every checkpoint is")
+    if place is None or not isinstance(encoder, Encoder):
+        raise TrainingError(f"{name}: results()['encoder'] must be an mpp.Encoder that is a part of the objective")
     return {**facts_of(encoder.config), "place": f"{place}."}
+
+
+def checked(name: str, forward: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
+    """The forward pass, whose first outputs are looked at: what is wrong with an objective is best told at once."""
+    seen = False
+
+    def first_checked(batch: Batch) -> Loss:
+        nonlocal seen
+        outputs = forward(batch)
+        if not seen:
+            _check_outputs(name, outputs)
+            seen = True
+        return outputs
+
+    return first_checked
+
+
+def _check_outputs(name: str, outputs: Any) -> None:
+    if not (isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[1], dict)):
+        raise TrainingError(
+            f"{name}: forward() must give a loss and a dictionary of metrics, got {type(outputs).__name__}"
+        )
+    loss, metrics = outputs
+    if not (isinstance(loss, Tensor) and loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad):
+        found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TrainingError(f"{name}: the loss must be a float32 scalar with a gradient, got {found}")
+    for key, value in metrics.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor) and value.shape == ()):
+            raise TrainingError(f"{name}: metrics must be scalar tensors by name, got {key!r}: {type(value).__name__}")
 
 
 def averaged(objective: Objective) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The `train`, `eval` and `log` sections of a recipe. No torch: recipes are checked without it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["bfloat16", "float32"]
@@ -63,6 +63,13 @@ class Execution:
     compile: bool
     threads: int
     micro_batch: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no machine can have chosen: the values may come from a file."""
+        if self.precision not in get_args(Precision) or type(self.compile) is not bool:
+            raise ValueError(f"precision {self.precision!r} or compile {self.compile!r}")
+        if not all(type(number) is int and number >= 1 for number in (self.threads, self.micro_batch)):
+            raise ValueError(f"threads {self.threads!r} or micro_batch {self.micro_batch!r}")
 
 
 @dataclass(frozen=True)

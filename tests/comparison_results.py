@@ -60,7 +60,12 @@ def comparison(
             "classes": list(classes),
         },
         "baseline": arms[0],
-        "compare": {"seeds": list(range(seeds)), "fractions": list(fractions), "lrs": [3e-4, 1e-3, 3e-3]},
+        "compare": {
+            "protocols": ["finetune", "linear", "knn", "few-shot"],
+            "seeds": list(range(seeds)),
+            "fractions": list(fractions),
+            "lrs": [3e-4, 1e-3, 3e-3],
+        },
         "protocols": [_protocol(name) for name in protocols if name != "finetune"],
         "recipes": {"mpp pretrain": "objective: {name: mpp}\ntrain: {epochs: 100, lr: 1.0e-3}", "finetune": "seed: 0"},
         "arms": [_arm(arm) for arm in arms],

@@ -304,10 +304,12 @@ def test_what_is_left_to_the_machine_is_chosen_once_for_all_runs(shards, tmp_pat
     assert all(one == found[0] for one in found)
 
 
-def test_a_machine_json_that_is_cut_is_named(done, tmp_path):
+@pytest.mark.parametrize("choices", [None, ["ab"], {"compile": "no"}, {"threads": 0}, {"precision": "foo"}, {"x": 1}])
+def test_a_machine_json_that_is_cut_or_holds_nonsense_is_named(choices, done, tmp_path):
     out, recipe, _ = done
     copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy2)
-    (copy / "machine.json").write_text("{")
+    text = "{" if choices is None else json.dumps({"format": 1, "choices": choices})
+    (copy / "machine.json").write_text(text)
     result = run("compare", recipe, f"out={copy}", "compare.seeds=[0, 1, 2]")
     assert result.code == 2
     assert f"{copy / 'machine.json'}: cut, or not as it was written" in result.line

@@ -61,7 +61,7 @@ def test_the_same_number_of_images_in_all_is_its_own_sentence():
 def test_the_table_has_protocols_and_fractions_in_order():
     found = summarise([*rows("mpp", [0.5, 0.6], 1.0), *rows("mpp", [0.2, 0.3], 0.1)], "scratch")
     arms = [{"name": "mpp", "title": "Masked patches"}]
-    protocols = [{"name": "linear", "headline": "top1"}]
+    protocols = [{"name": "linear", "headline": "top1", "draws_labels": False}]
     text = table({"summary": found, "arms": arms, "conclusions": [], "failures": [], "protocols": protocols})
     head, line, *rest = text.splitlines()
     assert "linear: no figure top1, by which it is compared; it gave none" in rest

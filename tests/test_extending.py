@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -302,6 +303,72 @@ def test_a_run_started_again_without_its_import_names_it(tmp_path):
 # Imports and packages
 
 
+@pytest.fixture
+def odd_taken_out():
+    yield
+    PROTOCOLS._added.pop("odd", None)
+
+
+PROTOCOL = "import mpp\nmpp.PROTOCOLS.add({name!r}, title='t', text='s', rows=lambda task: {rows})\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("None", "TypeError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("exit(0)", "SystemExit"),
+        ("[3]", "expected mpp.Row"),
+        ("[mpp.Row('odd', 5, 0.5)]", "expected mpp.Row"),
+        ("[mpp.Row('odd', 'top1', 50.0)]", "gave top1 50; a row's value is a share in [0, 1]"),
+        ("[mpp.Row('odd', 'top1', float('nan'))]", "a row's value is a share in [0, 1]"),
+        ("[mpp.Row('odd', 'top1', 0.5), mpp.Row('odd', 'top1', 0.6)]", "two rows of one metric"),
+        ("[mpp.Row('other', 'top1', 0.5)]", "gave a row of 'other'"),
+        ("[mpp.Row('odd', 'top1', 0.5, dict(a=float('inf')))]", "JSON can't hold"),
+    ],
+)
+def test_a_protocol_that_gives_nonsense_is_one_line(rows, said, tmp_path, odd_taken_out):
+    Path(tmp_path / "odd.py").write_text(PROTOCOL.format(name="odd", rows=rows))
+    if not Path("runs/odd").exists():
+        mpp(*short("tiny_mae", "runs/odd"))
+    line = refused("probe", "runs/odd", "--data", "data/digits", "--protocol", "odd", "--import", tmp_path / "odd.py")
+    assert line.startswith("mpp: protocol odd: ")
+    assert said in line
+
+
+def test_a_protocol_may_give_its_rows_one_by_one(tmp_path, odd_taken_out):
+    rows = "(mpp.Row('odd', name, 0.5) for name in ('top1', 'top2'))"
+    Path(tmp_path / "odd.py").write_text(PROTOCOL.format(name="odd", rows=rows))
+    mpp(*short("tiny_mae", "runs/odd"))
+    asked = ["probe", "runs/odd", "--data", "data/digits", "--protocol", "odd", "--import", tmp_path / "odd.py"]
+    assert "top2" in mpp(*asked).out
+
+
+@pytest.mark.parametrize("name", ["finetune", "all"])
+def test_words_that_mean_something_else_name_no_protocol(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text(PROTOCOL.format(name=name, rows="[]"))
+    assert "this word means something else" in refused("recipes", "--import", tmp_path / f"{name}.py")
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("sizes: list = None", "is <class 'list'>"),
+        ("path: object = None", "settings are int, float"),
+        ("results: tuple = ()", "belongs to the class"),
+    ],
+)
+def test_settings_that_no_recipe_can_hold_are_refused_when_they_are_added(field, said, tmp_path):
+    text = "import dataclasses, mpp\n@dataclasses.dataclass(frozen=True)\nclass Odd(mpp.ObjectiveConfig):\n"
+    text += f"    name: str = 'odd'\n    {field}\nmpp.OBJECTIVES.add('odd', Odd, None)\n"
+    (tmp_path / f"{field[:4]}.py").write_text(text)
+    assert said in refused("recipes", "--import", tmp_path / f"{field[:4]}.py")
+
+
+def test_an_import_is_never_abbreviated_and_left_out():
+    assert run("recipes", "--impo", "two_views.py").code == 2
+
+
 def test_names_that_are_taken_or_cannot_stand_in_a_recipe_are_refused(tmp_path):
     for name, said in {"mpp": "mpp's own", "Ä b": "a name is made of"}.items():
         file = tmp_path / "clash.py"
@@ -318,6 +385,7 @@ def test_names_that_are_taken_or_cannot_stand_in_a_recipe_are_refused(tmp_path):
         ("import no_such_module\n", "No module named"),
         ("x = 1\ny = 1 / 0\n", "line 2: division by zero"),
         ("x =\n", "invalid syntax"),
+        ("raise SystemExit(0)\n", "line 1: 0"),
     ],
 )
 def test_a_file_that_fails_is_one_line_with_its_name(text, said, tmp_path):
@@ -329,6 +397,7 @@ def test_a_file_that_fails_is_one_line_with_its_name(text, said, tmp_path):
 
 def test_an_import_that_is_not_there_is_named():
     assert "nowhere.py: no such file" in refused("recipes", "--import", "nowhere.py")
+    assert "expected a .py file" in refused("recipes", "--import", "./tiny_mae.yaml")
     assert "no_such_module_here" in refused("recipes", "--import", "no_such_module_here")
     assert "expected a .py file or an installed module" in refused("recipes", "--import")
 
@@ -366,7 +435,12 @@ def package(tmp_path, monkeypatch):
 
 
 def table() -> Table[Kind]:
-    return Table("thing", "mpp.things_of_tests", Kind, {"own": Kind(int, int)})
+    return Table("thing", "mpp.things_of_tests", Kind, {"own": Kind(Settings, int)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    size: int = 3
 
 
 def test_a_package_is_listed_by_its_metadata_and_loaded_at_its_first_use(package, monkeypatch):
@@ -376,12 +450,12 @@ def test_a_package_is_listed_by_its_metadata_and_loaded_at_its_first_use(package
     package(
         "package_of_tests_a",
         "[mpp.things_of_tests]\nother = package_of_tests_a\nforgotten = package_of_tests_a\n",
-        "from things_of_tests import THINGS\nTHINGS.add('other', str, str)\n",
+        "from things_of_tests import THINGS\nfrom test_extending import Settings\nTHINGS.add('other', Settings, str)\n",
     )
     assert list(things) == ["own", "other", "forgotten"]
     assert "other" in things
     assert "package_of_tests_a" not in sys.modules
-    assert things["other"].config is str
+    assert things["other"].maker is str
     assert "package_of_tests_a" in sys.modules
     with pytest.raises(ExtensionError, match="package package_of_tests_a: its module .* adds no thing forgotten"):
         things["forgotten"]
@@ -391,7 +465,7 @@ def test_what_is_first_imported_while_sizes_are_checked_keeps_its_constants(tmp_
     (tmp_path / "constants_of_tests.py").write_text("import torch\nGREY = torch.tensor(128)\ndef make(): return GREY\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with torch.device("meta"):
-        assert Kind(int, "constants_of_tests:make").make().item() == 128
+        assert Kind(Settings, "constants_of_tests:make").make().item() == 128
 
 
 def test_a_package_that_offers_a_name_of_mpps_is_refused(package):

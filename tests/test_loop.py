@@ -424,7 +424,12 @@ def test_progress_reaches_the_forward_pass_also_right_after_a_resume(images, tmp
     [
         (lambda own: {}, "results\\(\\) gives none; its config says encoder"),
         (lambda own: {"encoder": own.encoder, "head": own.head}, "gives encoder, head; its config says encoder"),
-        (lambda own: {"encoder": ViT(own.encoder.config)}, "must be a part of the objective"),
+        (
+            lambda own: {"encoder": ViT(own.encoder.config)},
+            "must be parts of the objective, .*; encoder is not",
+        ),
+        (lambda own: {"encoder": own.head}, "must be an mpp.Encoder that is a part of the objective"),
+        (lambda own: None, "results\\(\\) gives none"),
     ],
 )
 def test_results_that_no_checkpoint_could_give_back_are_refused_before_the_first_step(results, said, images, tmp_path):
@@ -433,6 +438,26 @@ def test_results_that_no_checkpoint_could_give_back_are_refused_before_the_first
     with pytest.raises(TrainingError, match=said):
         train(objective, images, FEW, out=tmp_path)
     assert not objective.head.weight.any(), "no step was made"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        (lambda loss: loss, "a loss and a dictionary of metrics, got Tensor"),
+        (lambda loss: (loss.expand(2), {}), "float32 scalar with a gradient, got torch.float32 of shape \\(2,\\)"),
+        (lambda loss: (loss.bfloat16(), {}), "got torch.bfloat16"),
+        (lambda loss: (loss.detach(), {}), "with a gradient"),
+        (lambda loss: (loss.item(), {}), "got float"),
+        (lambda loss: (loss, {"red": 3.0}), "metrics must be scalar tensors by name, got 'red': float"),
+        (lambda loss: (loss, {3: loss}), "by name, got 3"),
+    ],
+)
+def test_outputs_that_can_not_be_trained_with_are_told_at_the_first_step(outputs, said, tiny_vit, images, tmp_path):
+    objective = Brightness(ViT(tiny_config(image=(16, 16), patch=4)))
+    whole = objective.forward
+    objective.forward = lambda batch: outputs(whole(batch)[0])
+    with pytest.raises(TrainingError, match=said):
+        train(objective, images, FEW, out=tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"steps": None}, {"steps": None, "epochs": 1.0}, {"steps": 0}, {"warmup": 0.5}])

@@ -1,5 +1,7 @@
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -375,3 +377,27 @@ def test_stems_overlap_as_their_settings_say_and_a_resnet_has_no_patches():
     assert {name for name, stem in STEMS.items() if stem.overlaps} == set(OVERLAPPING)
     assert ResNetConfig().undroppable == "model.name resnet has no patches"
     assert set(MIXERS) == set(MIXER_NAMES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layers": []},
+        {"layers": [-1]},
+        {"layers": [0, 99]},
+        {"keep": torch.zeros(1, 3, dtype=torch.int64)},
+        {"keep": torch.zeros(2, dtype=torch.int64)},
+        {"at": torch.zeros(3, 3, dtype=torch.int64)},
+    ],
+)
+def test_arguments_for_other_images_or_other_blocks_are_refused(wrong):
+    with pytest.raises(ValueError, match="encode needs"):
+        trunk_of().encode(torch.randn(2, N, WIDTH), **wrong)
+
+
+def test_the_decoder_of_the_page_runs_as_it_is_printed():
+    page = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    [code] = [block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "TrunkConfig" in block]
+    names: dict = {}
+    exec(code.replace("decoder.encode(", "found = decoder.encode("), names)
+    assert names["found"].shape == (2, 48, 64)

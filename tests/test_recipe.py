@@ -134,6 +134,19 @@ def test_what_is_dropped_is_read_all_the_same():
     assert "objective.share: unknown key" in refusal("", "objective.name=labels", "objective.share=0.3")
 
 
+def test_a_base_of_an_objective_that_is_not_known_may_be_written_over():
+    base = WHOLE.replace("objective: {name: mpp}", "objective: {name: of-somebody, strange: 3}")
+    assert load("", "objective.name=mpp", whole=base).objective == OBJECTIVES["mpp"].config()
+    found = refusal("", whole=base)
+    assert found.startswith('whole.yaml: objective.name: unknown "of-somebody". Expected one of: labels, mpp')
+    assert "--import" in found
+
+
+def test_what_belongs_to_the_class_is_no_key():
+    assert "unknown key" in refusal("objective: {pictures: {}}")
+    assert "metrics" not in refusal("objective: {shaer: 3}")
+
+
 # Views
 
 
@@ -168,6 +181,18 @@ def test_views_are_checked_by_what_the_objective_needs(two_views):
     found = refusal(f"{two}\n{VIEWS}", "data.views.second.augment.grey=2")
     assert found == "command line: data.views.second.augment.grey must be in [0, 1], got 2.0"
     assert "unknown key. Did you mean: augment" in refusal(f"{two}\n{VIEWS}", "data.views.second.agument.grey=1")
+    grid = "model: {mixer: mlp, pool: avg}"
+    assert "model.mixer mlp has weights for images of (8, 8) alone" in refusal(f"{two}\n{VIEWS}\n{grid}")
+
+
+def test_the_order_of_views_counts_as_they_are_drawn_by_it(two_views):
+    views = {name: f"{name}: {{image: 8}}" for name in "ab"}
+    one, other = (
+        load(f"objective: {{name: two-views}}\ndata: {{views: {{{', '.join(views[name] for name in order)}}}}}")
+        for order in ("ab", "ba")
+    )
+    assert differences(one, one) == []
+    assert differences(one, other) == ['data.views: "a, b" there, "b, a" here']
 
 
 def test_an_objective_that_looks_across_the_batch_takes_no_smaller_micro_batch(two_views):
@@ -226,7 +251,8 @@ def test_a_single_mixer_needs_no_list():
 
 
 def test_an_unknown_kind_of_encoder_is_refused_with_near_names():
-    assert refusal("model: {name: resnt}") == 'r.yaml: model.name: unknown "resnt". Did you mean: resnet?'
+    hint = "(your own: --import FILE.py, docs/extending.md)"
+    assert refusal("model: {name: resnt}") == f'r.yaml: model.name: unknown "resnt". Did you mean: resnet? {hint}'
 
 
 def test_patches_can_not_be_masked_without_patches():

@@ -424,6 +424,18 @@ def test_moved_folders_and_other_ways_to_name_them_are_the_same_run(recipe, tmp_
     assert (out / "encoder.safetensors").read_bytes() == weights, "it goes on from step 2, as if nothing had been moved"
 
 
+def test_a_runs_own_recipe_means_that_run_wherever_it_was_moved(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("pretrain", recipe, "out=run", "train.steps=4").code == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "moved/encoder.safetensors").unlink()
+    assert run("pretrain", "moved/recipe.yaml").code == 0
+    assert (tmp_path / "moved/encoder.safetensors").exists()
+    assert not (tmp_path / "run").exists()
+    assert run("pretrain", "moved/recipe.yaml", "out=another", "train.steps=2").code == 0
+    assert (tmp_path / "another/encoder.safetensors").exists()
+
+
 def test_labels_that_changed_are_other_images_where_the_objective_learns_them(splits, tmp_path):
     shards = shutil.copytree(splits, tmp_path / "shards")
     recipe = write_recipe(tmp_path, shards, LABELS)
@@ -490,6 +502,21 @@ def test_a_settled_json_that_is_cut_is_named(text, done, splits, tmp_path):
     (out / "settled.json").write_bytes(text.encode("latin-1"))
     line = refused("pretrain", write_recipe(tmp_path, splits), f"out={out}")
     assert line.startswith(f"mpp: {out / 'settled.json'}: cut, or not as it was written")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("steps", "x"), ("steps", 0), ("warmup", None), ("warmup", 99), ("objective", [1]), ("objective", {"foo": 1}),
+     ("shuffle", "foo"), ("prepare", 3), ("imports", 5), ("images", 7),
+     ("execution", {"precision": "foo", "compile": False, "threads": 1, "micro_batch": 4}),
+     ("execution", {"precision": "float32", "compile": "yes", "threads": 1, "micro_batch": 4}),
+     ("execution", {"precision": "float32", "compile": False, "threads": None, "micro_batch": 4}),
+     ("execution", {"precision": "float32", "compile": False, "threads": 1, "micro_batch": "a"})],
+)  # fmt: skip
+def test_a_settled_json_with_a_value_that_none_can_have_chosen_is_named(key, value, done, splits, tmp_path):
+    out = shutil.copytree(done, tmp_path / "run")
+    (out / "settled.json").write_text(json.dumps({**settled(out), key: value}))
+    assert str(out / "settled.json") in refused("pretrain", write_recipe(tmp_path, splits), f"out={out}")
 
 
 def test_a_settled_json_of_a_later_version_is_named(done, splits, tmp_path):

@@ -308,3 +308,12 @@ def test_names_that_others_chose_are_shown_harmless(foreign_file):
 def test_tensors_of_any_shape_are_refused_in_one_line(facts, name, shape, foreign_file):
     save_file(load_file(foreign_file) | {name: torch.zeros(shape)}, foreign_file)
     refused(foreign_file, lambda path: load_encoder(path, **facts))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+def test_what_is_loaded_is_in_eval_mode(kind, tmp_path):
+    encoder = ViT(tiny_config(dropout=0.5)).train()
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    save_classifier(Classifier(encoder, Head(encoder.width, 2), ("a", "b")), tmp_path / "classifier.safetensors")
+    load = {"encoder": load_encoder, "classifier": load_classifier}[kind]
+    assert not load(tmp_path).training

@@ -12,7 +12,15 @@ from mpp.errors import UserError, cause
 from mpp.files import locked, write_atomically
 
 FORMAT = 1
-NOT_OURS = (OSError, ValueError, LookupError, TypeError)  # what cut and foreign files cause
+# What a choice may be, by the first word of its name.
+VALID: dict[str, Callable[[Any], bool]] = {
+    "precision": lambda value: value in ("bfloat16", "float32"),
+    "compile": lambda value: type(value) is bool,
+    "threads": lambda value: type(value) is int and value >= 1,
+    "micro_batch": lambda value: type(value) is int and value >= 1,
+    "prepare": lambda value: value in ("cpu", "device"),
+}
+NOT_OURS = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what cut and foreign files cause
 
 
 class MachineError(UserError):
@@ -42,6 +50,10 @@ class Machine:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']}, expected {FORMAT}")
-            return dict(found["choices"])
+            choices: dict[str, Any] = found["choices"]
+            for what, value in choices.items():
+                if not VALID[what.split()[0]](value):
+                    raise ValueError(f"{what} {value!r}")
+            return choices
         except NOT_OURS as error:
             raise MachineError(f"{self.path}: cut, or not as it was written ({cause(error)})") from None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpp.data.subset import lacking
-from mpp.errors import cause, shown
+from mpp.errors import UserError, cause, shown
 from mpp.extend import resolve
 from mpp.files import cache_folder, write_atomically
 from mpp.models.encoder import Encoder
@@ -141,7 +141,7 @@ def _rows(task: Task, protocols: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
     for name in dict.fromkeys(protocols):
         try:
-            rows += _checked(name, resolve(PROTOCOLS[name].rows)(task))
+            rows += _checked(name, _found(name, task))
         except ProbeError as error:
             if len(protocols) == 1:
                 raise
@@ -149,18 +149,37 @@ def _rows(task: Task, protocols: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _checked(name: str, rows: Sequence[Row]) -> list[Row]:
-    """The rows that a protocol gave, which anybody may have written; ProtocolError if they can't be its own."""
-    if wrong := [row for row in rows if row.protocol != name]:
-        raise ProtocolError(f"protocol {name}: gave a row of {shown(wrong[0].protocol)!r}, expected its own name")
+def _found(name: str, task: Task) -> list[Row]:
+    """What a protocol gives. Whatever the code of somebody else raises is one line that names the protocol."""
+    if PROTOCOLS.is_own(name):
+        return list(resolve(PROTOCOLS[name].rows)(task))
     try:
-        json.dumps([row.detail for row in rows])
+        return list(resolve(PROTOCOLS[name].rows)(task))
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ProtocolError(f"protocol {name}: {type(error).__name__}: {cause(error)}") from error
+
+
+def _checked(name: str, rows: list[Row]) -> list[Row]:
+    """The rows that a protocol gave, which anybody may have written; ProtocolError if they can't be its own."""
+    for row in rows:
+        if not (isinstance(row, Row) and isinstance(row.metric, str) and isinstance(row.detail, dict)):
+            raise ProtocolError(
+                f"protocol {name}: expected mpp.Row(protocol, metric, value), got {shown(repr(row)[:80])}"
+            )
+        if row.protocol != name:
+            raise ProtocolError(f"protocol {name}: gave a row of {shown(row.protocol)!r}, expected its own name")
+    try:
+        json.dumps([row.detail for row in rows], allow_nan=False)
         rows = [replace(row, value=float(row.value)) for row in rows]
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"protocol {name}: gave a row that JSON can't hold: {cause(error)}") from None
     if wrong := [row for row in rows if not 0 <= row.value <= 1]:
         found = f"{wrong[0].metric} {wrong[0].value:g}"
         raise ProtocolError(f"protocol {name}: gave {found}; a row's value is a share in [0, 1]")
+    if len({row.metric for row in rows}) < len(rows):
+        raise ProtocolError(f"protocol {name}: gave two rows of one metric")
     metrics, headline = [row.metric for row in rows], PROTOCOLS[name].headline
     if headline not in metrics:
         given = ", ".join(metrics) or "none"

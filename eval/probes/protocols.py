@@ -28,6 +28,13 @@ class Protocol:
     cheap: bool = True  # a part of `mpp probe --protocol all`, and of a comparison unless that names its protocols
     draws_labels: bool = False  # draws the labels that it uses from all of train: run once, not at each label fraction
 
+    def __post_init__(self) -> None:
+        for name, kind in {"title": str, "text": str, "headline": str, "cheap": bool, "draws_labels": bool}.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ProtocolError(f"{name} must be {kind.__name__}, got {shown(repr(value)[:80])}")
+        if not (isinstance(self.rows, str) or callable(self.rows)):
+            raise ProtocolError(f'rows must be a function, or "module:function", got {shown(repr(self.rows)[:80])}')
+
 
 PROTOCOLS: Table[Protocol] = Table(
     "protocol",
@@ -58,6 +65,7 @@ PROTOCOLS: Table[Protocol] = Table(
             "mpp.eval.probes.knn:rows",
         ),
     },
+    reserved=("finetune", "all"),  # of a comparison's protocols; of `mpp probe --protocol`
 )
 
 

@@ -34,7 +34,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser("mpp", description="Masked patch pretraining of Vision Transformers.")
+    top = argparse.ArgumentParser(
+        "mpp", description="Masked patch pretraining of Vision Transformers.", allow_abbrev=False
+    )
     top.add_argument("--import", **IMPORT)
     verbs = top.add_subparsers(metavar="VERB", required=True)
     _shards(verbs)
@@ -46,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _verb(group: Group, name: str, run: Command, help: str, example: str) -> argparse.ArgumentParser:
-    added: argparse.ArgumentParser = group.add_parser(name, help=help, description=help, epilog=f"example: {example}")
+    added: argparse.ArgumentParser = group.add_parser(
+        name, help=help, description=help, epilog=f"example: {example}", allow_abbrev=False
+    )
     added.set_defaults(run=run)
     added.add_argument("--import", **IMPORT)
     return added

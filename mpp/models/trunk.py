@@ -51,8 +51,9 @@ class Trunk(nn.Module):
 
     def __init__(self, config: TrunkConfig, grid: Grid, context: int | None = None) -> None:
         super().__init__()
-        if min(grid) < 1:
-            raise ValueError(f"a trunk needs a grid of at least 1x1 patches, got {grid[0]}x{grid[1]}")
+        if len(grid) != 2 or min(grid) < 1:
+            found = "x".join(map(str, grid))
+            raise ValueError(f"a trunk needs (rows, columns), a grid of at least 1x1 patches, got {found}")
         self.config = config
         self._put_together(grid, context)
         self.initialise()
@@ -137,7 +138,7 @@ class Trunk(nn.Module):
         grid, and for what does not fit the settings.
         """
         grid = grid or self.own_grid
-        self._check(tokens, at, layers, grid, context, context_at)
+        self._check(tokens, keep, at, layers, grid, context, context_at)
         tokens = tokens + self.positions.patches(grid).to(tokens.dtype)
         index = None
         if keep is not None:
@@ -170,6 +171,7 @@ class Trunk(nn.Module):
     def _check(
         self,
         tokens: Tensor,
+        keep: Tensor | None,
         at: Tensor | None,
         layers: Sequence[int] | None,
         grid: Grid,
@@ -182,6 +184,12 @@ class Trunk(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]}x{grid[1]} patches; pass grid=")
         if at is not None and layers is not None:
             raise ValueError("encode takes `at` or `layers`, not both")
+        for name, index in {"keep": keep, "at": at}.items():
+            if index is not None and (index.ndim != 2 or len(index) != len(tokens)):
+                found = tuple(index.shape)
+                raise ValueError(f"encode needs `{name}` of shape (b, k) for {len(tokens)} images, got {found}")
+        if layers is not None and not (layers and all(0 <= layer < len(self.blocks) for layer in layers)):
+            raise ValueError(f"encode needs `layers` from 0 to {len(self.blocks) - 1}, got {list(layers)}")
         if crosses and context is None:
             raise ValueError(f"{section}.mixer {words} needs encode(context=...), the tokens that cross looks at")
         if context is None:
@@ -190,6 +198,9 @@ class Trunk(nn.Module):
             return
         if not crosses:
             raise ValueError(f"encode got a context, and {section}.mixer {words} looks at none; cross does")
+        if context.ndim != 3 or len(context) != len(tokens):
+            found = tuple(context.shape)
+            raise ValueError(f"encode needs a context of shape (b, m, channels) for {len(tokens)} images, got {found}")
         if context.shape[-1] != self.context:
             raise ValueError(f"encode needs a context of {self.context} channels, got {context.shape[-1]}")
         if context_at is not None and context_at.shape != context.shape[:2]:

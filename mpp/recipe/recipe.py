@@ -119,10 +119,15 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
     Whatever the old recipe chose agrees with "auto" or null in the new one.
     """
-    there, here = dict(leaves(plain(old))), dict(leaves(plain(new)))
+    there, here = (dict(leaves(plain(recipe))) | {"data.views": _order(recipe)} for recipe in (old, new))
     keys = [key for key in {**there, **here} if not key.startswith((*FREE, *FETCHING))]
     keys = [key for key in keys if there.get(key) != here.get(key) != "auto"]
     return [f"{key}: {quoted(there.get(key))} there, {quoted(here.get(key))} here" for key in keys]
+
+
+def _order(recipe: Recipe) -> str:
+    """The names of the views in order, by which they are numbered and drawn."""
+    return ", ".join(name for name, view in recipe.data.views.items() if view is not None)
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:

@@ -38,6 +38,18 @@ class Settled:
     execution: Execution
     imports: dict[str, str]  # key of the recipe, such as objective.name -> what `--import` its part came by
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no start can have settled: the values may come from a file."""
+        texts = {"images": self.images, "labels": self.labels or "", "weights": self.weights or ""}
+        if wrong := [name for name, value in texts.items() if not isinstance(value, str)]:
+            raise ValueError(f"{wrong[0]}: expected a text")
+        if not (type(self.steps) is type(self.warmup) is int and self.steps >= 1 and 0 <= self.warmup <= self.steps):
+            raise ValueError(f"steps {self.steps!r} or warmup {self.warmup!r}")
+        if self.shuffle not in ("all", "window") or self.prepare not in ("cpu", "device"):
+            raise ValueError(f"shuffle {self.shuffle!r} or prepare {self.prepare!r}")
+        if not all(isinstance(found, dict) for found in (self.objective, self.imports)):
+            raise ValueError("objective or imports: expected keys with values")
+
     def fill(self, recipe: Recipe) -> Recipe:
         """A recipe in plain values: what it left open is as settled here."""
         settings: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """The start of a run: its objective before the first step or before it goes on, and what is settled with it."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -10,7 +11,7 @@ import torch
 
 from mpp import checkpoint
 from mpp.data.subset import digest, label_digest
-from mpp.errors import UserError
+from mpp.errors import UserError, cause
 from mpp.execution import Once, choose
 from mpp.loop import steps_of
 from mpp.models.encoder import Encoder
@@ -20,7 +21,7 @@ from mpp.objectives.base import Objective
 from mpp.recipe import Recipe, load_recipe, save_recipe
 from mpp.recipe.check import quoted
 from mpp.recipe.recipe import changes
-from mpp.recipe.settled import RunError, Settled, load_settled
+from mpp.recipe.settled import FILE, RunError, Settled, load_settled
 from mpp.run.images import RunImages
 from mpp.seeds import seed_of
 from mpp.shards.index import Index
@@ -49,7 +50,12 @@ def earlier(out: Path) -> Earlier | None:
             f"{path}: missing, though {out} holds checkpoints; restore it, or choose another folder with out="
         )
     settled = load_settled(out)  # first: the recipe of an earlier version might not be read
-    return Earlier(out, load_recipe(path), settled)
+    recipe = load_recipe(path)
+    try:
+        settled.fill(recipe)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{out / FILE}: does not go with the recipe.yaml beside it ({cause(error)})") from None
+    return Earlier(out, recipe, settled)
 
 
 def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Settled]:
@@ -85,7 +91,12 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
 def _found(asked: ObjectiveConfig, settled: ObjectiveConfig) -> dict[str, Any]:
     """The settings of an objective that follow from the images."""
     values = {field.name: getattr(settled, field.name) for field in fields(settled)}
-    return {name: value for name, value in values.items() if value != getattr(asked, name)}
+    found = {name: value for name, value in values.items() if value != getattr(asked, name)}
+    try:
+        json.dumps(found, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"objective.name {asked.name}: settled() gave what no file can hold: {cause(error)}") from None
+    return found
 
 
 def go_on(before: Earlier, recipe: Recipe, images: RunImages) -> tuple[Objective, Settled]:

@@ -35,8 +35,8 @@ def save_result(module: nn.Module, path: Path) -> None:
         save_classifier(module, path)
     elif isinstance(module, Encoder):
         save_encoder(module, path)
-    else:
-        _save(module, path, {})
+    else:  # copies, as tensors that share their memory would be refused
+        write_atomically(path, save({name: tensor.clone() for name, tensor in module.state_dict().items()}))
 
 
 def save_encoder(encoder: Encoder, path: Path) -> None:

@@ -14,6 +14,8 @@ from mpp.models.resnet_config import ResNetConfig
 from mpp.objectives import OBJECTIVES, Needs, ObjectiveConfig
 from mpp.recipe import RecipeError, list_recipes, load_recipe, save_recipe
 from mpp.recipe.recipe import differences
+from mpp.recipe.settled import Settled, load_settled
+from mpp.train_config import Execution
 
 pytestmark = pytest.mark.usefixtures("inside_tmp")
 
@@ -183,6 +185,20 @@ def test_views_are_checked_by_what_the_objective_needs(two_views):
     assert "unknown key. Did you mean: augment" in refusal(f"{two}\n{VIEWS}", "data.views.second.agument.grey=1")
     grid = "model: {mixer: mlp, pool: avg}"
     assert "model.mixer mlp has weights for images of (8, 8) alone" in refusal(f"{two}\n{VIEWS}\n{grid}")
+
+
+def test_nested_tuples_that_were_settled_come_back_from_the_file_as_they_were(own_parts, tmp_path):
+    @dataclass(frozen=True)
+    class Nested(ObjectiveConfig):
+        name: str = "nested"
+        pairs: tuple[tuple[int, ...], ...] = ()
+
+    OBJECTIVES.add("nested", Nested, lambda encoder, config: None)
+    recipe, pairs = load("objective: {name: nested}"), ((1, 2), (3,))
+    execution = Execution("float32", False, 1, 4)
+    settled = Settled("3 images 0", None, None, {"pairs": pairs}, 10, 0, "all", "cpu", execution, {})
+    settled.save(tmp_path)
+    assert load_settled(tmp_path).fill(recipe).objective == Nested(pairs=pairs)
 
 
 def test_the_order_of_views_counts_as_they_are_drawn_by_it(two_views):

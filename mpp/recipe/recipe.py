@@ -117,7 +117,7 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """What differs between two recipes in what a run computes, as "train.lr: 0.001 there, 0.0002 here".
 
-    Whatever the old recipe chose agrees with "auto" or null in the new one.
+    Whatever the old recipe chose agrees with "auto" in the new one; null is filled in before (`Settled.for_machine`).
     """
     there, here = (dict(leaves(plain(recipe))) | {"data.views": _order(recipe)} for recipe in (old, new))
     keys = [key for key in {**there, **here} if not key.startswith((*FREE, *FETCHING))]

@@ -11,6 +11,7 @@ from typing import Any
 from mpp.data.config import PrepareName, ShuffleName
 from mpp.errors import UserError, cause
 from mpp.files import write_atomically
+from mpp.recipe.check import tupled
 from mpp.recipe.recipe import Recipe
 from mpp.train_config import Execution
 
@@ -52,9 +53,7 @@ class Settled:
 
     def fill(self, recipe: Recipe) -> Recipe:
         """A recipe in plain values: what it left open is as settled here."""
-        settings: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in self.objective.items()
-        }
+        settings: dict[str, Any] = {key: tupled(value) for key, value in self.objective.items()}
         train = replace(recipe.train, steps=self.steps, epochs=None, images=None, warmup=self.warmup)
         return self.for_machine(replace(recipe, objective=replace(recipe.objective, **settings), train=train))
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mpp import budget
 from mpp.errors import UserError
 from mpp.files import sync
 
@@ -74,7 +75,7 @@ def steps(folder: Path) -> list[int]:
 def load(path: Path) -> tuple[int, State]:
     """Reads and checks one checkpoint; CheckpointError names the file that is not as it was written."""
     try:
-        described = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        described = budget.json_file(path / "state.json")
         state = {}
         for name, digest in described["sha256"].items():
             if _digest(path / name) != digest:

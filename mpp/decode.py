@@ -16,7 +16,7 @@ from PIL import Image
 
 from mpp.errors import cause
 
-MAX_PIXELS = 2**28  # 16384 x 16384; more is refused before memory is taken (Pillow itself stops at 179 million)
+MAX_PIXELS = 2**28  # 16384 x 16384, of any format; more is refused before memory is taken
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that calls other programs (EPS)
 KINDS = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WebP", b"GI": "GIF", b"BM": "BMP"}  # by the first bytes
 EXIF_ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
@@ -27,6 +27,10 @@ BEFORE_FRAME = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # markers of tables
 CONTEXT = 4  # rows below a row that its colours may depend on where they are stored at half the size, and to spare
 SPARED = 32  # rows that must be saved for leaving them out to be worth its cost
 TOO_LARGE = "its pixels do not fit into memory"
+
+# Pillow refuses twice its own limit, which by default is 179 million pixels; whoever has set it higher keeps that.
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2)
 
 # What Pillow raises on hostile bytes, as found in its plugins; a damaged file must never end a run.
 PILLOW_ERRORS = (

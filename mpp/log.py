@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mpp import budget
 from mpp.errors import cause
 from mpp.files import FileError, write_atomically
 
@@ -130,9 +131,9 @@ def _forget_after(metrics: Path, step: int) -> None:
     if not metrics.exists():
         return
     kept = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for line in budget.lines(metrics):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith("\n") and budget.json_of(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, LookupError, TypeError):
             continue

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpp import budget
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
 from mpp.execution import Once
@@ -143,8 +144,9 @@ class Chains:
             return None
         tried = []
         for lr in self.config.lrs:
-            lines = (self._trial(arm, fraction, lr) / "metrics.jsonl").read_text().splitlines()
-            accuracy = next(row["val/accuracy"] for row in map(json.loads, reversed(lines)) if "val/accuracy" in row)
+            lines = list(budget.lines(self._trial(arm, fraction, lr) / "metrics.jsonl"))
+            rows = map(budget.json_of, reversed(lines))
+            accuracy = next(row["val/accuracy"] for row in rows if "val/accuracy" in row)
             tried.append({"lr": lr, "accuracy": accuracy})
         best = max(tried, key=lambda trial: trial["accuracy"])
         return {"arm": arm, "fraction": fraction, "lr": best["lr"], "tried": tried}
@@ -244,7 +246,7 @@ class Chains:
 def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
     """What a probing was asked for, and the rows it gave; nothing where there is no such file of this format."""
     try:
-        results = json.loads(path.read_text())
+        results = budget.json_file(path)
         if results["format"] != FORMAT:
             return [], []
         return [Asked(*one) for one in results["asked"]], results["rows"]
@@ -255,7 +257,7 @@ def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
 def probed_weights(path: Path) -> str | None:
     """The digest of the weights that a probing read its rows off; None where there is no such file."""
     try:
-        return str(json.loads(path.read_text())["weights"])
+        return str(budget.json_file(path)["weights"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -1,7 +1,6 @@
 """What the finished runs of a comparison show, as one dictionary: results.json, from which the report is made."""
 
 import base64
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mpp import budget
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
 from mpp.loop import steps_of
@@ -69,7 +69,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
 def _rows(job: Job) -> list[Figure]:
     """What a job found of all that the comparison asks for."""
     if job.stage == "finetune":
-        scores = json.loads(job.result.read_text())
+        scores = budget.json_file(job.result)
         assert job.fraction is not None
         figures = {name: scores[name] for name in ("top1", "top5", "ece", "loss") if scores[name] is not None}
         return [Figure(job.arm, job.seed, FINETUNE, job.fraction, name, value) for name, value in figures.items()]
@@ -102,7 +102,7 @@ def _captions(comparison: Comparison, arm: str) -> dict[str, Any]:
 
 
 def _per_class(job: Job) -> dict[str, Any]:
-    accuracy = json.loads(job.result.read_text())["per_class"]
+    accuracy = budget.json_file(job.result)["per_class"]
     return {"arm": job.arm, "seed": job.seed, "fraction": job.fraction, "accuracy": accuracy}
 
 
@@ -210,7 +210,7 @@ def _recipes(done: Sequence[Job]) -> dict[str, str]:
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [budget.json_of(line) for line in budget.lines(folder / "metrics.jsonl")]
 
 
 def _data(comparison: Comparison) -> dict[str, Any]:

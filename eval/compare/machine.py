@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mpp import budget
 from mpp.errors import UserError, cause
 from mpp.files import locked, write_atomically
 
@@ -47,7 +48,7 @@ class Machine:
         if not self.path.exists():
             return {}
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = budget.json_file(self.path)
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']}, expected {FORMAT}")
             choices: dict[str, Any] = found["choices"]

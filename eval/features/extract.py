@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from mpp import budget
 from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
@@ -203,8 +204,9 @@ def _load(path: Path, images: int) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
     try:
+        budget.check_safetensors(path)
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["mpp"])
+            facts = budget.json_of((file.metadata() or {})["mpp"])
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         numbers = found["numbers"]
         if facts["key"] != path.stem or {name: _checksum(tensor) for name, tensor in found.items()} != facts["crc32"]:

@@ -1,6 +1,5 @@
 """Weights to convert, and for their card where they come from and what was measured of them, in Markdown."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from mpp import budget
 from mpp.errors import UserError, counted
 from mpp.export.markdown import block, code, table
 from mpp.models.classifier import Classifier, Head
@@ -110,7 +110,7 @@ def _metrics(folder: Path, step: int | None) -> Iterator[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line.rstrip("\r\n") for line in budget.lines(path)]
     except OSError:
         return []
 
@@ -137,8 +137,8 @@ def _measured(folder: Path, step: int | None) -> Iterator[str]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # a line that a power cut left, or a file of something else
+        return budget.json_of(text)
+    except ValueError:  # a line that a power cut left, or a file of something else
         return None
 
 

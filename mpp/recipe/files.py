@@ -1,5 +1,6 @@
 """Recipe files and overrides as layers of plain values, the lowest first. Nothing is resolved and no tag is obeyed."""
 
+import io
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from mpp import budget
 from mpp.recipe.check import RecipeError, leaves, near, quoted
 
 BUNDLED = Path(str(resources.files("mpp.recipes"))).resolve()
@@ -59,7 +61,7 @@ def read_chain(file: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     chain, label = (*above, file), _label(file)
     if file in above:
         raise RecipeError(f"{' -> '.join(map(_label, chain))}: recipes include each other")
-    values = _values(partial(OmegaConf.load, file), label)
+    values = _values(lambda: OmegaConf.load(io.StringIO(budget.text(file))), label)
     base = values.pop("base", None)
     if base is None:
         return [Layer(label, values)]

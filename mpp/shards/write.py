@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
+from mpp import budget
 from mpp.errors import cause, shown
 from mpp.files import claimed, write_atomically
 from mpp.shards.build import build_index, scan_shards
@@ -124,7 +125,7 @@ def _open_plan(out: Path, fresh: Plan) -> Plan:
             raise ShardError(f"{out}: holds tars that this command did not make; choose another OUT")
         return fresh
     try:
-        saved = json.loads(found.read_bytes())
+        saved = budget.json_file(found)
         old = {"source": saved["source"], "keys": saved.get("keys", "running numbers"), **saved["options"]}
         done = {split: [Shard(**shard) for shard in shards] for split, shards in saved["done"].items()}
         whole = {split: [size_of(out / shard.file) == shard.bytes for shard in done[split]] for split in done}

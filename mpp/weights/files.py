@@ -1,12 +1,12 @@
 """Files of weights as tensors by name, whoever wrote them, read without running anything that is in them."""
 
 import itertools
-import json
 import math
 import pickle
 import re
 import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mpp import budget
 from mpp.errors import UserError, cause, shown
 from mpp.weights import unpickle
 
@@ -53,6 +54,7 @@ FOLDER_FILES = (
 # too, and what DINO publishes.
 MODELS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "model_state", "module", "student")
 SETTINGS = ("args", "config", "cfg")
+MOST_DIRECTORY = 2**25  # bytes of a zip's list of members: half a million arrays
 SCALARS = bool | int | float | str
 
 
@@ -105,7 +107,7 @@ def _file(path: Path) -> Source:
         raise WeightsError(f"{shown(path)}: is not there")
     if not path.is_file():
         raise WeightsError(f"{shown(path)}: is no file")
-    with path.open("rb") as file:
+    with budget.opened(path) as file:
         head = file.read(512)
     try:
         reader = _reader(path, head)
@@ -113,6 +115,8 @@ def _file(path: Path) -> Source:
         return reader(path) if reader is _npz else _beside(reader(path))
     except WeightsError:
         raise
+    except budget.Overrun as error:
+        raise WeightsError(f"{shown(path)}: {error}") from error
     except Exception as error:  # bytes that others chose make torch, numpy and safetensors raise anything
         raise WeightsError(f"{shown(path)}: not whole, or damaged ({unpickle.reason(error)})") from error
 
@@ -127,7 +131,7 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], Source]:
     """Who reads a file, by its first bytes."""
     text = head.lstrip().lower()
     if head.startswith(b"PK\3\4"):
-        with zipfile.ZipFile(path) as archive:
+        with budget.zip_archive(path, MOST_DIRECTORY) as archive:
             arrays = any(name.endswith(".npy") for name in archive.namelist())
         return _npz if arrays else _torch_zip
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
@@ -148,6 +152,7 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], Source]:
 
 
 def _safetensors(path: Path) -> Source:
+    budget.check_safetensors(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Source(path, _in_float32(tensors, path), metadata=dict(file.metadata() or {}))
@@ -159,13 +164,12 @@ def _safetensors(path: Path) -> Source:
 def _npz(path: Path) -> Source:
     """Arrays as numpy.savez writes them. Of a checkpoint of big_vision the parameters, without its 'params/'."""
     tensors: dict[str, Tensor] = {}
-    with zipfile.ZipFile(path) as archive:
-        _refuse_bomb(sum(member.file_size for member in archive.infolist()), path)
-        names = [member.filename for member in archive.infolist()]
+    with budget.zip_archive(path, MOST_DIRECTORY) as archive:
+        names = Counter(member.filename for member in archive.infolist())
         prefix = next((p for p in ("params/", "opt/target/") if any(name.startswith(p) for name in names)), "")
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
-            if name == member.filename or names.count(member.filename) > 1:
+            if name == member.filename or names[member.filename] > 1:
                 raise WeightsError(f"{shown(path)}: expected arrays, each once, found {shown(member.filename)}")
             if name.startswith(prefix):
                 tensors[name.removeprefix(prefix)] = _array(archive, member, path)
@@ -198,14 +202,13 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Ten
 
 
 def _torch_zip(path: Path) -> Source:
-    with zipfile.ZipFile(path) as archive:
+    with budget.zip_archive(path, MOST_DIRECTORY) as archive:
         members = archive.infolist()
         pickles = [member for member in members if member.filename.split("/", 1)[-1] == "data.pkl"]
         if any(member.filename.split("/", 1)[-1] == "constants.pkl" for member in members):
             raise WeightsError(f"{shown(path)}: expected weights, found TorchScript, which is code; nothing was run")
         if not pickles:
             raise WeightsError(f"{shown(path)}: a zip archive without arrays of numpy and without torch's data.pkl")
-        _refuse_bomb(sum(member.file_size for member in members), path)
         # torch reads what it maps as it lies in the file, so a packed archive can't be mapped. By the suffix it would
         # take this one for safetensors.
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
@@ -263,12 +266,16 @@ class _Limit:
     """How deep and how large nested containers may be: those that hold themselves or each other often never end."""
 
     def __init__(self, path: Path):
-        self.path, self.left = path, 1_000_000
+        self.path, self.work = path, budget.Work(1_000_000, "values in dictionaries")
 
     def enter(self, container: Any, depth: int) -> None:
-        self.left -= len(container)
-        if self.left < 0 or depth > 32:
-            raise WeightsError(f"{shown(self.path)}: holds dictionaries in dictionaries without end")
+        try:
+            self.work.spend(len(container))
+            budget.hold(depth, 32, "dictionaries in each other")
+        except budget.Overrun as error:
+            raise WeightsError(
+                f"{shown(self.path)}: holds dictionaries in dictionaries without end ({error})"
+            ) from None
 
 
 def _flat(found: Any, prefix: str, limit: _Limit, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -301,7 +308,9 @@ def _settings(found: Any, limit: _Limit, depth: int = 0) -> dict[str, Any]:
 
 
 def _in_float32(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    _refuse_bomb(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path)
+    budget.hold_expanded(
+        sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path.stat().st_size
+    )
     result = {}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
@@ -312,20 +321,13 @@ def _in_float32(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return result
 
 
-def _refuse_bomb(needed: int, path: Path) -> None:
-    """A small file can claim terabytes: packed, or as one number that a tensor repeats."""
-    size = path.stat().st_size
-    if needed > 100 * size + (1 << 28):
-        raise WeightsError(f"{shown(path)}: claims {needed} bytes of numbers in a file of {size}")
-
-
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; {} without the file."""
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = budget.json_file(path)
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{shown(path)}: not readable as JSON: {cause(error)}") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{shown(path)}: expected a JSON object, found {type(found).__name__}")

@@ -92,7 +92,7 @@ def json_of(data: str | bytes) -> Any:
     """What a JSON says; ValueError if it is none, Overrun (one as well) for too many values or too deep ones."""
     hold(len(data), MOST_JSON, "bytes of JSON")
     marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")
-    hold(sum(map(data.count, marks)), MOST_VALUES, "values in JSON")  # type: ignore[arg-type]
+    hold(sum(map(data.count, marks)), MOST_VALUES, "values in JSON")
     try:
         found = json.loads(data)
     except RecursionError:
@@ -133,7 +133,7 @@ def zip_archive(path: str | Path, most: int = MOST_DIRECTORY) -> Iterator[zipfil
     raw = opened(path).detach()
     with _Bounded(raw) as file:
         file.most = most  # zipfile reads the whole list of members at once
-        with zipfile.ZipFile(file) as archive:  # type: ignore[arg-type]
+        with zipfile.ZipFile(file) as archive:
             file.most = None
             size, end = os.fstat(file.fileno()).st_size, 0
             hold_expanded(sum(member.file_size for member in archive.infolist()), size)

@@ -5,6 +5,7 @@ JPEG goes through simplejpeg (libjpeg-turbo with the slow, exact DCT: bit-equal 
 """
 
 import io
+import logging
 import re
 import struct
 import warnings
@@ -37,6 +38,7 @@ PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
     RuntimeError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it also logs errors, beside raising them
 # Pillow warns about oddities (large images, broken EXIF) that we either accept or refuse. `warnings.catch_warnings` is
 # not safe in threads, so its warnings are switched off where decoding uses it.
 QUIET_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)

@@ -1,6 +1,9 @@
 """The errors that a user can mend, and how causes and names are put on one line."""
 
 
+LONGEST = 400  # characters of a name in a message; paths that people make have fewer
+
+
 class UserError(ValueError):
     """One line that names the file or key, what was found and what was expected.
 
@@ -15,8 +18,9 @@ def cause(error: BaseException) -> str:
 
 
 def shown(name: object) -> str:
-    """A name or path that others chose, safe to print on one line."""
-    return str(name) if str(name).isprintable() else ascii(str(name))
+    """A name or path that others chose, safe to print on one line: escaped, and cut in the middle if it is long."""
+    text = str(name) if len(str(name)) <= LONGEST else f"{str(name)[: LONGEST // 2]}[...]{str(name)[-LONGEST // 2 :]}"
+    return text if text.isprintable() else ascii(text)
 
 
 def counted(number: int, thing: str) -> str:

@@ -83,7 +83,7 @@ def load(path: Path) -> tuple[int, State]:
             tensors = load_file(path / name)  # only maps the file, which training goes on to delete: hence copies
             state[name.removesuffix(".safetensors")] = {key: tensor.clone() for key, tensor in tensors.items()}
         return int(described["step"]), state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error

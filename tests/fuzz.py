@@ -192,7 +192,9 @@ def main() -> int:
     for at, reader in enumerate(readers):
         with tempfile.TemporaryDirectory() as folder:
             seeds = list(READERS[reader].seeds(Path(folder)))
-        for one in seeds:  # good files are read, and what is imported late is there before anything is watched
+        # Good files are read, and what is imported late is there before anything is watched. A server's answers are no
+        # such files, and the thread that fetches would not live on in the workers.
+        for one in seeds if reader != "server" else ():
             with tempfile.TemporaryDirectory() as folder:
                 READERS[reader].read(Path(folder), one)
         if given.number is not None:

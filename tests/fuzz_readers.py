@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import aiohttp  # noqa: F401 (imported late by mpp: here before anything is watched)
+import fsspec.implementations.http  # noqa: F401
 import fuzz_mutations as ways
 import numpy as np
 import torch

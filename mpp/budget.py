@@ -91,8 +91,8 @@ def lines(path: str | Path) -> Iterator[str]:
 def json_of(data: str | bytes) -> Any:
     """What a JSON says; ValueError if it is none, Overrun (one as well) for too many values or too deep ones."""
     hold(len(data), MOST_JSON, "bytes of JSON")
-    marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")
-    hold(sum(map(data.count, marks)), MOST_VALUES, "values in JSON")
+    raw = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
+    hold(sum(raw.count(mark) for mark in (b",", b"[", b"{")), MOST_VALUES, "values in JSON")
     try:
         found = json.loads(data)
     except RecursionError:

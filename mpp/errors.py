@@ -1,6 +1,5 @@
 """The errors that a user can mend, and how causes and names are put on one line."""
 
-
 LONGEST = 400  # characters of a name in a message; paths that people make have fewer
 
 

@@ -40,7 +40,7 @@ from mpp.errors import UserError  # noqa: E402
 MEMORY = 2**30  # bytes that a worker may grow by over an input; files here are below 1 MiB, and RATIO_FREE is 2**28
 ADDRESSES = 2**32  # bytes of addresses that it may take
 SECONDS = 20  # of CPU; the readers' own limits are of work
-PATIENCE = 300  # seconds without an answer; the machine may be busy with other things
+PATIENCE = 60  # seconds without an answer; the machine may be busy with other things
 LIFE = 500  # inputs of one worker
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.rmdir", "os.truncate", "shutil.rmtree")
@@ -82,7 +82,9 @@ class Watch:
             self.seen.append("connected")
 
     def change(self, name: str, path: object) -> None:
-        if isinstance(path, str | bytes | os.PathLike) and not os.path.abspath(os.fsdecode(path)).startswith(self.folder):
+        if isinstance(path, str | bytes | os.PathLike) and not os.path.abspath(os.fsdecode(path)).startswith(
+            self.folder
+        ):
             if os.fsdecode(path) != os.devnull:
                 self.seen.append(f"changed outside: {name} {os.fsdecode(path)}")
 
@@ -105,7 +107,9 @@ class Watch:
                 self.seen.append(f"message: not one printable line: {words[:200]!r}")
         except BaseException as error:
             last = traceback.extract_tb(error.__traceback__)
-            own = next((frame for frame in reversed(last) if "/mpp/" in frame.filename or "/eval/" in frame.filename), last[-1])
+            own = next(
+                (frame for frame in reversed(last) if "/mpp/" in frame.filename or "/eval/" in frame.filename), last[-1]
+            )
             self.seen.append(f"{type(error).__name__} in {Path(own.filename).name} {own.name}: {str(error)[:200]}")
         finally:
             self.on = False
@@ -200,7 +204,9 @@ def main() -> int:
         if given.number is not None:
             sys.stdout.buffer.write(spoilt(seeds, reader, given.seed, given.number))
             return 0
-        row = counts.setdefault("readers", {}).setdefault(reader, {"inputs": 0, "read": 0, "refused": 0, "found": 0, "next": {}})
+        row = counts.setdefault("readers", {}).setdefault(
+            reader, {"inputs": 0, "read": 0, "refused": 0, "found": 0, "next": {}}
+        )
         start = row["next"].get(str(given.seed), 0)
         share = given.inputs * (at + 1) // len(readers) - given.inputs * at // len(readers)
         for number, what, words in answers(reader, seeds, given.seed, range(start, start + share)):
@@ -220,7 +226,9 @@ def main() -> int:
     run = {
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "command": f"python tests/fuzz.py --inputs {given.inputs} --seed {given.seed}",
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "seconds": round(time.time() - began),
         "inputs": total.total(),

@@ -20,7 +20,26 @@ from typing import Any
 Mutation = Callable[[Random, bytes], bytes]
 
 LONGEST = 2**16  # bytes that are put in at a time
-WHOLE = (0, 1, -1, 2, 127, 255, 256, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64, 10**30)
+WHOLE = (
+    0,
+    1,
+    -1,
+    2,
+    127,
+    255,
+    256,
+    2**15,
+    2**16 - 1,
+    2**24,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**30,
+)
 ODD_TEXTS = (
     "", " ", "\0", "\n", "\u202e", "\x1b[31m", "../x", "/etc/passwd", "a" * 5000, "${x}", "???", "é", "\ud800", "=1+1",
     "nan", "-1", "1e999", "__class__", "http://127.0.0.1:9/x", "file:///etc/passwd", "pipe:touch x", "null", "vit",
@@ -215,7 +234,9 @@ def npy(random: Random, data: bytes) -> bytes:
     if data[:6] != b"\x93NUMPY" or random.random() < 0.3:
         return several(random, data, BLIND)
     header = data[10 : 10 + size].decode("latin1")
-    shape = random.choice(("()", "(0,)", "(-1,)", f"({2**62},)", f"({2**62}, 4)", f"(0, {2**62})", "(1,)*9", "(1.5,)", "x"))
+    shape = random.choice(
+        ("()", "(0,)", "(-1,)", f"({2**62},)", f"({2**62}, 4)", f"(0, {2**62})", "(1,)*9", "(1.5,)", "x")
+    )
     kind = random.choice(("|O", "<f2", ">f8", "<f4", "|V2", "<M8[D]", "<c8", "|b1", "<U4", "<i8", "zz", "<f4,<i4"))
     header = random.choice((re.sub(r"\([^)]*\)", shape, header), re.sub(r"'[<>|=]\w+'", repr(kind), header)))
     text = header.encode()
@@ -251,7 +272,9 @@ def zip_member(random: Random, data: bytes, ways: dict[str, tuple[Mutation, ...]
         members[place][0] = random.choice(ODD_TEXTS) or "x"
     else:
         members *= random.choice((2, 50))
-    how = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2))
+    how = random.choice(
+        (zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2)
+    )
     with suppress(UnicodeError, ValueError), zipfile.ZipFile(made := io.BytesIO(), "w", how) as archive:
         for name, inside in members:
             archive.writestr(name.replace("\0", "0"), inside)
@@ -281,9 +304,13 @@ def tar_member(random: Random, data: bytes, ways: dict[str, tuple[Mutation, ...]
     place = random.randrange(len(members))
     name, inside = members[place]
     if random.random() < 0.7:
-        members[place][1] = random.choice(next((some for end, some in ways.items() if name.endswith(end)), BLIND))(random, inside)
+        members[place][1] = random.choice(next((some for end, some in ways.items() if name.endswith(end)), BLIND))(
+            random, inside
+        )
     else:
-        members[place][0] = random.choice((*ODD_TEXTS, random.choice(members)[0], "a/" * 2000 + "x.png", "b.PNG", ".png"))
+        members[place][0] = random.choice(
+            (*ODD_TEXTS, random.choice(members)[0], "a/" * 2000 + "x.png", "b.PNG", ".png")
+        )
     form = random.choice((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
     with suppress(ValueError, UnicodeError), tarfile.open(fileobj=(made := io.BytesIO()), mode="w", format=form) as tar:
         for name, inside in members:
@@ -316,7 +343,13 @@ def png(random: Random, data: bytes) -> bytes:
     elif deed == 2:
         packed = b"k\0\0" + zlib.compress(bytes(2**20))
         some = ((b"zTXt", packed), (b"iCCP", packed), (b"tEXt", b"a" * 5000), (b"eXIf", b"II*\0" + b"\xff" * 60))
-        more = ((b"tRNS", b"\0" * 300), (b"PLTE", b"\1" * 9), (b"acTL", b"\xff" * 8), (b"fcTL", b"\x7f" * 26), (b"gAMA", b""))
+        more = (
+            (b"tRNS", b"\0" * 300),
+            (b"PLTE", b"\1" * 9),
+            (b"acTL", b"\xff" * 8),
+            (b"fcTL", b"\x7f" * 26),
+            (b"gAMA", b""),
+        )
         chunks.insert(at, random.choice((*some, *more)))
     else:
         head = bytearray(chunks[0][1].ljust(13, b"\0"))

@@ -77,7 +77,9 @@ def _states() -> list[object]:
     state = load(_written("timm", "model.safetensors"))
     half = {name: tensor.half() for name, tensor in state.items()}
     settings = argparse.Namespace(model="vit_tiny", lr=1e-3, nested={"a": [1, 2]}, flag=True, none=None)
-    teacher = {"backbone." + name: tensor for name, tensor in state.items() if "head" not in name} | {"head.last": torch.ones(3)}
+    teacher = {"backbone." + name: tensor for name, tensor in state.items() if "head" not in name} | {
+        "head.last": torch.ones(3)
+    }
     optimizer = {"state": {i: {"step": torch.tensor(1.0), "exp_avg": torch.ones(2, 2)} for i in range(3)}}
     return [
         state,
@@ -206,7 +208,12 @@ def _tars(folder: Path) -> Sequence[bytes]:
     return made
 
 
-INSIDE = {".json": (ways.json_text, *ways.BLIND), ".png": (ways.png, *ways.BLIND), ".npy": (ways.npy,), "pkl": (ways.pickled,)}
+INSIDE = {
+    ".json": (ways.json_text, *ways.BLIND),
+    ".png": (ways.png, *ways.BLIND),
+    ".npy": (ways.npy,),
+    "pkl": (ways.pickled,),
+}
 
 
 def _indexed(folder: Path, data: bytes) -> None:
@@ -380,12 +387,16 @@ def _checkpoint(folder: Path, data: bytes) -> None:
 # Servers
 
 
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\nETag: \"a\"\r\nContent-Type: x/y\r\n\r\n" + bytes(range(100)) * 3
+ANSWER = b'HTTP/1.1 200 OK\r\nContent-Length: 300\r\nETag: "a"\r\nContent-Type: x/y\r\n\r\n' + bytes(range(100)) * 3
 ANSWERS = (
     ANSWER,
     ANSWER.replace(b"Content-Length: 300", b"Content-Encoding: gzip"),
     b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-299/300\r\nContent-Length: 300\r\n\r\n" + bytes(300),
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\n" + bytes(100) + b"\r\nc8\r\n" + bytes(200) + b"\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\n"
+    + bytes(100)
+    + b"\r\nc8\r\n"
+    + bytes(200)
+    + b"\r\n0\r\n\r\n",
     b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n",
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 5\r\n\r\nsorry",
 )

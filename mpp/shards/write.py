@@ -133,7 +133,9 @@ def _open_plan(out: Path, fresh: Plan) -> Plan:
         raise ShardError(f"{found}: cut or changed; delete {out} to start over") from None
     complete = found.name == FINISHED and all(map(all, whole.values()))  # nothing will be written: any keys are right
     new = {"source": fresh.source, "keys": old["keys"] if complete else KEYS, **fresh.options}
-    changed = [f"{name} {shown(repr(old.get(name)))}, now {value!r}" for name, value in new.items() if old.get(name) != value]
+    changed = [
+        f"{name} {shown(repr(old.get(name)))}, now {value!r}" for name, value in new.items() if old.get(name) != value
+    ]
     if changed:
         raise ShardError(f"{out}: was begun with {'; '.join(changed)}; choose another OUT, or delete it to start over")
     for split, there in whole.items():

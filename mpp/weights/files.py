@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mpp import budget
 from mpp.errors import UserError, cause, shown
-from mpp.weights import unpickle
+from mpp.weights import torch_files, unpickle
 
 
 class WeightsError(UserError):
@@ -203,32 +203,24 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Ten
 
 def _torch_zip(path: Path) -> Source:
     with budget.zip_archive(path, MOST_DIRECTORY) as archive:
-        members = archive.infolist()
-        pickles = [member for member in members if member.filename.split("/", 1)[-1] == "data.pkl"]
-        if any(member.filename.split("/", 1)[-1] == "constants.pkl" for member in members):
+        names = Counter(member.filename.split("/", 1)[-1] for member in archive.infolist())
+        if "constants.pkl" in names:
             raise WeightsError(f"{shown(path)}: expected weights, found TorchScript, which is code; nothing was run")
-        if not pickles:
+        if "data.pkl" not in names:
             raise WeightsError(f"{shown(path)}: a zip archive without arrays of numpy and without torch's data.pkl")
-        # torch reads what it maps as it lies in the file, so a packed archive can't be mapped. By the suffix it would
-        # take this one for safetensors.
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        found = _unpickled(path, stored and path.suffix != ".safetensors", lambda: archive.read(pickles[0]))
-    return _checkpoint(found, path)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise WeightsError(f"{shown(path)}: expected a checkpoint of torch, found {shown(twice[0])} twice in it")
+        pickled = next(member for member in archive.infolist() if member.filename.split("/", 1)[-1] == "data.pkl")
+        return _checkpoint(_unpickled(path, lambda: torch_files.from_zip(path, archive, pickled)), path)
 
 
 def _torch_legacy(path: Path) -> Source:
-    """As torch wrote files before 1.6: pickles one after another, then the numbers."""
-
-    def beginning() -> bytes:
-        with path.open("rb") as file:
-            return file.read(1 << 24)
-
-    return _checkpoint(_unpickled(path, False, beginning), path)
+    return _checkpoint(_unpickled(path, lambda: torch_files.from_legacy(path)), path)
 
 
-def _unpickled(path: Path, mapped: bool, pickles: Callable[[], bytes]) -> Any:
+def _unpickled(path: Path, load: Callable[[], Any]) -> Any:
     try:
-        return unpickle.load(path, mapped, pickles)
+        return load()
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{shown(path)}: {error}") from error
 
@@ -282,6 +274,9 @@ def _flat(found: Any, prefix: str, limit: _Limit, depth: int = 0) -> Iterator[tu
     """The tensors in nested dictionaries and lists by their names, joined by '.'; what is no tensor is left out."""
     limit.enter(found, depth)
     for name, value in found.items() if isinstance(found, dict) else enumerate(found):
+        if isinstance(value, unpickle.Odd):
+            found_it = f"expected a dense tensor, found one that is {value.kind}"
+            raise WeightsError(f"{shown(limit.path)}: {shown(f'{prefix}{name}')}: {found_it}")
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value
         elif isinstance(value, dict | list | tuple):

@@ -1,4 +1,4 @@
-"""Layers of plain values over one another, and the frozen dataclasses that they make. No text in them is interpreted."""
+"""Layers of plain values over one another, and the frozen dataclasses that they make. No text is interpreted."""
 
 import types
 from collections.abc import Iterator

@@ -339,7 +339,7 @@ def test_facts_on_the_command_line_are_yaml(tmp_path):
     [
         ("heads", "expected KEY=VALUE, found heads"),
         ("=2", "expected KEY=VALUE"),
-        ("haeds=2", r"haeds: unknown key\. Did you mean: heads\?"),
+        ("haeds=2", r"haeds: unknown key\. Did you mean: heads"),
         ("heads=two", "two"),
         ("gelu=tan", 'gelu: expected one of erf, tanh, found "tan"'),
         ("heads=${oc.env:HOME}", "heads: expected a plain value"),

@@ -110,6 +110,7 @@ def facts_of(settings: Sequence[str]) -> dict[str, Any]:
         for key, value in values.items():
             if "${" in str(value):  # omegaconf would look it up in the environment
                 raise ConvertError(f"command line: {shown(key)}: expected a plain value, found {shown(value)}")
+        place = {foreign.PREFIX: str(values.pop(foreign.PREFIX))} if values.get(foreign.PREFIX) is not None else {}
         if type(values.get("image")) is int:
             values["image"] = [values["image"], values["image"]]
         if type(values.get("mixer")) is str:
@@ -121,7 +122,7 @@ def facts_of(settings: Sequence[str]) -> dict[str, Any]:
         raise ConvertError(f"command line: {shown(str(error).strip().splitlines()[0])}") from error
     assert isinstance(known, dict), "a structured config has keys"
     found = {str(key): known[key] for key in values}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in (found | place).items()}
 
 
 def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
@@ -133,7 +134,7 @@ def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
             classifier = own.load_classifier(file).eval()
             return Given(path, file, "mpp", classifier.encoder, classifier.head, classifier.classes)
         return Given(path, file, "mpp", own.load_encoder(file).eval())
-    found = foreign.load(files.read(path), facts)
+    found = foreign.read(path, facts)
     encoder, aside, kept = found.encoder.eval(), found.aside, None
     classes: tuple[str, ...] = ()
     if head and found.head is not None:

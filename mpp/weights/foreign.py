@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpp.errors import cause, shown
+from mpp.finite import all_finite, broken
 from mpp.models.classifier import Head
 from mpp.models.encoder import fill
 from mpp.models.vit import ViT
@@ -95,8 +96,19 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
+    for module, parts in ((encoder, layout.encoder), (head, layout.head)):
+        _refuse_not_finite(place, module, parts, source)
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
+
+
+def _refuse_not_finite(place: str, module: ViT | Head | None, parts: dict[str, Part], source: Source) -> None:
+    """Raises WeightsError for the first tensor that is not finite: the file's, or ours if it is so only here."""
+    for name, tensor in module.state_dict().items() if module is not None else ():
+        if not all_finite(tensor):
+            pieces = [piece for piece in parts[name].names if not all_finite(source.tensors[piece])]
+            which, found = (pieces[0], source.tensors[pieces[0]]) if pieces else (name, tensor)
+            raise WeightsError(f"{place}: {shown(which)}: {broken(found)}; restore the file, or take an earlier one")
 
 
 def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:

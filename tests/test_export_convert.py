@@ -129,15 +129,6 @@ def test_others_weights_become_ours_and_what_is_no_part_of_them_is_named(tmp_pat
     assert equal(again, given)
 
 
-def test_weights_that_are_not_numbers_come_through(tmp_path):
-    given = tiny()
-    with torch.no_grad():
-        given.norm.weight[3] = torch.nan
-    for to in ("timm", "safetensors", "export"):
-        convert(saved(given, tmp_path), tmp_path / to, to)
-    assert load_encoder(tmp_path / "timm").norm.weight.isnan().sum() == 1
-
-
 # In the other libraries
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from mpp.augment.config import AugmentConfig
 from mpp.errors import UserError, shown
 from mpp.files import write_atomically
+from mpp.jsons import encoded
 from mpp.models.classifier import Classifier
 from mpp.shards.classes import listed, remark, translation
 from mpp.weights import load_classifier
@@ -97,7 +97,7 @@ def _scored(
     found = scores(logits, labels)
     report(found.table(classes))
     if out is not None:
-        write_atomically(out, json.dumps({"classes": list(classes), **found.to_json()}).encode())
+        write_atomically(out, encoded({"classes": list(classes), **found.to_json()}))
     return found
 
 
@@ -162,8 +162,8 @@ def _jsonl(made: Sequence[Prediction]) -> str:
     lines = []
     for one in made:
         [name, score], label = one.top[0], {} if one.label is None else {"label": one.label}
-        lines.append(json.dumps({"key": one.key, "class": name, "score": score, **label, "top": one.top}))
-    return "".join(f"{line}\n" for line in lines)
+        lines.append(encoded({"key": one.key, "class": name, "score": score, **label, "top": one.top}).decode())
+    return "".join(lines)
 
 
 def _csv(made: Sequence[Prediction]) -> str:

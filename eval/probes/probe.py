@@ -1,7 +1,6 @@
 """`mpp probe`: what can be read off an encoder's frozen features, by several protocols, as rows, a table and JSON."""
 
 import importlib.metadata
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +13,7 @@ import torch
 from mpp.errors import UserError, cause, shown
 from mpp.extend import resolve
 from mpp.files import cache_folder, write_atomically
+from mpp.jsons import encoded
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import load_settled
@@ -61,7 +61,7 @@ class ProbeReport:
 
     def save(self, path: Path) -> None:
         """Writes the report as JSON."""
-        write_atomically(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+        write_atomically(path, encoded({"format": FORMAT, **asdict(self)}, indent=1))
 
 
 def probe(
@@ -173,7 +173,7 @@ def _checked(name: str, rows: list[Row]) -> list[Row]:
         if row.protocol != name:
             raise ProtocolError(f"protocol {name}: gave a row of {shown(row.protocol)!r}, expected its own name")
     try:
-        json.dumps([row.detail for row in rows], allow_nan=False)
+        encoded([row.detail for row in rows])
         rows = [replace(row, value=float(row.value)) for row in rows]
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"protocol {name}: gave a row that JSON can't hold: {cause(error)}") from None

@@ -113,13 +113,14 @@ def facts_of(settings: Sequence[str]) -> dict[str, Any]:
     for key, value in values.items():
         if "${" in str(value):
             raise ConvertError(f"command line: {shown(key)}: expected a plain value, found {shown(value)}")
+    place = {foreign.PREFIX: str(values.pop(foreign.PREFIX))} if values.get(foreign.PREFIX) is not None else {}
     if type(values.get("image")) is int:
         values["image"] = [values["image"], values["image"]]
     if type(values.get("mixer")) is str:
         values["mixer"] = [values["mixer"]]
     hints = hints_of(ViTConfig)
     check_values(values, hints, "command line")
-    return {key: made(hints[key], value) for key, value in values.items()}
+    return {key: made(hints[key], value) for key, value in values.items()} | place
 
 
 def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
@@ -131,7 +132,7 @@ def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
             classifier = own.load_classifier(file).eval()
             return Given(path, file, "mpp", classifier.encoder, classifier.head, classifier.classes)
         return Given(path, file, "mpp", own.load_encoder(file).eval())
-    found = foreign.load(files.read(path), facts)
+    found = foreign.read(path, facts)
     encoder, aside, kept = found.encoder.eval(), found.aside, None
     classes: tuple[str, ...] = ()
     if head and found.head is not None:
@@ -228,11 +229,7 @@ def _compare(given: dict[str, Tensor], back: dict[str, Tensor], to: str) -> int:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors are equal, where they are not numbers too."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    bits = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(one, other) or torch.equal(*bits)
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 @torch.no_grad()
@@ -243,7 +240,7 @@ def _difference(given: Given, back: nn.Module, to: str) -> float:
         expected, found = given.model(images), back(images)
         if torch.equal(expected, found):
             continue
-        # Weights that are no numbers give outputs that are none; where one has a number the other must have one.
+        # Very large weights give outputs that are no numbers; where one has a number the other must have one.
         known = expected.isfinite()
         if expected.shape != found.shape or not torch.equal(known, found.isfinite()):
             raise ConvertError(f"{to}: the outputs of what was written are not the model's: please report this")

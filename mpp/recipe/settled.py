@@ -11,6 +11,7 @@ from typing import Any
 from mpp.data.config import PrepareName, ShuffleName
 from mpp.errors import UserError, cause
 from mpp.files import write_atomically
+from mpp.jsons import encoded
 from mpp.recipe.check import tupled
 from mpp.recipe.recipe import Recipe
 from mpp.train_config import Execution
@@ -71,7 +72,7 @@ class Settled:
 
     def save(self, folder: Path) -> None:
         """Writes settled.json, whole or not at all."""
-        write_atomically(folder / FILE, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+        write_atomically(folder / FILE, encoded({"format": FORMAT, **asdict(self)}, indent=1))
 
 
 def is_open(value: object) -> bool:

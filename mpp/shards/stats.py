@@ -1,6 +1,5 @@
 """`mpp shards stats`: what is in a folder of shards."""
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from mpp.decode import KINDS, DamagedImage, decode
 from mpp.files import write_atomically
+from mpp.jsons import encoded
 from mpp.seeds import mix
 from mpp.shards.classes import relabelled, union
 from mpp.shards.duplicates import Duplicates, find_duplicates
@@ -69,7 +69,7 @@ class Stats:
 
     def save(self, path: Path) -> None:
         """Writes all of it as JSON."""
-        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        write_atomically(path, encoded(asdict(self), indent=1))
 
 
 def folder_stats(folder: str | Path, images: int | None = None, seed: int = 0, progress: bool = True) -> Stats:

@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_named_in_one_line(
 
 @pytest.mark.parametrize("layers", [1, 4])
 def test_a_linear_classifier_of_dinov2_gives_its_logits_where_it_looks_at_one_block(tmp_path: Path, layers: int):
-    """dinov2_vits14_lc (hub/classifiers.py): class token and average of the last block; with four, four class tokens."""
+    """dinov2_vits14_lc (classifiers.py): class token and average of the last block; with four, four class tokens."""
     tensors, rng = dino2(registers=REGISTERS), np.random.default_rng(3)
     weight, bias = drawn(rng, 5, (1 + layers) * WIDTH), drawn(rng, 5)
     head = {"linear_head.weight": weight, "linear_head.bias": bias}

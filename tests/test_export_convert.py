@@ -330,9 +330,9 @@ def test_facts_on_the_command_line_are_yaml(tmp_path):
     [
         ("heads", "expected KEY=VALUE, found heads"),
         ("=2", "expected KEY=VALUE"),
-        ("haeds=2", "'haeds'.*heads"),
+        ("haeds=2", r"haeds: unknown key\. Did you mean: heads"),
         ("heads=two", "two"),
-        ("gelu=tan", "'tan'.*erf, tanh|'tan'.*\\['erf', 'tanh'\\]"),
+        ("gelu=tan", 'gelu: expected one of erf, tanh, found "tan"'),
         ("heads=${oc.env:HOME}", "heads: expected a plain value"),
         ("heads=[", "command line: "),
         ("image=[1,2,3]", "command line: "),

@@ -15,6 +15,7 @@ from mpp.errors import UserError, shown
 from mpp.files import write_atomically
 from mpp.jsons import encoded
 from mpp.models.classifier import Classifier
+from mpp.shards.classes import listed, remark, translation
 from mpp.weights import load_classifier
 
 from .images import Images, open_images, outputs
@@ -132,21 +133,14 @@ def label_numbers(images: Images, classes: Sequence[str]) -> Tensor:
 
     Folders that are not named as a class give no label; a class of shards that the classifier lacks is an error.
     """
-    if images.classes == tuple(classes):  # names may occur twice, as in ImageNet
-        return torch.tensor([*range(len(classes)), -1])
-    known = {name: number for number, name in enumerate(classes) if classes.count(name) == 1}
-    numbers = torch.tensor([*(known.get(name, -1) for name in images.classes), -1])
+    numbers = torch.from_numpy(translation(images.classes, classes))
     present = sorted(set(images.labels.tolist()) - {-1})
     if unknown := [images.classes[label] for label in present if numbers[label] < 0]:
-        of = f"{images.place} has images of {_listed(unknown)}"
+        of, why = f"{images.place} has images of {listed(unknown)}", remark(unknown, classes)
         if not images.guessed:
-            raise PredictError(f"{of}; the classifier's classes are {_listed(classes)}")
-        logger.info("%s, which the classifier does not know; they count as images without labels", of)
+            raise PredictError(f"{of}; the classifier's classes are {listed(classes)}{why}")
+        logger.info("%s, which the classifier does not know%s; they count as images without labels", of, why)
     return numbers
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(shown(name) for name in names[:5]) + ", ..." * (len(names) > 5)
 
 
 def _renumbered(labels: Tensor | None, numbers: Tensor, count: int) -> Tensor:

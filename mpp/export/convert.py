@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from mpp.errors import UserError, cause, counted, shown
 from mpp.export.card import WRITERS, card, facts_needed
@@ -25,6 +22,11 @@ from mpp.models.classifier import Classifier
 from mpp.models.encoder import Encoder
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
+from mpp.recipe.build import made
+from mpp.recipe.check import check as check_values
+from mpp.recipe.check import hints_of
+from mpp.recipe.files import settings_of
+from mpp.recipe.text import NO_YAML
 from mpp.weights import CLASSIFIER, ENCODER, files, foreign, own
 
 CHOICES = (*WRITERS, "safetensors", "export")
@@ -105,24 +107,20 @@ def facts_of(settings: Sequence[str]) -> dict[str, Any]:
         if not all(part.strip() for part in setting.partition("=")):
             raise ConvertError(f"command line: expected KEY=VALUE, found {shown(setting)}")
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)))
-        assert isinstance(values, dict), "a list of KEY=VALUE makes keys"
-        for key, value in values.items():
-            if "${" in str(value):  # omegaconf would look it up in the environment
-                raise ConvertError(f"command line: {shown(key)}: expected a plain value, found {shown(value)}")
-        place = {foreign.PREFIX: str(values.pop(foreign.PREFIX))} if values.get(foreign.PREFIX) is not None else {}
-        if type(values.get("image")) is int:
-            values["image"] = [values["image"], values["image"]]
-        if type(values.get("mixer")) is str:
-            values["mixer"] = [values["mixer"]]
-        known = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ViTConfig), values))
-    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        if isinstance(error, ConvertError):
-            raise
-        raise ConvertError(f"command line: {shown(str(error).strip().splitlines()[0])}") from error
-    assert isinstance(known, dict), "a structured config has keys"
-    found = {str(key): known[key] for key in values}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in (found | place).items()}
+        values = settings_of(settings)
+    except NO_YAML as error:
+        raise ConvertError(f"command line: {shown(cause(error))}") from error
+    for key, value in values.items():
+        if "${" in str(value):
+            raise ConvertError(f"command line: {shown(key)}: expected a plain value, found {shown(value)}")
+    place = {foreign.PREFIX: str(values.pop(foreign.PREFIX))} if values.get(foreign.PREFIX) is not None else {}
+    if type(values.get("image")) is int:
+        values["image"] = [values["image"], values["image"]]
+    if type(values.get("mixer")) is str:
+        values["mixer"] = [values["mixer"]]
+    hints = hints_of(ViTConfig)
+    check_values(values, hints, "command line")
+    return {key: made(hints[key], value) for key, value in values.items()} | place
 
 
 def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:

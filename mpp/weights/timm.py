@@ -254,6 +254,7 @@ def _refuse(config: ViTConfig, head: Head | None) -> None:
         f"mixer {'/'.join(config.mixer)}": set(config.mixer) != {"attention"},
         f"positions {config.positions}": config.positions in ("relative", "rope", "rope_capi"),
         f"norm_eps {config.norm_eps}": config.norm_eps != EPS,
+        "pool cls_avg": config.pool == "cls_avg",
         "pool map with swiglu": pooled and config.swiglu,
         "pool map with norm rms": pooled and config.norm == "rms",
         "pool map without bias": pooled and not config.bias,

@@ -226,12 +226,12 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder / "metrics.jsonl")
 
 
-def _data(comparison: Comparison, scored: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What was fine-tuned and tested on. scored: the classes of each run's scores, which may name more of them."""
+def _data(comparison: Comparison, named: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What was fine-tuned and tested on. named: the classes of each run's scores, which may name more of them."""
     shards, train, test = comparison.data
     index, scored = read_index(shards, train), read_index(shards, test)
     sizes = {"train_images": len(index), "test_images": len(scored)}
-    return {"path": str(shards), **sizes, "test_split": test, "classes": list(union([index.classes, *scored]))}
+    return {"path": str(shards), **sizes, "test_split": test, "classes": list(union([index.classes, *named]))}
 
 
 def _versions() -> dict[str, str]:

@@ -22,6 +22,6 @@ def shown(name: object) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def counted(number: int, thing: str) -> str:
-    """1 shard, 2 shards."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, thing: str, things: str = "") -> str:
+    """1 shard, 2 shards. things: where several have a name of their own, 2 classes."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"

@@ -25,8 +25,8 @@ LAYERS = [
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode"},
-    {"files", "hardware", "extend", "budget"},
-    {"batch", "seeds", "errors", "hints", "train_config"},
+    {"files", "hardware", "extend", "finite", "jsons"},
+    {"batch", "seeds", "errors", "hints", "budget", "train_config"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

@@ -16,21 +16,24 @@ import torch
 from mpp import budget
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
+from mpp.jsons import read_lines
 from mpp.loop import steps_of
 from mpp.models.encoders import build_encoder
 from mpp.plan import cost
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import load_settled
+from mpp.shards.classes import translation, union
 from mpp.shards.index import read_index
 
 from ..probes.protocols import PROTOCOLS
 from ..report.report import FORMAT
 from .arms import FINETUNE, Comparison
 from .chains import Asked, Chains, Job, read_rows
+from .confusion import confusions
 from .summary import Figure, conclusions, summarise
 
-PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn", "omegaconf")
+PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn")
 
 
 def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], command: str) -> dict[str, Any]:
@@ -38,6 +41,9 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
     comparison, config = chains.comparison, chains.config
     done = [job for job in jobs if job.done and job.name not in failures]  # one that failed may hold other content
     rows = [row for job in done for row in _rows(job)]
+    scored = {job: budget.json_file(job.result) for job in done if job.stage == "finetune"}
+    data = _data(comparison, [scores.get("classes", ()) for scores in scored.values()])
+    classes = data["classes"]
     titles, known = {arm: comparison.title(arm) for arm in config.arms}, dict[Any, int]()
     return {
         "format": FORMAT,
@@ -46,7 +52,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "hardware": _hardware(),
-        "data": _data(comparison),
+        "data": data,
         "baseline": config.baseline,
         "compare": asdict(config),
         "protocols": [_protocol(name) for name in config.frozen],
@@ -55,7 +61,10 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "rows": [row._asdict() for row in rows],
         "summary": summarise(rows, config.baseline),
         "conclusions": conclusions(rows, titles, config.arms, config.baseline),
-        "per_class": [_per_class(job) for job in done if job.stage == "finetune"],
+        "per_class": [_per_class(job, scores, classes) for job, scores in scored.items()],
+        "confusion": confusions(
+            [(job.arm, job.fraction, scores) for job, scores in scored.items() if job.fraction is not None], classes
+        ),
         "costs": [entry for arm in config.arms for entry in _costs(chains, arm, known, {job.name for job in done})],
         "chosen": _chosen(chains, {job.name for job in done}),
         "captions": {arm: _captions(comparison, arm) for arm in config.arms},
@@ -101,8 +110,12 @@ def _captions(comparison: Comparison, arm: str) -> dict[str, Any]:
     }
 
 
-def _per_class(job: Job) -> dict[str, Any]:
-    accuracy = budget.json_file(job.result)["per_class"]
+def _per_class(job: Job, scores: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """A run's accuracy on each class, in the order of `classes`, whatever its own is."""
+    accuracy: list[float | None] = [None] * len(classes)
+    for number, value in zip(translation(scores.get("classes", classes), classes), scores["per_class"], strict=False):
+        if number >= 0:
+            accuracy[number] = value
     return {"arm": job.arm, "seed": job.seed, "fraction": job.fraction, "accuracy": accuracy}
 
 
@@ -210,14 +223,15 @@ def _recipes(done: Sequence[Job]) -> dict[str, str]:
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return [budget.json_of(line) for line in budget.lines(folder / "metrics.jsonl")]
+    return read_lines(folder / "metrics.jsonl")
 
 
-def _data(comparison: Comparison) -> dict[str, Any]:
+def _data(comparison: Comparison, named: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What was fine-tuned and tested on. named: the classes of each run's scores, which may name more of them."""
     shards, train, test = comparison.data
     index, scored = read_index(shards, train), read_index(shards, test)
     sizes = {"train_images": len(index), "test_images": len(scored)}
-    return {"path": str(shards), **sizes, "test_split": test, "classes": list(index.classes)}
+    return {"path": str(shards), **sizes, "test_split": test, "classes": list(union([index.classes, *named]))}
 
 
 def _versions() -> dict[str, str]:

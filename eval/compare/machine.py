@@ -3,7 +3,6 @@
 Each run by itself would choose at its own start, by its own stopwatch, and two seeds could see different pixels.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from mpp import budget
 from mpp.errors import UserError, cause
 from mpp.files import locked, write_atomically
+from mpp.jsons import encoded
 
 FORMAT = 1
 # What a choice may be, by the first word of its name.
@@ -40,7 +40,7 @@ class Machine:
             choices = self.known()
             if what not in choices:
                 choices[what] = choose()
-                write_atomically(self.path, json.dumps({"format": FORMAT, "choices": choices}, indent=1).encode())
+                write_atomically(self.path, encoded({"format": FORMAT, "choices": choices}, indent=1))
             return choices[what]
 
     def known(self) -> dict[str, Any]:

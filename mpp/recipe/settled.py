@@ -3,7 +3,6 @@
 A run goes on as it began, whatever the machine would choose now, and on the images and weights that it began with.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from mpp import budget
 from mpp.data.config import PrepareName, ShuffleName
 from mpp.errors import UserError, cause
 from mpp.files import write_atomically
+from mpp.jsons import encoded
 from mpp.recipe.check import tupled
 from mpp.recipe.recipe import Recipe
 from mpp.train_config import Execution
@@ -52,6 +52,12 @@ class Settled:
         if not all(isinstance(found, dict) for found in (self.objective, self.imports)):
             raise ValueError("objective or imports: expected keys with values")
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes by which labels were numbered; none where the objective has none."""
+        names = self.objective.get("classes", ())
+        return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+
     def fill(self, recipe: Recipe) -> Recipe:
         """A recipe in plain values: what it left open is as settled here."""
         settings: dict[str, Any] = {key: tupled(value) for key, value in self.objective.items()}
@@ -66,7 +72,7 @@ class Settled:
 
     def save(self, folder: Path) -> None:
         """Writes settled.json, whole or not at all."""
-        write_atomically(folder / FILE, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+        write_atomically(folder / FILE, encoded({"format": FORMAT, **asdict(self)}, indent=1))
 
 
 def is_open(value: object) -> bool:

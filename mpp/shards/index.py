@@ -4,7 +4,6 @@ It is one safetensors file a split, OUT/SPLIT-index.safetensors: arrays over the
 made from the tars alone (`mpp shards index`), and trusted only as long as their sizes on disk agree with it.
 """
 
-import json
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mpp import budget
+from mpp import budget, jsons
 from mpp.decode import MAX_PIXELS
 from mpp.errors import cause, shown
 from mpp.files import write_atomically
@@ -113,7 +112,7 @@ def write_index(index: Index) -> Path:
     facts = {name: getattr(index, name) for name in FACTS}
     path = index.folder / (index.split + SUFFIX)
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
-    write_atomically(path, save(arrays, {"mpp": json.dumps(facts)}))
+    write_atomically(path, save(arrays, {"mpp": jsons.text(facts)}))
     return path
 
 
@@ -194,6 +193,7 @@ def loaded(path: Path, split: str) -> Index:
         raise ValueError("its parts do not fit together")
     if not all(isinstance(name, str) for name in (*shards, *classes, labels)):
         raise ValueError("its shards and classes are not all named by texts")
+    "\0".join(classes).encode("utf-8", "surrogateescape")  # a ValueError for halves of characters
     if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise ValueError("its shards have impossible sizes")
     _check_arrays(index)

@@ -40,13 +40,6 @@ class Storage:
 
 
 @dataclass
-class Odd:
-    """Stands for a tensor that is none of plain numbers on the CPU."""
-
-    kind: str
-
-
-@dataclass
 class Name:
     """A function or type that a pickle names."""
 
@@ -262,8 +255,14 @@ def by_key(pairs: Any) -> dict[Any, Any]:
     return made
 
 
-def odd(kind: str) -> Callable[..., Odd]:
-    return lambda machine, *arguments: Odd(kind)
+def sparse(machine: Machine, *_: object) -> Tensor:
+    """Stands for any sparse tensor, of which nothing is read."""
+    return torch.empty(0, layout=torch.sparse_coo)
+
+
+def elsewhere(machine: Machine, *_: object) -> Tensor:
+    """Stands for a tensor that is none of plain numbers on the CPU."""
+    return torch.empty(0, device="meta")
 
 
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -283,11 +282,11 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": lambda machine, data, *_: data,
     "torch.nn.parameter.Parameter": lambda machine, data, *_: data,
     "torch._tensor._rebuild_from_type_v2": Machine.of_type,
-    "torch._utils._rebuild_qtensor": odd("quantised"),
-    "torch._utils._rebuild_sparse_tensor": odd("sparse"),
-    "torch._utils._rebuild_nested_tensor": odd("nested"),
-    "torch._utils._rebuild_meta_tensor_no_storage": odd("on meta"),
-    "torch.serialization._get_layout": odd("a layout"),
+    "torch._utils._rebuild_qtensor": elsewhere,
+    "torch._utils._rebuild_sparse_tensor": sparse,
+    "torch._utils._rebuild_nested_tensor": elsewhere,
+    "torch._utils._rebuild_meta_tensor_no_storage": elsewhere,
+    "torch.serialization._get_layout": lambda machine, *parts: None,
     "torch.Size": lambda machine, found=(): tuple(found),
     "torch.device": lambda machine, *parts: Name("torch.device"),
     "collections.OrderedDict": Machine.dictionary,

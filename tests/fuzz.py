@@ -181,6 +181,11 @@ def kind(words: str) -> str:
     return re.sub(r"0x[0-9a-f]+|\d+|'[^']*'|\"[^\"]*\"", "#", words)[:150]
 
 
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return os.environ.get("FUZZED_COMMIT") or done.stdout.strip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=1000, help="of all readers together")
@@ -193,7 +198,15 @@ def main() -> int:
     readers = given.reader or list(READERS)
     counts = json.loads(given.counts.read_text()) if given.counts and given.counts.exists() else {}
     began, found, total = time.time(), Counter(), Counter()
-    for at, reader in enumerate(readers):
+    run = {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "command": f"python tests/fuzz.py --inputs {given.inputs} --seed {given.seed}",
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+    counts.setdefault("runs", []).append(run)
+    weights = sum(READERS[reader].share for reader in readers)
+    for reader in readers:
         with tempfile.TemporaryDirectory() as folder:
             seeds = list(READERS[reader].seeds(Path(folder)))
         # Good files are read, and what is imported late is there before anything is watched. A server's answers are no
@@ -208,7 +221,7 @@ def main() -> int:
             reader, {"inputs": 0, "read": 0, "refused": 0, "found": 0, "next": {}}
         )
         start = row["next"].get(str(given.seed), 0)
-        share = given.inputs * (at + 1) // len(readers) - given.inputs * at // len(readers)
+        share = given.inputs * READERS[reader].share // weights
         for number, what, words in answers(reader, seeds, given.seed, range(start, start + share)):
             row["inputs"] += 1
             row[what] += 1
@@ -223,21 +236,10 @@ def main() -> int:
                     (given.found / name).write_bytes(spoilt(seeds, reader, given.seed, number))
                     (given.found / f"{name}.txt").write_text(words + "\n")
         print(f"{reader}: {share} inputs, {time.time() - began:.0f} s", flush=True)
-    run = {
-        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-        "command": f"python tests/fuzz.py --inputs {given.inputs} --seed {given.seed}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "seconds": round(time.time() - began),
-        "inputs": total.total(),
-        "kinds found": dict(found),
-    }
-    if given.counts:
-        counts["inputs"] = counts.get("inputs", 0) + total.total()
-        counts.setdefault("runs", []).append(run)
-        given.counts.write_text(json.dumps(counts, indent=1) + "\n")
+        run |= {"seconds": round(time.time() - began), "inputs": total.total(), "kinds found": dict(found)}
+        counts["inputs"] = sum(row["inputs"] for row in counts["readers"].values())
+        if given.counts:
+            given.counts.write_text(json.dumps(counts, indent=1) + "\n")
     print(f"{total.total()} inputs: {total['read']} read, {total['refused']} refused, {total['found']} found something")
     return 1 if found else 0
 

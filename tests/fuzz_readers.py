@@ -42,7 +42,7 @@ from mpp.shards.write import make_shards
 from mpp.weights import own
 from mpp.weights.foreign import FORMATS
 
-FACTS = {"image": (16, 16), "patch": 8, "width": 32, "depth": 2, "heads": 2}
+FACTS = {"image": (8, 8), "patch": 4, "width": 16, "depth": 2, "heads": 2}
 WRITTEN = {format.NAME: format for format in FORMATS if hasattr(format, "write")}
 
 
@@ -51,6 +51,7 @@ class Reader(NamedTuple):
     ways: Sequence[ways.Mutation]
     read: Callable[[Path, bytes], object]  # in a folder of its own; UserError is an answer, and `answers` are
     answers: tuple[type[Exception], ...] = ()
+    share: int = 1  # of all inputs: more of what is read in a moment
 
 
 # Weights
@@ -441,17 +442,17 @@ READERS: dict[str, Reader] = {
     "safetensors": Reader(_safetensors, (ways.safetensors, ways.safetensors, *ways.BLIND), _weights),
     "json beside weights": Reader(_config, (_beside,), _folder),
     **{
-        kind: Reader(partial(_images, kind), (ways.png, *ways.BLIND) if kind == "png" else ways.BLIND, _decoded, (DamagedImage,))
+        kind: Reader(partial(_images, kind), (ways.png, *ways.BLIND) if kind == "png" else ways.BLIND, _decoded, (DamagedImage,), 4)
         for kind in ("jpeg", "png", "webp", "tiff", "other images")
     },
     "tar": Reader(_tars, (TARRED, TARRED, *ways.BLIND), _indexed),
     "index": Reader(_indexes, (ways.safetensors, *ways.BLIND), _of_index),
     "archive": Reader(_archives, (_archive, _archive, *ways.BLIND), _source),
-    "make.json": Reader(_makings, JSON, _made),
+    "make.json": Reader(_makings, JSON, _made, share=2),
     "recipe": Reader(lambda folder: [RECIPE.encode(), LABELS.encode()], (ways.yaml_text, ways.yaml_text, *ways.BLIND), _recipe),
-    "settled, machine, results": Reader(_settled, JSON, _json_beside),
-    "metrics": Reader(_metrics, (ways.json_lines, *ways.BLIND), _measured),
-    "checkpoint": Reader(_states_of_runs, JSON, _checkpoint),
+    "settled, machine, results": Reader(_settled, JSON, _json_beside, share=4),
+    "metrics": Reader(_metrics, (ways.json_lines, *ways.BLIND), _measured, share=4),
+    "checkpoint": Reader(_states_of_runs, JSON, _checkpoint, share=4),
     "server": Reader(lambda folder: ANSWERS, (ways.digits, *ways.BLIND), _answered),
 }  # fmt: skip
 assert Recipe

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpp import budget, jsons
-from mpp.errors import UserError
+from mpp.errors import UserError, cause, shown
 from mpp.files import sync
 
 logger = logging.getLogger("mpp.checkpoint")
@@ -84,15 +84,17 @@ def load(path: Path) -> tuple[int, State]:
         described = budget.json_file(path / "state.json")
         state = {}
         for name, digest in described["sha256"].items():
+            if name != Path(name).name:
+                raise CheckpointError(f"{path}: names a file outside of it: {shown(name)}")
             if _digest(path / name) != digest:
-                raise CheckpointError(f"{path / name}: not as it was written (cut or changed)")
+                raise CheckpointError(f"{path / shown(name)}: not as it was written (cut or changed)")
             tensors = load_file(path / name)  # only maps the file, which training goes on to delete: hence copies
             state[name.removesuffix(".safetensors")] = {key: tensor.clone() for key, tensor in tensors.items()}
         return int(described["step"]), state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
+        raise CheckpointError(f"{path}: not a whole checkpoint ({shown(cause(error))})") from error
 
 
 def load_latest(folder: Path) -> tuple[int, State] | None:

@@ -37,8 +37,7 @@ from fuzz_readers import READERS  # noqa: E402
 
 from mpp.errors import UserError  # noqa: E402
 
-MEMORY = 2**30  # bytes that a worker may grow by over an input; files here are below 1 MiB, and RATIO_FREE is 2**28
-ADDRESSES = 2**32  # bytes of addresses that it may take
+ADDRESSES = 2**33  # bytes of addresses that it may take
 SECONDS = 20  # of CPU; the readers' own limits are of work
 PATIENCE = 60  # seconds without an answer; the machine may be busy with other things
 LIFE = 500  # inputs of one worker
@@ -114,7 +113,7 @@ class Watch:
         finally:
             self.on = False
         self.seen += [f"warning: {one.category.__name__}: {str(one.message)[:200]}" for one in warned]
-        if (grown := self.memory() - before) > MEMORY:
+        if (grown := self.memory() - before) > READERS[reader].memory:
             self.seen.append(f"memory: {grown >> 20} MiB")
         if (took := time.process_time() - began) > SECONDS:
             self.seen.append(f"time: {took:.0f} s of CPU")

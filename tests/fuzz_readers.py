@@ -24,7 +24,7 @@ from safetensors.torch import load
 
 import mpp
 from mpp import checkpoint, log
-from mpp.decode import DamagedImage, decode, image_size
+from mpp.decode import MAX_PIXELS, DamagedImage, decode, image_size
 from mpp.errors import UserError
 from mpp.eval.compare.chains import probed_weights, read_rows
 from mpp.eval.compare.machine import Machine
@@ -52,6 +52,7 @@ class Reader(NamedTuple):
     read: Callable[[Path, bytes], object]  # in a folder of its own; UserError is an answer, and `answers` are
     answers: tuple[type[Exception], ...] = ()
     share: int = 1  # of all inputs: more of what is read in a moment
+    memory: int = 2**30  # bytes that reading may take; files here are below 1 MiB, and budget.RATIO_FREE is 2**28
 
 
 # Weights
@@ -442,7 +443,7 @@ READERS: dict[str, Reader] = {
     "safetensors": Reader(_safetensors, (ways.safetensors, ways.safetensors, *ways.BLIND), _weights),
     "json beside weights": Reader(_config, (_beside,), _folder),
     **{
-        kind: Reader(partial(_images, kind), (ways.png, *ways.BLIND) if kind == "png" else ways.BLIND, _decoded, (DamagedImage,), 4)
+        kind: Reader(partial(_images, kind), (ways.png, *ways.BLIND) if kind == "png" else ways.BLIND, _decoded, (DamagedImage,), 4, 12 * MAX_PIXELS)
         for kind in ("jpeg", "png", "webp", "tiff", "other images")
     },
     "tar": Reader(_tars, (TARRED, TARRED, *ways.BLIND), _indexed),

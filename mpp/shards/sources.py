@@ -67,7 +67,7 @@ def open_source(source: str | Path, out: Path) -> Iterator[Files]:
                 archive = stack.enter_context(budget.zip_archive(path))
             except (budget.Overrun, *READ_ERRORS) as error:
                 raise ShardError(f"{path}: cannot be read: {cause(error)}") from None
-            members = [member for member in archive.infolist() if not member.is_dir()]
+            members = [member for member in archive.infolist() if not member.filename.endswith("/")]
             names = [member.filename.replace("\\", "/") for member in members]
             yield Files(names, lambda i: archive.read(_bounded(members[i], members[i].file_size)))
         elif path.is_file():

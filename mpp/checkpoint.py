@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mpp import jsons
 from mpp.errors import UserError
 from mpp.files import sync
 
@@ -45,7 +46,7 @@ def save(
             path = partial / f"{name}.safetensors"
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
             digests[path.name] = _digest(path)
-        text = json.dumps({"step": step, "sha256": digests}, indent=1)
+        text = jsons.text({"step": step, "sha256": digests}, indent=1)
         (partial / "state.json").write_text(text + "\n", encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             sync(path)

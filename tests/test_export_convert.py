@@ -129,15 +129,6 @@ def test_others_weights_become_ours_and_what_is_no_part_of_them_is_named(tmp_pat
     assert equal(again, given)
 
 
-def test_weights_that_are_not_numbers_come_through(tmp_path):
-    given = tiny()
-    with torch.no_grad():
-        given.norm.weight[3] = torch.nan
-    for to in ("timm", "safetensors", "export"):
-        convert(saved(given, tmp_path), tmp_path / to, to)
-    assert load_encoder(tmp_path / "timm").norm.weight.isnan().sum() == 1
-
-
 # In the other libraries
 
 
@@ -169,6 +160,26 @@ def test_transformers_gives_the_same_numbers(with_head, tmp_path):
     else:
         model = transformers.ViTModel.from_pretrained(tmp_path / "out", add_pooling_layer=False).eval()
         assert near(model(pixels).last_hidden_state[:, 0], given(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_head", [True, False])
+def test_transformers_dinov2_gives_the_same_numbers(with_head, tmp_path):
+    """From an encoder trained here with LayerScale and registers: written, read back, its card followed."""
+    transformers = pytest.importorskip("transformers")
+    pool = "cls_avg" if with_head else "cls"
+    encoder = tiny(image=(32, 32), layer_scale=0.1, registers=2, swiglu=True, pool=pool)
+    given = classifier(encoder) if with_head else encoder
+    written = convert(saved(given, tmp_path), tmp_path / "out", "huggingface")
+    assert written.difference < 1e-6
+    images = pictures(2, 32, 32)
+    kind = "Dinov2WithRegistersForImageClassification" if with_head else "Dinov2WithRegistersModel"
+    model = getattr(transformers, kind).from_pretrained(tmp_path / "out").eval()
+    outputs = model(encoder.normalise(images))
+    assert near(outputs.logits if with_head else outputs.last_hidden_state[:, 0], given(images))
+    assert f"import AutoImageProcessor, {kind}" in (tmp_path / "out/README.md").read_text()
+    back = load_classifier(tmp_path / "out") if with_head else load_encoder(tmp_path / "out")
+    assert equal(back, given)
 
 
 @torch.no_grad()
@@ -339,9 +350,9 @@ def test_facts_on_the_command_line_are_yaml(tmp_path):
     [
         ("heads", "expected KEY=VALUE, found heads"),
         ("=2", "expected KEY=VALUE"),
-        ("haeds=2", "'haeds'.*heads"),
+        ("haeds=2", r"haeds: unknown key\. Did you mean: heads"),
         ("heads=two", "two"),
-        ("gelu=tan", "'tan'.*erf, tanh|'tan'.*\\['erf', 'tanh'\\]"),
+        ("gelu=tan", 'gelu: expected one of erf, tanh, found "tan"'),
         ("heads=${oc.env:HOME}", "heads: expected a plain value"),
         ("heads=[", "command line: "),
         ("image=[1,2,3]", "command line: "),

@@ -204,7 +204,7 @@ def _recipe(name: str, folder: Path, overrides: Sequence[str]) -> Recipe:
     recipe = load_recipe(next((path for path in beside if path.is_file()), name), overrides)
     if recipe.continues is not None:
         raise RecipeError(
-            f"{name}: continues ({recipe.continues}): a comparison trains each seed from its start; give its encoder as "
-            "compare.arms.NAME.weights instead"
+            f"{name}: continues ({recipe.continues}): a comparison trains each seed from its start; give "
+            "its encoder as compare.arms.NAME.weights instead"
         )
     return recipe

@@ -175,7 +175,7 @@ def _csv(made: Sequence[Prediction]) -> str:
     places = range(1, len(made[0].top) + 1)
     names = [f"{kind}_{place}" if place > 1 else kind for place in places for kind in ("class", "score")]
     rows = ([one.key, one.label or "", *(value for pair in one.top for value in pair)] for one in made)
-    return "".join(map(_csv_line, (["key", "label", *names], *rows)))
+    return _csv_line(["key", "label", *names]) + "".join(_csv_line(row) for row in rows)
 
 
 def _csv_line(cells: Sequence[object]) -> str:

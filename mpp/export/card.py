@@ -26,7 +26,7 @@ MOST_CLASSES = 50  # named in a card
 
 def card(given: Given, to: str) -> str:
     """The model card, in Markdown, of weights that were written in the format `to`."""
-    task = "image-feature-extraction" if given.head is None else "image-classification"
+    task = "image-feature-extraction" if given.head is None or given.projects else "image-classification"
     head = [
         "---",
         "# license: not chosen yet; add for instance license: apache-2.0",
@@ -65,7 +65,10 @@ def _model(given: Given) -> Iterator[str]:
     lines = [f"Encoder: {config.describe()}; {count:,} parameters."]
     if isinstance(config, ViTConfig):
         lines.append(_details(config))
-    if given.head is not None:
+    if given.head is not None and given.projects:
+        places = counted(given.head.linear.out_features, "number")
+        lines.append(f"Head: CLIP's projection, {places} in the space of images and texts, not of length 1.")
+    elif given.head is not None:
         hidden = "" if given.head.hidden is None else f", behind {given.head.hidden.out_features} tanh units"
         lines.append(f"Head: linear, {counted(given.head.linear.out_features, 'logit')}{hidden}.")
     else:
@@ -74,7 +77,7 @@ def _model(given: Given) -> Iterator[str]:
     size = f"{config.channels} x {config.image[0]} x {config.image[1]} (channels, height, width)"
     lines.append(f"Input: images of {size}; pixels on [0, 1] minus mean ({mean}), over standard deviation ({std}).")
     yield "\n".join(f"- {line}" for line in lines)
-    if given.classes:
+    if given.classes and not given.projects:
         names = ", ".join(code(name) for name in given.classes[:MOST_CLASSES])
         more = len(given.classes) - MOST_CLASSES
         yield f"Classes, in the order of the logits: {names}{f' and {more} more' if more > 0 else ''}."
@@ -98,6 +101,8 @@ def _details(config: ViTConfig) -> str:
         "normed queries and keys": config.qk_norm,
         "queries, keys and values without bias": not config.qkv_bias,
         "no bias in its other linear layers": not config.bias,
+        "no bias in its stem": not config.stem_bias,
+        "a norm before the blocks": config.pre_norm,
     }
     return "; ".join([*words, *(name for name, there in extra.items() if there)]) + "."
 
@@ -158,7 +163,7 @@ def _images(given: Given) -> str:
 def _outputs(given: Given) -> str:
     if given.head is None:
         return f"outputs = model(images)  # (1, {given.encoder.width}), one vector an image"
-    return f"outputs = model(images)  # (1, {given.head.linear.out_features}), logits"
+    return f"outputs = model(images)  # (1, {given.head.linear.out_features}), {'projected' if given.projects else 'logits'}"
 
 
 def _exported(given: Given) -> str:

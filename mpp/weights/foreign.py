@@ -1,5 +1,6 @@
 """Weights that others published: which format a file has, and from it an encoder, and a head if it holds one."""
 
+import logging
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from types import ModuleType
@@ -13,12 +14,13 @@ from mpp.models.classifier import Head
 from mpp.models.encoder import fill
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
-from mpp.weights import big_vision, capi, dino, google, huggingface, mae, timm
+from mpp.weights import big_vision, capi, clip, dino, google, huggingface, huggingface_clip, mae, timm
 from mpp.weights.files import Source, WeightsError
 from mpp.weights.format import Layout, Part
 
 # The first that recognises a file reads it: those that others' names could be taken for come last.
-FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, capi, mae, dino, timm)
+FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, huggingface_clip, clip, capi, mae, dino, timm)
+logger = logging.getLogger("mpp.weights")
 SHOWN = 6  # names of tensors in an error
 MISFITS = (KeyError, RuntimeError, ValueError, IndexError, TypeError)  # what tensors of another shape cause, or none
 
@@ -79,6 +81,8 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
+    if unsure := [f"{name}={getattr(encoder.config, name)}" for name in layout.guessed if name not in facts]:
+        logger.info("%s: nothing in it tells %s, which are assumed", place, ", ".join(unsure))
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
 

@@ -341,7 +341,7 @@ def test_facts_on_the_command_line_are_yaml(tmp_path):
         ("=2", "expected KEY=VALUE"),
         ("haeds=2", "'haeds'.*heads"),
         ("heads=two", "two"),
-        ("gelu=tan", "'tan'.*erf, tanh|'tan'.*\\['erf', 'tanh'\\]"),
+        ("gelu=tan", "'tan'.*erf, tanh, quick|'tan'.*\\['erf', 'tanh', 'quick'\\]"),
         ("heads=${oc.env:HOME}", "heads: expected a plain value"),
         ("heads=[", "command line: "),
         ("image=[1,2,3]", "command line: "),

@@ -163,7 +163,8 @@ def _images(given: Given) -> str:
 def _outputs(given: Given) -> str:
     if given.head is None:
         return f"outputs = model(images)  # (1, {given.encoder.width}), one vector an image"
-    return f"outputs = model(images)  # (1, {given.head.linear.out_features}), {'projected' if given.projects else 'logits'}"
+    what = "projected" if given.projects else "logits"
+    return f"outputs = model(images)  # (1, {given.head.linear.out_features}), {what}"
 
 
 def _exported(given: Given) -> str:

@@ -245,7 +245,7 @@ def test_names_of_architectures_imply_what_timm_builds(start: str) -> None:
     names = timm.list_models(f"{start}*", exclude_filters=["*rope*"])
     name = min(names, key=lambda name: "_clip_" in name)  # the first, of CLIPs alone where there are no others
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name, num_classes=0)
     source = files.Source(Path("here"), model.state_dict(), {"architecture": f"{name}.tag"})
     config = format.layout(source, {}).config
     block = model.blocks[0]
@@ -257,7 +257,7 @@ def test_names_of_architectures_imply_what_timm_builds(start: str) -> None:
     ("arguments", "facts", "reason"),
     [
         ({}, {}, "no published model has width 32 and depth 2"),
-        ({"pre_norm": True}, HEADS, "norm_pre.weight unexpected"),
+        ({"embed_norm_layer": "layernorm"}, HEADS, "patch_embed.norm.weight unexpected"),
         ({"global_pool": "avg"}, HEADS | {"pool": "cls"}, "fc_norm is of the patches' average"),
         ({}, HEADS | {"pool": "avg_norm"}, "norm is of each token"),
         ({}, HEADS | {"image": (32, 48)}, r"pos_embed has 17 rows, expected 25 or 24 for image=\(32, 48\)"),

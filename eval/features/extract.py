@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from mpp import jsons
 from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
@@ -133,7 +134,7 @@ def key(encoder: Encoder, index: Index, blocks: Sequence[int]) -> str:
         "bfloat16": multiplies_bfloat16(device_of("auto")),
         "blocks": list(blocks),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest = hashlib.sha256(jsons.text(facts, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -193,7 +194,7 @@ def _keep(path: Path, found: dict[str, Tensor]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FileError(f"{path.parent}: cannot be made: {cause(error)}") from None
-        write_atomically(path, save(found, {"mpp": json.dumps({"key": path.stem, "crc32": sums})}))
+        write_atomically(path, save(found, {"mpp": jsons.text({"key": path.stem, "crc32": sums})}))
     except FileError as error:
         logger.warning("features are not kept: %s", error)
 

@@ -1,7 +1,7 @@
 """DINO's and DINOv2's weights (facebookresearch/dino and dinov2; arXiv 2104.14294, 2304.07193; registers 2309.16588).
 
 A published backbone of DINOv2 is known by its mask token, registers, SwiGLU or blocks in chunks; a checkpoint by what
-it holds beside the backbone (student, heads, loss). A published backbone of DINO, the first, is a state dict of timm's
+it holds beside the backbone (heads, loss). A published backbone of DINO, the first, is a state dict of timm's
 to the last tensor: timm's reader takes it, and gives what DINO's code does with `resize="bicubic_offset",
 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)`.
 """
@@ -16,7 +16,8 @@ from mpp.weights.format import Layout, Part, shape_of, sizes_of
 
 NAME = "dino"
 BLOCK = re.compile(r"(blocks\.(?:\d+\.)?(\d{1,9}))\.[a-z]")  # in a chunk, blocks.CHUNK.BLOCK, each keeps its own number
-BESIDE = {"student", "teacher", "dino_loss", "dino_head", "ibot_head"}  # parts of a checkpoint other than the backbone
+# Parts of a checkpoint beside the backbone. Others have students and teachers too: they tell nothing.
+BESIDE = {"dino_loss", "dino_head", "ibot_head", "ibot_patch_loss"}
 HEADS = "dino_head.", "ibot_head."
 
 

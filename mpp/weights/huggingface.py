@@ -6,7 +6,6 @@ Pooler (`pooler.dense`, a tanh layer behind the class token: Google's pre-logits
 aside. So is DINOv2's classifier, which also takes the mean of the patches: ours maps the encoder's vector alone.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from mpp.jsons import encoded
 from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
@@ -207,7 +207,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
 
 
 def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return encoded(values, indent=2, ensure_ascii=False)
 
 
 def _refuse(config: ViTConfig, head: Head | None) -> None:

@@ -4,13 +4,13 @@ The projection to the space of images and texts is the head. Text towers are lef
 CLIPForImageClassification, which takes the average of the patches before the last norm.
 """
 
-import json
 from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from mpp.jsons import encoded
 from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
@@ -169,7 +169,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
 
 
 def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return encoded(values, indent=2, ensure_ascii=False)
 
 
 def _refuse(config: ViTConfig, head: Head | None, classes: tuple[str, ...]) -> None:

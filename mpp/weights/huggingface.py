@@ -3,7 +3,7 @@
 The image towers of CLIP stand in huggingface_clip.py.
 
 Pooler (`pooler.dense`, a tanh layer behind the class token: Google's pre-logits), mask token and decoders are left
-aside. So is DINOv2's classifier, which also takes the mean of the patches: ours maps the encoder's vector alone.
+aside. DINOv2's classifier takes class token and average of the patches, our pool `cls_avg`.
 """
 
 from collections.abc import Mapping
@@ -80,10 +80,12 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     head: dict[str, Part] = {}
     classes: tuple[str, ...] = ()
     rows = [len(tensors[f"classifier.{w}"]) for w in BOTH if f"classifier.{w}" in tensors]
-    if rows and not family.dinov2:
+    if rows and family.dinov2:
+        config = replace(config, pool=facts.get("pool", "cls_avg"))
+    if rows and (config.pool == "cls_avg" or not family.dinov2):
         head, classes = _head(), classes_of(source.config, rows[0])
     known = {f"{names.prefix}pooler.dense.{w}" for w in BOTH} | {f"{names.prefix}embeddings.mask_token"}
-    known |= {f"classifier.{w}" for w in BOTH if family.dinov2}
+    known |= {f"classifier.{w}" for w in BOTH if not head}
     aside = tuple(name for name in tensors if name in known or name.startswith("decoder."))
     return Layout(config, parts(config, names), head, classes, aside)
 

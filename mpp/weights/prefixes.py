@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from mpp.errors import shown
 
-# A tensor that each format of torch and safetensors files holds, the stem's weight where that has a name of its own, and
-# what the format itself may put in front of it, beside which its heads stand.
+# A tensor of each format that torch and safetensors files hold, the stem's weight where that has a name of its own,
+# and what the format itself may put in front of it, beside which its heads stand.
 ANCHORS: dict[str, tuple[str, ...]] = {
     "patch_embed.proj.weight": (),  # timm, MAE, DINO
     "patch_embed.weight": (),  # CAPI

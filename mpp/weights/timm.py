@@ -285,6 +285,7 @@ def _refuse(config: ViTConfig, head: Head | None) -> None:
         f"positions {config.positions}": config.positions in ("relative", "rope", "rope_capi"),
         f"norm_eps {config.norm_eps}": not (config.norm_eps == EPS or of_clip(config)),
         f"stem_bias {config.stem_bias} with pre_norm {config.pre_norm}": config.stem_bias == config.pre_norm,
+        "pool cls_avg": config.pool == "cls_avg",
         "pool map with swiglu": pooled and config.swiglu,
         "pool map with norm rms": pooled and config.norm == "rms",
         "pool map without bias": pooled and not config.bias,

@@ -296,7 +296,7 @@ def test_each_wrong_tensor_is_named(tmp_path: Path) -> None:
     [
         ({"global_pool": "max"}, "global_pool 'max', expected token, avg, map"),
         ({"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True}, "pool_include_prefix"),
-        ({"act_layer": "quick_gelu"}, "act_layer 'quick_gelu'"),
+        ({"act_layer": "relu"}, "act_layer 'relu'"),
         ({"norm_layer": "simplenorm"}, "norm_layer 'simplenorm'"),
         ({"name": "vit_base_patch16_rpn_224"}, "vit_base_patch16_rpn_224 has norms after the branches"),
     ],

@@ -474,7 +474,7 @@ def test_the_command_takes_facts_behind_options(tmp_path):
 
 
 def test_the_command_refuses_in_one_line(runs, tmp_path):
-    for arguments in (["--to", "onnx"], ["--to", "google"]):
+    for arguments in (["--to", "onxn"], ["--to", "google"]):
         found = run("convert", runs / "labels", tmp_path / "out", *arguments)
         assert found.code == 2
         assert found.line

@@ -358,7 +358,7 @@ def test_every_width_of_an_mlp_can_be_written(tmp_path: Path) -> None:
     [
         ({"stem": "overlap"}, "stem overlap"),
         ({"mixer": ("pool", "attention"), "pool": "avg"}, "mixer pool/attention"),
-        ({"positions": "rope", "norm_eps": 1e-5}, "positions rope, norm_eps 1e-05"),
+        ({"positions": "rope", "norm_eps": 1e-4}, "positions rope, norm_eps 0.0001"),
         ({"positions": "relative"}, "positions relative"),
         ({"pool": "map", "swiglu": True}, "pool map with swiglu"),
         ({"pool": "map", "norm": "rms"}, "pool map with norm rms"),

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from mpp.errors import counted
+from mpp.export import onnx
 from mpp.export.markdown import block, code
 from mpp.export.origin import Given, origin, results
 from mpp.models.encoder import Encoder
@@ -20,7 +21,8 @@ from mpp.weights import google, huggingface, timm
 
 WRITERS: dict[str, ModuleType] = {format.NAME: format for format in (timm, huggingface, google)}
 TITLES = {"timm": "timm", "huggingface": "transformers", "google": "vit_jax"}  # of the libraries that load them
-LIBRARIES = TITLES | {"safetensors": "mpp", "export": "torch"}
+LIBRARIES = TITLES | {"safetensors": "mpp", "export": "torch", "onnx": "onnx"}
+GRAPHS = ("export", "onnx")  # which nothing here reads again
 MOST_CLASSES = 50  # named in a card
 
 
@@ -127,7 +129,9 @@ def _usages(given: Given, to: str) -> Iterator[str]:
             yield block(format.usage(given.encoder, given.head), "python") if name == to else _hint(given, to, name)
     yield "### Plain torch"
     yield _exported(given) if to == "export" else _hint(given, to, "export")
-    if to != "export":
+    yield "### onnxruntime"
+    yield block(onnx.usage(given), "python") if to == "onnx" else _hint(given, to, "onnx")
+    if to not in GRAPHS:
         yield "### mpp"
         yield _mpp(given, to)
 
@@ -136,10 +140,10 @@ def _hint(given: Given, to: str, other: str) -> str:
     """How to get the weights for another library, or why there is no way."""
     if other in WRITERS and (reason := refusal(given, other)):
         return f"Not possible: {reason}."
-    source = {"export": "WEIGHTS", "google": "model.npz"}.get(to, ".")
+    source = "WEIGHTS" if to in GRAPHS else "model.npz" if to == "google" else "."
     facts = [f"{name}={str(value).replace(' ', '')}" for name, value in facts_needed(to, given.encoder).items()]
     command = " ".join(["mpp convert", source, "OUT --to", other, *facts]).replace("(", "[").replace(")", "]")
-    made = ", with WEIGHTS what this was made from" if to == "export" else ""
+    made = ", with WEIGHTS what this was made from" if to in GRAPHS else ""
     return f"`{command}` writes them so{made}."
 
 

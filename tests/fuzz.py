@@ -3,9 +3,10 @@
     python tests/fuzz.py --inputs 100000 [--seed 1] [--reader NAME] [--counts tests/fuzz.json] [--found FOLDER]
 
 A spoilt file may be read or refused by a UserError of one line. Found is: any other exception, a line that can't be
-printed, a warning or a print of another library, a file written outside, a connection or a process that is started, memory
-over the limit, CPU time over the limit, the end of the process. Each input follows from seed, reader and number alone; those
-that found something are kept with what it was. Counts are added to a file, whose numbers the next run goes on from.
+printed, a warning or a print of another library, a file written outside, a connection or a process that is started,
+memory over the limit, CPU time over the limit, the end of the process. Each input follows from seed, reader and number
+alone; those that found something are kept with what it was. Counts are added to a file, from whose numbers the next run
+goes on.
 """
 
 import argparse
@@ -71,9 +72,8 @@ class Watch:
     def event(self, name: str, arguments: tuple) -> None:
         if not self.on:
             return
-        if name == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
-            self.change(name, arguments[0])
-        elif name in CHANGES:
+        writes = name == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
+        if writes or name in CHANGES:
             self.change(name, arguments[0])
         elif name in STARTS:
             self.seen.append(f"started: {name}")
@@ -81,11 +81,9 @@ class Watch:
             self.seen.append("connected")
 
     def change(self, name: str, path: object) -> None:
-        if isinstance(path, str | bytes | os.PathLike) and not os.path.abspath(os.fsdecode(path)).startswith(
-            self.folder
-        ):
-            if os.fsdecode(path) != os.devnull:
-                self.seen.append(f"changed outside: {name} {os.fsdecode(path)}")
+        place = os.path.abspath(os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else self.folder
+        if not place.startswith(self.folder) and place != os.devnull:
+            self.seen.append(f"changed outside: {name} {place}")
 
     def memory(self) -> int:
         text = Path("/proc/self/status").read_text()

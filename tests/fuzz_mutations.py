@@ -45,8 +45,8 @@ ODD_TEXTS = (
     "nan", "-1", "1e999", "__class__", "http://127.0.0.1:9/x", "file:///etc/passwd", "pipe:touch x", "null", "vit",
 )  # fmt: skip
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2**31 - 1, 2**63, 2**64, 10**400, -0.5, 1e308, float("inf"), float("nan"), [], {}, [[]],
-    [0], [2**64], {"a": 1}, [None], ["x"], *ODD_TEXTS,
+    None, True, False, 0, 1, -1, 2**31 - 1, 2**63, 2**64, 10**400, -0.5, 1e308, float("inf"), float("nan"), [], {},
+    [[]], [0], [2**64], {"a": 1}, [None], ["x"], *ODD_TEXTS,
 )  # fmt: skip
 
 
@@ -146,7 +146,8 @@ def json_lines(random: Random, data: bytes) -> bytes:
 
 
 YAML_PIECES = (
-    "!!python/object/apply:os.system [touch x]", "&a [*a, *a]", "*a", "[" * 200, "{a: " * 100, "? {}", "- ", "!!binary x",
+    "!!python/object/apply:os.system [touch x]", "&a [*a, *a]", "*a", "[" * 200, "{a: " * 100, "? {}", "- ",
+    "!!binary x",
     "!!bool a", "!!timestamp 9999-99-99", "<<: {}", "${oc.env:HOME}", "1_000", "0o17", "1e999", ".nan", "2**64", "null",
     "'", '"\\x00"', "---", "...", "%YAML 9.9", "\t", "base: ../../../etc/passwd", "#", "|\n  x", str(10**400), "~",
 )  # fmt: skip

@@ -32,7 +32,6 @@ from mpp.export import origin
 from mpp.models.classifier import Classifier, Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
-from mpp.recipe.recipe import Recipe
 from mpp.recipe.settled import imports_of, load_settled
 from mpp.remote.fetch import Retry, fetch
 from mpp.shards.build import index_folder
@@ -154,6 +153,11 @@ def _image(kind: str, mode: str = "RGB", **how) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (13, 17, 4), np.uint8)
     Image.fromarray(pixels[..., :3] if mode != "RGBA" else pixels).convert(mode).save(data := io.BytesIO(), kind, **how)
     return data.getvalue()
+
+
+def _of_images(kind: str) -> Reader:
+    spoil = (ways.png, *ways.BLIND) if kind == "png" else ways.BLIND
+    return Reader(partial(_images, kind), spoil, _decoded, (DamagedImage,), 4, 12 * MAX_PIXELS)
 
 
 def _exif() -> bytes:
@@ -324,6 +328,10 @@ train: {steps: 10, batch: 8}
 """
 
 
+def _recipes(folder: Path) -> Sequence[bytes]:
+    return [RECIPE.encode(), LABELS.encode()]
+
+
 def _recipe(folder: Path, data: bytes) -> None:
     (folder / "base.yaml").write_text("train: {batch: 8}\n")
     (folder / "x.yaml").write_bytes(data)
@@ -442,18 +450,14 @@ READERS: dict[str, Reader] = {
     "torch legacy": Reader(partial(_torch, new=False), (ways.pickled, ways.pickled, *ways.BLIND), _weights),
     "safetensors": Reader(_safetensors, (ways.safetensors, ways.safetensors, *ways.BLIND), _weights),
     "json beside weights": Reader(_config, (_beside,), _folder),
-    **{
-        kind: Reader(partial(_images, kind), (ways.png, *ways.BLIND) if kind == "png" else ways.BLIND, _decoded, (DamagedImage,), 4, 12 * MAX_PIXELS)
-        for kind in ("jpeg", "png", "webp", "tiff", "other images")
-    },
+    **{kind: _of_images(kind) for kind in ("jpeg", "png", "webp", "tiff", "other images")},
     "tar": Reader(_tars, (TARRED, TARRED, *ways.BLIND), _indexed),
     "index": Reader(_indexes, (ways.safetensors, *ways.BLIND), _of_index),
     "archive": Reader(_archives, (_archive, _archive, *ways.BLIND), _source),
     "make.json": Reader(_makings, JSON, _made, share=2),
-    "recipe": Reader(lambda folder: [RECIPE.encode(), LABELS.encode()], (ways.yaml_text, ways.yaml_text, *ways.BLIND), _recipe),
+    "recipe": Reader(_recipes, (ways.yaml_text, ways.yaml_text, *ways.BLIND), _recipe),
     "settled, machine, results": Reader(_settled, JSON, _json_beside, share=4),
     "metrics": Reader(_metrics, (ways.json_lines, *ways.BLIND), _measured, share=4),
     "checkpoint": Reader(_states_of_runs, JSON, _checkpoint, share=4),
     "server": Reader(lambda folder: ANSWERS, (ways.digits, *ways.BLIND), _answered),
 }  # fmt: skip
-assert Recipe

@@ -181,7 +181,8 @@ def test_a_header_longer_than_the_library_reads_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"std": [2**64]}, {"mean": [1e300]}, {"std": [2**62]}, {"width": 10**9}, {"depth": 10**9}, {"image": [2**31, 1]},
+        {"std": [2**64]}, {"mean": [1e300]}, {"std": [2**62]}, {"width": 10**9}, {"depth": 10**9},
+        {"image": [2**31, 1]}, {"name": 3},
         {"channels": 2**40}, {"patch": -1}, {"registers": 10**9}, {"heads": 0}, {"mlp": 2**62}, {"mixer": [[]]},
         {"stages": [10**9] * 9, "stem": "hybrid"}, {"std": []}, {"norm_eps": 1e400}, {"name": ["x"]}, {"name": {}},
     ],

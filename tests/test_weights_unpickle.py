@@ -1,12 +1,12 @@
-"""The machine that reads torch's pickles: it reads what torch reads, and what would take for ever it refuses at once."""
+"""The machine that reads torch's pickles: it reads what torch reads, and refuses at once what would never end."""
 
-import io
 import pickle
 import struct
 import time
 import tracemalloc
 import zipfile
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from test_weights_files import legacy, refused, rewritten, saved
 
 from mpp.weights import unpickle
-from mpp.weights.files import read
+from mpp.weights.files import WeightsError, read
 from mpp.weights.torch_files import from_legacy, from_zip
 
 TYPES = [
@@ -51,7 +51,8 @@ def content() -> dict:
     numbers = torch.arange(24.0)
     kinds = {str(kind): (torch.rand(3, 4) * 9).to(kind) for kind in TYPES}
     views = {
-        "turned": numbers.reshape(4, 6).t(), "part": numbers[5:11], "step": numbers[::5], "one": numbers[3], "same": numbers,
+        "turned": numbers.reshape(4, 6).t(), "part": numbers[5:11], "step": numbers[::5], "one": numbers[3],
+        "same": numbers,
         "repeated": numbers[:3].expand(5, 3), "none": torch.empty(0, 3), "empty": torch.empty(4, 0)[:, :0],
     }  # fmt: skip
     values = [1, -1, 2**40, -(2**70), 1.5, True, None, "ü", "a" * 300, b"bytes", (1, (2,)), [], {}, {1: 2, (1, "a"): 3}]
@@ -83,7 +84,9 @@ def test_parameters_and_tensors_of_other_types_are_their_numbers(write, tmp_path
 
 
 def test_numbers_in_the_other_order_of_bytes_are_turned(tmp_path):
-    numbers = {str(kind): torch.arange(5).to(kind) for kind in (torch.float32, torch.int64, torch.uint8, torch.complex64)}
+    numbers = {
+        str(kind): torch.arange(5).to(kind) for kind in (torch.float32, torch.int64, torch.uint8, torch.complex64)
+    }
     path = saved(tmp_path / "x", numbers)
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -147,13 +150,11 @@ def test_keys_of_the_numbers_of_an_old_file_are_plain(tmp_path):
     """What fuzzing found: texts were made of the keys, which for nested tuples never ends."""
     path = legacy(tmp_path / "x", {"w": torch.ones(2)})
     data = path.read_bytes()
-    keys = pickle.dumps(["0"], 2)
     start = data.rfind(b"\x80\2]q\0")
     assert start > 0
     end = data.index(b".", start) + 1
     path.write_bytes(data[:start] + b"\x80\2](" + NESTED + b"e." + data[end:])
     refused(path, "not whole")
-    assert keys
 
 
 def test_opcodes_are_counted(tmp_path, monkeypatch):
@@ -205,10 +206,8 @@ def test_two_members_of_one_name_are_refused(tmp_path):
 def test_an_archive_with_bytes_in_front_of_it_is_read_or_refused_as_one(tmp_path):
     path = saved(tmp_path / "x", {"w": torch.arange(4.0)})
     path.write_bytes(b"PK\3\4" + bytes(26) + path.read_bytes())
-    try:
+    with suppress(WeightsError):
         assert read(path).tensors["w"].tolist() == [0, 1, 2, 3]
-    except ValueError as error:
-        assert "\n" not in str(error)
 
 
 def test_it_never_calls_what_is_not_in_its_table():
@@ -216,4 +215,3 @@ def test_it_never_calls_what_is_not_in_its_table():
     for named in (unpickle.Name("torch.float32"), unpickle.Name("torch.Tensor"), print, "print", None):
         with pytest.raises(pickle.UnpicklingError, match="nothing in it was run"):
             machine.called(named, ())
-    assert io

@@ -24,6 +24,7 @@ class LabelsConfig(ObjectiveConfig):
     hidden: bool = False  # a tanh layer before the last: the paper's head for pretraining
 
     results = ("encoder", "classifier")
+    adjustable = ("smoothing", "mixup", "cutmix", "balance", "weights")
     metrics: ClassVar = {"accuracy": Metric("Accuracy", share=True), "top5": Metric("Top-5 accuracy", share=True)}
 
     def __post_init__(self) -> None:

@@ -67,6 +67,14 @@ def opened(path: str | Path) -> io.BufferedReader:
     return open(descriptor, "rb")
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a regular file; names that can be none, as too long ones, are of none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def content(path: str | Path, most: int) -> bytes:
     """The bytes of a regular file; Overrun for more than `most`."""
     with opened(path) as file:

@@ -1,6 +1,7 @@
 """Weights to convert, and for their card where they come from and what was measured of them, in Markdown."""
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -151,4 +152,4 @@ def _parsed(text: str) -> Any:
 
 
 def _number(value: object) -> bool:
-    return type(value) in (int, float)
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max

@@ -31,7 +31,7 @@ def bundled() -> dict[str, Path]:
 
 def find(path: str | Path) -> Path:
     """The file of a recipe given by its path or by the name of a bundled one."""
-    if Path(path).is_file():
+    if budget.is_file(path):
         return Path(path).resolve()
     files, name = bundled(), str(path).removesuffix(".yaml")
     if name not in files:
@@ -61,7 +61,7 @@ def read_chain(file: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     base = values.pop("base", None)
     if base is None:
         return [Layer(label, values)]
-    if not isinstance(base, str) or not (file.parent / base).is_file():
+    if not isinstance(base, str) or not budget.is_file(file.parent / base):
         raise RecipeError(f"{label}: base: expected a file beside this one, found {quoted(base)}")
     return [*read_chain((file.parent / base).resolve(), chain), Layer(label, values)]
 

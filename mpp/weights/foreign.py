@@ -98,8 +98,26 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
     for module, parts in ((encoder, layout.encoder), (head, layout.head)):
         _refuse_not_finite(place, module, parts, source)
+    _say_guesses(place, layout, encoder, facts)
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
+
+
+WHY = {"heads": "as the published model of this width and depth", "image": "its positions as a square grid"}
+
+
+def _say_guesses(place: str, layout: Layout, encoder: ViT, facts: dict[str, Any]) -> None:
+    """Warns of all that neither the file nor the user told, with what was taken for it."""
+    guesses = [name for name in layout.guessed if name not in facts]
+    if not guesses:
+        return
+    taken = []
+    for name in guesses:
+        value = str(getattr(encoder.config, name)).replace(" ", "")
+        taken.append(f"{name}={value} ({WHY.get(name, 'usual in this format')})")
+    way = "on the command line, first `mpp convert WEIGHTS OUT --to safetensors NAME=VALUE`"
+    told = f"the file does not tell {', '.join(guesses)}; guessed: {', '.join(taken)}"
+    logger.warning("%s: %s; give what is otherwise as NAME=VALUE (%s)", place, told, way)
 
 
 def _refuse_not_finite(place: str, module: ViT | Head | None, parts: dict[str, Part], source: Source) -> None:

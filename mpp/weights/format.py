@@ -33,6 +33,7 @@ class Layout:
     head: dict[str, Part] = field(default_factory=dict)  # of Head: linear.*, hidden.*; none where the file has no head
     classes: tuple[str, ...] = ()  # names of the head's classes
     aside: tuple[str, ...] = ()  # tensors of the file that belong to something else, such as a decoder
+    guessed: tuple[str, ...] = ()  # fields of the config that nothing in the file tells, and on which models differ
 
 
 def shape_of(source: Source, name: str, axes: int) -> tuple[int, ...]:
@@ -89,11 +90,11 @@ HEADS = {
 
 
 def heads_of(width: int, depth: int, facts: dict[str, Any]) -> int:
-    """Attention heads, which tensors don't show: from `facts`, or of the published model of that size."""
+    """Attention heads, which tensors don't show: from `facts`, or, a guess, of the published model of that size."""
     if "heads" in facts:
         return facts["heads"]
     if (width, depth) not in HEADS:
-        found = f"no published model has width {width} and depth {depth}"
+        found = f"the file does not tell its heads, and none are known here for width {width} and depth {depth}"
         way = "mpp convert WEIGHTS OUT --to safetensors heads=N"
         raise ValueError(f"{found}; say how many heads: heads=N (on the command line, first `{way}`)")
     return HEADS[width, depth]

@@ -162,7 +162,13 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     head = _pairs("linear", "head") if tensors.keys() & {"head.weight", "head.bias"} else {}
     aside = () if pool == "map" else tuple(name for name in tensors if name.startswith("attn_pool."))
     classes = told.classes(shape_of(source, "head.weight", 2)[0]) if "head.weight" in tensors else ()
-    return Layout(config, parts(config, placed, split), head, classes, aside)
+    guessed = [name for name in ("mean", "std") if not told.pretrained.get(name)]
+    if not told.images():
+        guessed.append("image")
+    if not told.name:
+        guessed += ["heads", "norm_eps", "resize"] + ["gelu"] * (not swiglu)
+        guessed += ["pool"] * (class_token and not tensors.keys() & {"fc_norm.weight", "attn_pool.latent"})
+    return Layout(config, parts(config, placed, split), head, classes, aside, tuple(guessed))
 
 
 def _pool(tensors: dict[str, Tensor], told: Told, facts: dict[str, Any], prefix: int) -> str:

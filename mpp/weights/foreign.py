@@ -16,7 +16,7 @@ from mpp.models.classifier import Head
 from mpp.models.encoder import fill
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
-from mpp.weights import big_vision, capi, dino, files, google, huggingface, mae, timm
+from mpp.weights import big_vision, capi, dino, files, google, huggingface, mae, timm, unread
 from mpp.weights.files import Source, WeightsError
 from mpp.weights.format import Layout, Part
 
@@ -54,8 +54,20 @@ def read(path: Path, facts: dict[str, Any]) -> Foreign:
 def load(source: Source, facts: dict[str, Any]) -> Foreign:
     """Builds what a file holds; `facts` are fields of ViTConfig that it cannot tell.
 
-    Raises WeightsError if the format is not known, or if anything is missing, unexpected or of another shape.
+    Raises WeightsError if the format is not known, or if anything is missing, unexpected or of another shape; of a kind
+    of model that is not read it names the kind.
     """
+    facts = _checked(source, facts)
+    try:
+        return _load(source, facts)
+    except WeightsError as error:
+        if what := unread.named(source):
+            raise WeightsError(f"{shown(source.path)}: {what}") from error
+        raise
+
+
+def _checked(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ViTConfig, each of its type."""
     names = {field.name for field in fields(ViTConfig)} - {"name"}
     for name in facts.keys() - names:
         near = get_close_matches(name, names) or sorted(names)
@@ -69,8 +81,14 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         ViTConfig.check_types(facts)
     except ValueError as error:
         raise WeightsError(f"{shown(source.path)}: {error}") from error
+    return facts
+
+
+def _load(source: Source, facts: dict[str, Any]) -> Foreign:
     format = next((format for format in FORMATS if format.recognises(source)), None)
     if format is None:
+        if what := unread.model_type(source):
+            raise WeightsError(f"{shown(source.path)}: {what}")
         some = ", ".join(map(shown, list(source.tensors)[:SHOWN]))
         known = ", ".join(known.NAME for known in FORMATS)
         raise WeightsError(f"{shown(source.path)}: none of the formats {known}; its tensors: {some}, ...")

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from mpp.errors import cause
 from mpp.recipe.check import RecipeError, leaves, near, quoted
 
 BUNDLED = Path(str(resources.files("mpp.recipes"))).resolve()
@@ -80,7 +81,9 @@ def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
     """What is read, as plain values. Nothing is resolved and no tag is obeyed."""
     try:
         values = OmegaConf.to_container(read())
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError, *ODD_YAML) as error:
+    except OSError as error:
+        raise RecipeError(f"{source}: cannot be read: {cause(error)}") from error
+    except (YAMLError, OmegaConfBaseException, ValueError, *ODD_YAML) as error:
         problem = " ".join(re.sub(r'in "[^"]*",', "at", str(error)).split())
         raise RecipeError(f"{source}: expected keys with values in YAML, found an error: {problem}") from error
     if not isinstance(values, dict):

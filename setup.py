@@ -19,7 +19,6 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "einops>=0.8",
-        "omegaconf>=2.4",
         "pyyaml>=6",
         "safetensors>=0.5",
         "fsspec>=2024.12",
@@ -34,6 +33,7 @@ setup(
     ],
     extras_require={
         "remote": ["fsspec[http]>=2024.12", "s3fs>=2024.12"],
+        "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "test": [
             "pytest>=8",
             "ruff>=0.12",
@@ -45,6 +45,9 @@ setup(
             "fsspec[http]>=2024.12",
             "s3fs>=2024.12",
             "moto[server]>=5",
+            "onnx>=1.23",
+            "onnxscript>=0.7",
+            "onnxruntime>=1.32",
         ],
         "bench": ["timm>=1.0", "vit-pytorch>=1.11", "webdataset>=1.0"],
     },

@@ -40,6 +40,6 @@ def shown(name: object) -> str:
     return str(name) if str(name).isprintable() else ascii(str(name))
 
 
-def counted(number: int, thing: str) -> str:
-    """1 shard, 2 shards."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, thing: str, things: str = "") -> str:
+    """1 shard, 2 shards. things: where several have a name of their own, 2 classes."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"

@@ -37,7 +37,7 @@ LINES = 13  # of metrics that the killed run has written at least: 10 steps, the
 TRIES = 10  # to kill a run between its checkpoint and its end
 PRECISIONS = ("float32", "bfloat16")
 MEASURED = ("images/s", "waiting", "memory")  # of time and memory: no two runs agree
-HEAVY = ("torch", "torchvision", "torch.utils.tensorboard", "sklearn.datasets", "omegaconf", "cv2")
+HEAVY = ("torch", "torchvision", "torch.utils.tensorboard", "sklearn.datasets", "cv2")
 WEIGHTS = ("encoder.safetensors", "classifier.safetensors")
 
 COMMON = """\
@@ -67,7 +67,7 @@ base: common.yaml
 model: {patch: 4, width: 48, depth: 2, heads: 3, stem: conv, positions: learned2d, pool: avg, drop_path: 0.1}
 """
 LABELS = """\
-objective: {name: labels, mixup: 0.4, cutmix: 0.5, smoothing: 0.1, balance: true}
+objective: {name: labels, mixup: 0.4, cutmix: 0.5, smoothing: 0.1}
 train: {batch: 64, micro_batch: 32, lr: 1e-2, weight_decay: 0.05, layer_decay: 0.75, clip: 0.8}
 """
 COLOUR_GRID = """\

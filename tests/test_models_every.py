@@ -30,8 +30,8 @@ def config_of(stem: str, mixer: str, positions: str, pool: str, **changes) -> Vi
 
 def refusal(mixer: str, positions: str, pool: str) -> str | None:
     """What must not be, by the names of those that don't go together."""
-    if "attention" not in mixer and pool == "cls":
-        return f"model.pool cls needs attention in some block; mixer {mixer} passes it nothing"
+    if "attention" not in mixer and pool in ("cls", "cls_avg"):
+        return f"model.pool {pool} needs attention in some block; mixer {mixer} passes it nothing"
     if "attention" not in mixer and positions in IN_ATTENTION:
         return f"model.positions {positions} work inside attention, and model.mixer is {mixer}"
     return None
@@ -45,10 +45,13 @@ BY_TABLE = [  # each value of each table once
     *(("linear", "attention", "learned", pool) for pool in POOLS),
 ]
 
+CLIPS = {"pre_norm": True, "stem_bias": False, "gelu": "quick"}
+CHOSEN = [choice for choice in ALLOWED[::11] if choice not in BY_TABLE]
+
 
 def test_most_choices_are_allowed():
-    assert len(CHOICES) == 4 * 6 * 9 * 4
-    assert len(ALLOWED) == 4 * (2 * 9 * 4 + 4 * 6 * 3)
+    assert len(CHOICES) == 4 * 6 * 9 * 5
+    assert len(ALLOWED) == 4 * (2 * 9 * 5 + 4 * 6 * 3)
 
 
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if refusal(*choice[1:])], ids="-".join)
@@ -62,7 +65,7 @@ def test_every_choice_runs_whole_masked_and_with_dropped_patches(choice):
     encoder = shaken(ViT(config_of(*choice)))
     images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
     vectors = encoder(images)
-    assert vectors.shape == (2, 32)
+    assert vectors.shape == (2, 64 if choice[-1] == "cls_avg" else 32)
     vectors.square().mean().backward()
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, f"{name} has no part in the output"
@@ -110,7 +113,7 @@ def test_other_grids_are_taken_or_refused_by_name(choice):
         with pytest.raises(ValueError, match="model.mixer mlp has weights for a grid of 2x3 patches only"):
             encoder(images)
         return
-    assert encoder(images).shape == (2, 32)
+    assert encoder(images).shape == (2, encoder.width)
     resized = encoder.resized(image=(32, 16))
     torch.testing.assert_close(resized(images), encoder(images), atol=1e-5, rtol=1e-5)
 
@@ -123,6 +126,28 @@ def test_bfloat16_is_near_float32(choice):
     found = encoder.bfloat16()(images)
     assert found.dtype == torch.bfloat16
     assert (found - exact).abs().max() < 0.08 * exact.abs().max()
+
+
+@pytest.mark.parametrize("choice", [*BY_TABLE, *CHOSEN], ids="-".join)
+def test_a_norm_before_the_blocks_and_a_stem_without_bias_go_with_each(choice):
+    encoder = shaken(ViT(config_of(*choice, **CLIPS)))
+    assert encoder.stem.project.bias is None
+    images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    encoder(images).square().mean().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), f"{name} does not matter to the output"
+    loss, _ = MaskedPatchPrediction(encoder)(Batch(images))
+    loss.backward()
+    assert loss.isfinite()
+    # It norms what goes into the blocks, tokens and positions: scaled by one factor they give the same.
+    encoder.norm_pre.eps = 0.0
+    tokens, before = encoder.embed(images), encoder.state_dict()
+    scaled = {name: 3 * value for name, value in before.items() if name in ("class_token", "positions.table")}
+    if encoder.config.positions == "learned":
+        expected = encoder.encode(tokens)
+        encoder.load_state_dict(before | scaled)
+        torch.testing.assert_close(encoder.encode(3 * tokens), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("choice", BY_TABLE, ids="-".join)

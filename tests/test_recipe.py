@@ -323,7 +323,7 @@ REFUSED = {
     "model: {width: null}": "r.yaml: model.width: expected a whole number, found null",
     "model: {image: [8]}": "r.yaml: model.image: expected [a whole number, a whole number], found [8]",
     "model: {mean: 0.5}": "r.yaml: model.mean: expected [a number, ...], found 0.5",
-    "model: {pool: max}": 'r.yaml: model.pool: expected one of cls, avg, avg_norm, map, found "max"',
+    "model: {pool: max}": 'r.yaml: model.pool: expected one of cls, avg, avg_norm, cls_avg, map, found "max"',
     "model: 3": "r.yaml: model: expected a section of keys, found 3",
     "model:": "r.yaml: model: expected a section of keys, found null",
     "data: {path: 3}": "r.yaml: data.path: expected text, found 3",

@@ -81,7 +81,7 @@ def kept_blocks(encoder: Encoder, images: int) -> list[int]:
     if not isinstance(encoder, ViT):
         return []
     depth = encoder.config.depth
-    bytes_of_all = 2 * images * depth * (1 + encoder.config.has_class_token) * encoder.width
+    bytes_of_all = 2 * images * depth * (1 + encoder.config.has_class_token) * encoder.config.width
     return list(range(1 if depth <= SHALLOW and bytes_of_all <= MOST else max(1, depth - LAST + 1), depth + 1))
 
 
@@ -153,7 +153,7 @@ def vectors(encoder: Encoder, images: Tensor, blocks: Sequence[int]) -> dict[str
     for block, tokens in zip(blocks, outputs, strict=True):
         if block == encoder.config.depth:
             tokens = encoder.finish(tokens)
-            if encoder.config.pool in ("avg_norm", "map"):
+            if encoder.config.pool in ("avg_norm", "cls_avg", "map"):
                 found["output"] = encoder.pool(tokens).float()
         if encoder.config.has_class_token:
             found[f"class {block}"] = tokens[:, 0].float()

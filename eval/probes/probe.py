@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from mpp.data.subset import lacking
 from mpp.errors import UserError, cause, shown
 from mpp.extend import resolve
 from mpp.files import FileError, cache_folder, write_atomically
@@ -18,6 +18,7 @@ from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import load_settled
 from mpp.run.start import at_start
+from mpp.shards.classes import lacking, listed, translation
 from mpp.shards.index import read_index
 from mpp.weights import load_encoder
 
@@ -135,13 +136,14 @@ def _task(
     if numbers is not None:
         usable = np.intersect1d(usable, numbers)
     if missing := lacking(index.select(usable), indexes[test]):
-        names = ", ".join(map(shown, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise ProbeError(
-            f"{shards}: split {test} has images of {names}, of which there is no training image in {train}"
+            f"{shards}: split {test} has images of {listed(missing)}, of which there is no training image in {train}"
         )
     blocks = kept_blocks(encoder, len(index))
     fitted, scored = (extract(encoder, shards, split, blocks=blocks, cache=cache) for split in (train, test))
     fitted = fitted if numbers is None else fitted.choose(numbers)
+    numbered = torch.from_numpy(translation(scored.classes, fitted.classes))  # as the training images' labels are
+    scored = replace(scored, labels=numbered[scored.labels], classes=fitted.classes)
     return Task(fitted, scored, encoder, shards, train, test, settings)
 
 

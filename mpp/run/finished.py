@@ -1,11 +1,11 @@
 """The end of a run whose checkpoints are not kept: finished.json says what it left in their place."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from mpp import budget, jsons
 from mpp.errors import cause
 from mpp.files import write_atomically
 from mpp.recipe.settled import NOT_OURS, RunError
@@ -17,7 +17,7 @@ FORMAT = 1
 def drop_state(out: Path, results: Collection[str]) -> None:
     """Deletes the checkpoints of a run whose results, files of its folder, are on the disk."""
     facts = {"format": FORMAT, "sha256": {name: _digest(out / name) for name in results}}
-    write_atomically(out / FILE, (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(out / FILE, jsons.encoded(facts, indent=1))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
@@ -27,7 +27,7 @@ def is_finished(out: Path) -> bool:
     if not path.exists():
         return False
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = budget.json_file(path)
         if facts["format"] != FORMAT:
             raise RunError(f"{path}: has format {facts['format']}, this version of mpp reads {FORMAT}")
         digests = {str(name): str(digest) for name, digest in facts["sha256"].items()}

@@ -4,7 +4,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mpp.errors import counted, shown
 from mpp.shards.index import NO_INDEX, SUFFIX, UNFINISHED, Index, loaded, no_index, splits, write_index
 from mpp.shards.labels import Classes, classes_of, is_pattern, labeller
 from mpp.shards.tar import Sample, Scan, ShardError, scan_shard
+from mpp.workers import workers
 
 
 def index_folder(
@@ -73,7 +73,7 @@ def _old(folder: Path, split: str) -> Index | None:
 def scan_shards(paths: Sequence[Path], labels: str, progress: bool = True) -> list[Scan]:
     """Scans tars side by side."""
     scan = partial(scan_shard, label=labeller(labels))
-    with ThreadPoolExecutor() as pool:
+    with workers() as pool:
         return list(tqdm(pool.map(scan, paths), "index", len(paths), unit="shard", disable=not progress))
 
 

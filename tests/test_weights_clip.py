@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import openai_clip
 import pytest
 import torch
-from conftest import shaken, tiny_config
+from conftest import picture_folder, shaken, tiny_config
 from safetensors.torch import load_file, save_file
+from tiny_runs import LABELS, run, small_splits, write_recipe
 from torch import Tensor, nn
 
 import mpp
@@ -340,6 +342,30 @@ def test_torchscript_is_refused_with_a_way_that_works(tmp_path):
         assert "\n" not in line
         exec(line.split("`")[1].replace("FILE", repr(str(path))).replace("weights.pth", str(tmp_path / "weights.pth")))
     assert_openais(tmp_path / "weights.pth", tensors)
+
+
+# In commands
+
+
+def test_a_recipe_takes_the_settings_that_the_refusal_names(towers, tmp_path):
+    recipe = write_recipe(tmp_path, small_splits(tmp_path), LABELS)
+    size = ("model.image=32", "model.patch=8")
+    refused = run("finetune", recipe, "--from", towers, f"out={tmp_path / 'run'}", *size)
+    assert refused.code == 2
+    line = refused.err.strip().splitlines()[-1]
+    named = re.findall(r"(\w+) (\([^)]*\)|\S+) there, ", line)
+    assert {name for name, _ in named} >= {"pre_norm", "stem_bias", "gelu", "norm_eps", "mean", "std"}
+    settings = [f"model.{name}={value.replace('(', '[').replace(')', ']').replace(' ', '')}" for name, value in named]
+    assert run("finetune", recipe, "--from", towers, f"out={tmp_path / 'run'}", *size, *settings).code == 0
+    assert load_classifier(tmp_path / "run").encoder.config.pre_norm
+
+
+def test_predictions_of_a_projection_are_refused(towers, tmp_path):
+    picture_folder(tmp_path / "photos", 2)
+    found = run("predict", towers, tmp_path / "photos")
+    assert found.code == 2
+    assert "its head is CLIP's projection, which tells no classes apart; `mpp embed" in found.err
+    assert run("embed", towers, tmp_path / "photos", tmp_path / "vectors.npz").code == 0
 
 
 # Out again

@@ -42,6 +42,11 @@ def shown(name: object) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def printable(text: object) -> str:
+    """What a terminal shows as it stands: lines, with all characters that would steer it or turn its text escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def counted(number: int, thing: str, things: str = "") -> str:
     """1 shard, 2 shards. things: where several have a name of their own, 2 classes."""
     return f"{number} {thing if number == 1 else things or thing + 's'}"

@@ -39,7 +39,7 @@ def embed(
         raise EmbedError(f"{out}: its folder does not exist")
     encoder = load_encoder(weights)
     features, keys, labels = [], [], []
-    with open_images(data, encoder.config, split) as images:
+    with open_images(data, encoder, split) as images:
         for vectors, numbers, names in outputs(encoder, images, "features"):
             features.append(vectors)
             keys += names

@@ -32,6 +32,6 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
     out = run(recipe, once)
     if recipe.data.val is None:
         return out, None
-    scores = score_split(load_classifier(out), recipe.data.path, recipe.data.val, augment=recipe.data.augment)
+    scores = score_split(load_classifier(out), recipe.data.path, recipe.data.val)
     write_atomically(out / "scores.json", json.dumps(scores.to_json()).encode())
     return out, scores

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpp.augment.config import AugmentConfig
 from mpp.errors import UserError, shown
 from mpp.files import write_atomically
 from mpp.models.classifier import Classifier
@@ -67,7 +66,7 @@ def predict(
         if path is not None and not path.absolute().parent.is_dir():
             raise PredictError(f"{path}: its folder does not exist")
     classifier = load_classifier(weights)
-    with open_images(data, classifier.encoder.config, split) as images:
+    with open_images(data, classifier.encoder, split) as images:
         numbers = label_numbers(images, classifier.classes)
         labelled = bool((numbers[images.labels] >= 0).any())
         if scores_out is not None and not labelled:
@@ -100,14 +99,12 @@ def _scored(
     return found
 
 
-def logits_of(
-    classifier: Classifier, shards: str | Path, split: str, *, augment: AugmentConfig | None = None
-) -> tuple[Tensor, Tensor]:
+def logits_of(classifier: Classifier, shards: str | Path, split: str) -> tuple[Tensor, Tensor]:
     """Logits float32 (n, classes) and labels (n,), as the classifier numbers them, of all good images of a split.
 
     Images are centred and in the shards' order; those without a label have -1.
     """
-    with open_images(shards, classifier.encoder.config, split, augment) as images:
+    with open_images(shards, classifier.encoder, split) as images:
         numbers = label_numbers(images, classifier.classes)
         found = [
             (logits, _renumbered(labels, numbers, len(keys)))
@@ -117,11 +114,9 @@ def logits_of(
     return logits, labels
 
 
-def score_split(
-    classifier: Classifier, shards: str | Path, split: str, *, augment: AugmentConfig | None = None
-) -> Scores:
+def score_split(classifier: Classifier, shards: str | Path, split: str) -> Scores:
     """Scores a classifier on the images of a split that have labels."""
-    logits, labels = logits_of(classifier, shards, split, augment=augment)
+    logits, labels = logits_of(classifier, shards, split)
     if not (labels >= 0).any():
         raise PredictError(f"{shards}: split {split} holds no image with a label; scores need some")
     return scores(logits, labels)

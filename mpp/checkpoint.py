@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mpp import jsons
 from mpp.errors import UserError
 from mpp.files import sync
 
@@ -28,8 +30,13 @@ class CheckpointError(UserError):
     """A checkpoint can't be written, or does not fit."""
 
 
-def save(folder: Path, step: int, state: State, metadata: dict[str, str], keep: int) -> Path:
-    """Writes a checkpoint below `folder`, then deletes all but the last `keep`; CheckpointError on a full disk."""
+def save(
+    folder: Path, step: int, state: State, metadata: dict[str, str], keep: int, kept: Collection[int] = ()
+) -> Path:
+    """Writes a checkpoint below `folder`, then deletes all but the last `keep`; CheckpointError on a full disk.
+
+    kept: steps whose checkpoints are never deleted.
+    """
     final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -39,7 +46,7 @@ def save(folder: Path, step: int, state: State, metadata: dict[str, str], keep: 
             path = partial / f"{name}.safetensors"
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
             digests[path.name] = _digest(path)
-        text = json.dumps({"step": step, "sha256": digests}, indent=1)
+        text = jsons.text({"step": step, "sha256": digests}, indent=1)
         (partial / "state.json").write_text(text + "\n", encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             sync(path)
@@ -50,16 +57,17 @@ def save(folder: Path, step: int, state: State, metadata: dict[str, str], keep: 
         shutil.rmtree(partial, ignore_errors=True)
         needed = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values()) >> 20
         raise CheckpointError(f"{final}: could not be saved ({error}); it needs {needed} MiB of disk") from error
-    _clear(folder, step, keep)
+    _clear(folder, step, keep, kept)
     return final
 
 
-def _clear(folder: Path, newest: int, keep: int) -> None:
+def _clear(folder: Path, newest: int, keep: int, kept: Collection[int]) -> None:
     """Deletes what is older than the last `keep`, what is later than the newest (it was found damaged and gone back
     from), and what killed saves left."""
     found = steps(folder)
     late = [step for step in found if step > newest]
-    for step in [step for step in found if step <= newest][:-keep] + late:
+    passing = [step for step in found if step <= newest and step not in kept]
+    for step in passing[:-keep] + late:
         shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
     for partial in folder.glob(".partial-*"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,8 @@
 """What a run tells: a progress bar, metrics.jsonl, TensorBoard, and pictures."""
 
 import functools
-import json
+import logging
+import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,13 @@ from tqdm import tqdm
 
 from mpp.errors import cause
 from mpp.files import FileError, write_atomically
+from mpp.jsons import encoded, read_lines
 
 PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
 LABEL_WIDTH = 64  # pixels
 GAP = 2  # pixels between images of a grid
+
+logger = logging.getLogger("mpp.log")
 
 
 @functools.cache
@@ -46,6 +50,7 @@ class Log:
     def __init__(self, out: Path, start: int, steps: int, tensorboard: bool, beside_bar: Sequence[str] = ()) -> None:
         """beside_bar: names of the scalars that stand beside the progress bar."""
         self.out, self._beside_bar = out, beside_bar
+        self._left_out: set[str] = set()  # scalars that were not finite
         _hush_tensorboard()
         with self._writing():
             out.mkdir(parents=True, exist_ok=True)
@@ -72,9 +77,14 @@ class Log:
         self._bar.update()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard and beside the bar."""
+        """One line of metrics.jsonl, and the same to TensorBoard and beside the bar; of finite values alone."""
+        for name, value in values.items():
+            if not math.isfinite(value) and name not in self._left_out:
+                self._left_out.add(name)
+                logger.warning("%s: step %d: %s is %g; left out where it is not finite", self.out, step, name, value)
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         with self._writing():
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.write(encoded({"step": step, **values}).decode())
             self._metrics.flush()
             if self._board:
                 for name, value in values.items():
@@ -129,11 +139,5 @@ def _forget_after(metrics: Path, step: int) -> None:
     """Drops the lines of later steps, and a line that was cut, from metrics.jsonl."""
     if not metrics.exists():
         return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, LookupError, TypeError):
-            continue
-    write_atomically(metrics, "".join(kept).encode())
+    rows = [row for row in read_lines(metrics) if isinstance(row.get("step"), int) and row["step"] <= step]
+    write_atomically(metrics, b"".join(map(encoded, rows)))

@@ -18,6 +18,7 @@ from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
 from mpp.execution import Once
 from mpp.files import claimed, write_atomically
+from mpp.jsons import encoded, read_lines
 from mpp.loop import steps_of
 from mpp.models.encoder import Encoder
 from mpp.recipe import Recipe
@@ -143,8 +144,8 @@ class Chains:
             return None
         tried = []
         for lr in self.config.lrs:
-            lines = (self._trial(arm, fraction, lr) / "metrics.jsonl").read_text().splitlines()
-            accuracy = next(row["val/accuracy"] for row in map(json.loads, reversed(lines)) if "val/accuracy" in row)
+            rows = read_lines(self._trial(arm, fraction, lr) / "metrics.jsonl")
+            accuracy = next(row["val/accuracy"] for row in reversed(rows) if "val/accuracy" in row)
             tried.append({"lr": lr, "accuracy": accuracy})
         best = max(tried, key=lambda trial: trial["accuracy"])
         return {"arm": arm, "fraction": fraction, "lr": best["lr"], "tried": tried}
@@ -238,7 +239,7 @@ class Chains:
                     rows.append({**place, "value": row.value, "detail": row.detail})
             shutil.rmtree(out / "features", ignore_errors=True)
             results = {"format": FORMAT, "weights": weights, "asked": [*done, *missing], "rows": rows}
-            write_atomically(out / ROWS, json.dumps(results).encode())
+            write_atomically(out / ROWS, encoded(results))
 
 
 def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:

@@ -16,6 +16,7 @@ import torch
 
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
+from mpp.jsons import read_lines
 from mpp.loop import steps_of
 from mpp.models.encoders import build_encoder
 from mpp.plan import cost
@@ -30,7 +31,7 @@ from .arms import FINETUNE, Comparison
 from .chains import Asked, Chains, Job, read_rows
 from .summary import Figure, conclusions, summarise
 
-PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn", "omegaconf")
+PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn")
 
 
 def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], command: str) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def _recipes(done: Sequence[Job]) -> dict[str, str]:
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(folder / "metrics.jsonl")
 
 
 def _data(comparison: Comparison) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mpp.errors import UserError, cause
 from mpp.files import locked, write_atomically
+from mpp.jsons import encoded
 
 FORMAT = 1
 # What a choice may be, by the first word of its name.
@@ -39,7 +40,7 @@ class Machine:
             choices = self.known()
             if what not in choices:
                 choices[what] = choose()
-                write_atomically(self.path, json.dumps({"format": FORMAT, "choices": choices}, indent=1).encode())
+                write_atomically(self.path, encoded({"format": FORMAT, "choices": choices}, indent=1))
             return choices[what]
 
     def known(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from mpp.data.config import PrepareName, ShuffleName
 from mpp.errors import UserError, cause
 from mpp.files import write_atomically
+from mpp.jsons import encoded
 from mpp.recipe.check import tupled
 from mpp.recipe.recipe import Recipe
 from mpp.train_config import Execution
@@ -51,6 +52,12 @@ class Settled:
         if not all(isinstance(found, dict) for found in (self.objective, self.imports)):
             raise ValueError("objective or imports: expected keys with values")
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes by which labels were numbered; none where the objective has none."""
+        names = self.objective.get("classes", ())
+        return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+
     def fill(self, recipe: Recipe) -> Recipe:
         """A recipe in plain values: what it left open is as settled here."""
         settings: dict[str, Any] = {key: tupled(value) for key, value in self.objective.items()}
@@ -65,7 +72,7 @@ class Settled:
 
     def save(self, folder: Path) -> None:
         """Writes settled.json, whole or not at all."""
-        write_atomically(folder / FILE, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+        write_atomically(folder / FILE, encoded({"format": FORMAT, **asdict(self)}, indent=1))
 
 
 def is_open(value: object) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mpp import jsons
 from mpp.errors import cause, shown
 from mpp.files import write_atomically
 from mpp.remote.fetch import read_small
@@ -111,7 +112,7 @@ def write_index(index: Index) -> Path:
     facts = {name: getattr(index, name) for name in FACTS}
     path = index.folder / (index.split + SUFFIX)
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
-    write_atomically(path, save(arrays, {"mpp": json.dumps(facts)}))
+    write_atomically(path, save(arrays, {"mpp": jsons.text(facts)}))
     return path
 
 

@@ -47,6 +47,7 @@ def predict(
     data: str | Path,
     *,
     split: str | None = None,
+    image: tuple[int, int] | None = None,
     out: str | Path | None = None,
     top: int = 5,
     scores_out: str | Path | None = None,
@@ -54,6 +55,7 @@ def predict(
 ) -> Scores | None:
     """Predicts the class of each image of shards or of a plain folder; the scores, if any image has a label.
 
+    image: (h, w) of the images that it is fed; what its weights say where not given.
     out: a .jsonl or .csv file with a line for each image; without it `report` gets the lines.
     top: classes named for each image.
     scores_out: a JSON file for the scores.
@@ -66,7 +68,7 @@ def predict(
     for path in (out, scores_out):
         if path is not None and not path.absolute().parent.is_dir():
             raise PredictError(f"{path}: its folder does not exist")
-    classifier = load_classifier(weights)
+    classifier = load_classifier(weights, image=image)
     with open_images(data, classifier.encoder, split) as images:
         numbers = label_numbers(images, classifier.classes)
         labelled = bool((numbers[images.labels] >= 0).any())

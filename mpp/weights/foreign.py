@@ -1,6 +1,7 @@
 """Weights that others published: which format a file has, and from it an encoder, and a head if it holds one."""
 
 import logging
+import math
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,9 +15,10 @@ from mpp.errors import cause, shown
 from mpp.finite import all_finite, broken
 from mpp.models.classifier import Head
 from mpp.models.encoder import fill
+from mpp.models.trunk_config import Grid
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
-from mpp.weights import big_vision, capi, dino, files, google, huggingface, mae, timm
+from mpp.weights import big_vision, capi, dino, fed, files, google, huggingface, mae, timm
 from mpp.weights.files import Source, WeightsError
 from mpp.weights.format import Layout, Part
 
@@ -56,13 +58,12 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
 
     Raises WeightsError if the format is not known, or if anything is missing, unexpected or of another shape.
     """
-    names = {field.name for field in fields(ViTConfig)} - {"name"}
+    facts, asked = fed.apart(source.path, facts)
+    names = {field.name for field in fields(ViTConfig)} - {"name", "image"}
     for name in facts.keys() - names:
-        near = get_close_matches(name, names) or sorted(names)
+        near = get_close_matches(name, every := names | {*fed.NAMES}) or sorted(every)
         raise WeightsError(f"{source.path}: {name}: no setting of an encoder; did you mean {', '.join(near)}?")
     facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-    if type(facts.get("image")) is int:
-        facts["image"] = (facts["image"], facts["image"])
     if type(facts.get("mixer")) is str:
         facts["mixer"] = (facts["mixer"],)
     try:
@@ -76,7 +77,7 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         raise WeightsError(f"{shown(source.path)}: none of the formats {known}; its tensors: {some}, ...")
     place = f"{shown(source.path)}: {format.NAME}"
     try:
-        layout: Layout = format.layout(source, facts)
+        layout = _layout(format, source, facts, asked.get("image"))
         with torch.device("meta"):  # what the file claims costs no memory before its tensors are seen to be there
             encoder = ViT(replace(layout.config, **facts))
     except (*MISFITS, ArithmeticError) as error:
@@ -98,6 +99,10 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
     for module, parts in ((encoder, layout.encoder), (head, layout.head)):
         _refuse_not_finite(place, module, parts, source)
+    for note in layout.notes:
+        logger.warning("%s: %s", place, note)
+    encoder.input = layout.input or encoder.input
+    encoder = fed.fed(encoder, asked, source.path)
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
 
@@ -109,6 +114,26 @@ def _refuse_not_finite(place: str, module: ViT | Head | None, parts: dict[str, P
             pieces = [piece for piece in parts[name].names if not all_finite(source.tensors[piece])]
             which, found = (pieces[0], source.tensors[pieces[0]]) if pieces else (name, tensor)
             raise WeightsError(f"{place}: {shown(which)}: {broken(found)}; restore the file, or take an earlier one")
+
+
+def _layout(format: ModuleType, source: Source, facts: dict[str, Any], image: Grid | None) -> Layout:
+    """What a file holds. An image asked for is what its positions are for only where the file tells nothing else.
+
+    So it is where positions are no square grid or there are none, and where a bare file has exactly so many.
+    """
+    if image is None:
+        return format.layout(source, facts)
+    try:
+        layout: Layout = format.layout(source, facts)
+    except MISFITS:
+        return format.layout(source, facts | {"image": image})
+    patch, own = layout.config.patch, layout.config.image
+    same_number = math.prod(image) == math.prod(own) and not any(side % patch for side in image)
+    if source.config or image == own or not same_number or layout.config.positions != "learned":
+        return layout
+    way = f"{image[0] // patch}x{image[1] // patch} patches"
+    logger.warning("%s: its positions are taken to be for %s, as image= says, and not for a square", source.path, way)
+    return format.layout(source, facts | {"image": image})
 
 
 def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:

@@ -18,7 +18,8 @@ from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
 from mpp.weights.format import Layout, Part, patch_convolution, row, same, stacked
-from mpp.weights.huggingface_config import FAMILIES, Told, classes_of, config_of, preprocessing_of, settings_of
+from mpp.weights.huggingface_config import FAMILIES, Told, classes_of, config_of, settings_of
+from mpp.weights.huggingface_input import croppable, input_of, preprocessing_of
 
 NAME = "huggingface"
 CLASS_TOKEN, TABLE = "embeddings.cls_token", "embeddings.position_embeddings"
@@ -77,7 +78,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     known = {f"{names.prefix}pooler.dense.{w}" for w in BOTH} | {f"{names.prefix}embeddings.mask_token"}
     known |= {f"classifier.{w}" for w in BOTH if not head}
     aside = tuple(name for name in tensors if name in known or name.startswith("decoder."))
-    return Layout(config, parts(config, names), head, classes, aside)
+    fed, notes = input_of(source.preprocessing, config.image, family.dinov2)
+    return Layout(config, parts(config, names), head, classes, aside, fed, notes)
 
 
 def parts(config: ViTConfig, names: Names | None = None) -> dict[str, Part]:
@@ -194,7 +196,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
         tensors |= dict(zip(part.names, pieces, strict=True))
     return {
         "config.json": _json(settings_of(encoder.config, labels)),
-        "preprocessor_config.json": _json(preprocessing_of(encoder.config)),
+        "preprocessor_config.json": _json(preprocessing_of(encoder.config, encoder.input)),
         "model.safetensors": save(tensors, {"format": "pt"}),  # release 4 asks for it
     }
 
@@ -226,6 +228,7 @@ def usage(encoder: ViT, head: Head | None) -> str:
     kind, options, output = "ViTModel", ", add_pooling_layer=False", "last_hidden_state[:, 0]  # (1, width)"
     if head is not None:
         kind, options, output = "ViTForImageClassification", "", "logits  # (1, classes)"
+    resizes = "makes" if croppable(encoder.input) else "squeezes every picture, which mpp crops, to"
     if config.image[0] != config.image[1]:
         other = f"# It takes pictures of {size} alone: transformers resizes positions of square ones only."
     elif config.positions == "learned" and config.resize == "bicubic":
@@ -239,7 +242,7 @@ from transformers import AutoImageProcessor, {kind}
 
 folder = "."  # where this file is, or its name on the Hub
 model = {kind}.from_pretrained(folder{options}).eval()
-processor = AutoImageProcessor.from_pretrained(folder)  # resizes to {size}
+processor = AutoImageProcessor.from_pretrained(folder)  # {resizes} {size}
 pixels = processor(Image.open("picture.jpg"){mode}, return_tensors="pt")["pixel_values"]
 with torch.inference_mode():
     output = model(pixels).{output}

@@ -1,10 +1,14 @@
 """What timm's config.json tells about its VisionTransformer beside the tensors, read and written (timm 1.0.31)."""
 
-from typing import Any
+from typing import Any, Literal
 
+from mpp.augment.input import Filter, Input
 from mpp.models.trunk_config import Grid
 from mpp.models.vit_config import ViTConfig
 
+CROP_PCT = 0.875  # timm's data/constants.py, where a config does not say
+FILTERS: dict[str, Filter] = {"bilinear": "bilinear", "bicubic": "bicubic"}
+FITS: dict[str, Literal["crop", "squeeze"]] = {"center": "crop", "squash": "squeeze"}
 POOLS = {"token": "cls", "avg": "avg", "map": "map"}  # timm's names to ours
 GELU = {"gelu": "erf", "gelu_tanh": "tanh"}
 # Published models are written as a plain ViT with all its sizes given. SwiGLU can't be asked for in JSON, but this
@@ -86,6 +90,24 @@ class Told:
         """`mean` or `std` of the images, timm's usual 0.5 where they are not told."""
         return tuple(float(number) for number in self.pretrained.get(name) or (0.5,))
 
+    def fed(self, image: Grid) -> tuple[Input | None, tuple[str, ...]]:
+        """What timm feeds the model in evaluation (data/transforms_factory.py), and what of it is not done here."""
+        if not self.config:
+            return None, ()
+        share = self.pretrained.get("crop_pct") or CROP_PCT
+        filter = self.pretrained.get("interpolation") or "bicubic"
+        mode = self.pretrained.get("crop_mode") or "center"
+        if type(share) not in (int, float) or not share > 0:
+            raise ValueError(f"config.json: crop_pct must be a number above 0, found {share!r}")
+        notes = []
+        if filter not in FILTERS:
+            notes.append(f"config.json: interpolation {filter} is not done here; bicubic is, in its place")
+        if mode not in FITS:
+            notes.append(f"config.json: crop_mode {mode} is not done here; center is, in its place")
+        if share > 1:
+            notes.append(f"config.json: crop_pct {share}, a frame around the picture, is not done here; 1 is")
+        return Input(image, min(share, 1.0), FITS.get(mode, "crop"), FILTERS.get(filter, "bicubic")), tuple(notes)
+
     def classes(self, count: int) -> tuple[str, ...]:
         """The names of the head's classes; none where they are not told, or not of all."""
         names = self.config.get("label_names") or self.pretrained.get("label_names") or self.pretrained.get("labels")
@@ -96,9 +118,10 @@ class Told:
         return tuple(str(name) for name in names)
 
 
-def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) -> dict[str, Any]:
+def about(config: ViTConfig, fed: Input, classes: int, names: tuple[str, ...], placed: int) -> dict[str, Any]:
     """The config.json of an encoder with a head of so many classes (0 without one).
 
+    fed: timm's `crop_pct` is the same share but for rounding: it resizes pictures, then crops them; we crop first.
     placed: tokens in front of the patches that have a row in `pos_embed`, as in `mpp.weights.timm.parts`.
     """
     told = names and names != tuple(map(str, range(classes)))  # numbers stand in for names
@@ -130,9 +153,9 @@ def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) 
     pretrained = {
         "input_size": [config.channels, *config.image],
         "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,  # as evaluation here has it by default (data.augment.centre)
-        "crop_mode": "center",
+        "interpolation": fed.filter,
+        "crop_pct": fed.centre,
+        "crop_mode": "squash" if fed.fit == "squeeze" else "center",
         "mean": list(config.mean) * (config.channels // len(config.mean)),
         "std": list(config.std) * (config.channels // len(config.std)),
         "num_classes": classes,

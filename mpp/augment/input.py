@@ -27,13 +27,13 @@ class Input:
         sides = self.image
         pair = isinstance(sides, tuple) and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
         if not pair or math.prod(sides) > MOST_PIXELS:
-            raise ValueError(f"image must be two sides of at least 1 pixel, at most 2 ** 28 in all, got {sides}")
+            raise ValueError(f"image must be two sides of at least 1 pixel, at most 2 ** 28 in all, got {sides!r:.80}")
         if type(self.centre) not in (int, float) or not 0 < self.centre <= 1:
-            raise ValueError(f"centre must be in (0, 1], got {self.centre}")
+            raise ValueError(f"centre must be in (0, 1], got {self.centre!r:.80}")
         if self.fit not in ("crop", "squeeze"):
-            raise ValueError(f"fit must be one of crop, squeeze, got {self.fit}")
+            raise ValueError(f"fit must be one of crop, squeeze, got {self.fit!r:.80}")
         if self.filter not in ("bilinear", "bicubic"):
-            raise ValueError(f"filter must be one of bilinear, bicubic, got {self.filter}")
+            raise ValueError(f"filter must be one of bilinear, bicubic, got {self.filter!r:.80}")
 
     def __str__(self) -> str:
         """In words, for people."""

@@ -161,7 +161,7 @@ def _images(given: Given) -> str:
     return f"images = torch.randint(0, 256, ({shape}), dtype=torch.uint8)  # normalised inside"
 
 
-def _prepared(given: Given) -> str:
+def prepared(given: Given) -> str:
     """Python that makes of a picture what mpp's evaluation does, but for rounding."""
     fed, (height, width) = given.encoder.input, given.encoder.input.image
     mode = "L" if given.encoder.config.channels == 1 else "RGB"
@@ -194,7 +194,7 @@ import torch
 from PIL import Image
 
 model = torch.export.load("model.pt2").module()
-{_prepared(given)}
+{prepared(given)}
 with torch.no_grad():
     {_outputs(given)}
 """,

@@ -1,7 +1,6 @@
 """Weights that others published: which format a file has, and from it an encoder, and a head if it holds one."""
 
 import logging
-import math
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -80,6 +79,8 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         layout = _layout(format, source, facts, asked.get("image"))
         with torch.device("meta"):  # what the file claims costs no memory before its tensors are seen to be there
             encoder = ViT(replace(layout.config, **facts))
+        told = fed.read(source.config) or layout.input
+        encoder.config.check_image(told.image if told else encoder.config.image)
     except (*MISFITS, ArithmeticError) as error:
         raise WeightsError(f"{place}: {shown(cause(error))}") from error
     with torch.device("meta"):
@@ -99,9 +100,9 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
     for module, parts in ((encoder, layout.encoder), (head, layout.head)):
         _refuse_not_finite(place, module, parts, source)
-    for note in layout.notes:
+    for note in layout.notes if told is layout.input else ():
         logger.warning("%s: %s", place, note)
-    encoder.input = layout.input or encoder.input
+    encoder.input = told or encoder.input
     encoder = fed.fed(encoder, asked, source.path)
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
@@ -117,23 +118,37 @@ def _refuse_not_finite(place: str, module: ViT | Head | None, parts: dict[str, P
 
 
 def _layout(format: ModuleType, source: Source, facts: dict[str, Any], image: Grid | None) -> Layout:
-    """What a file holds. An image asked for is what its positions are for only where the file tells nothing else.
+    """What a file holds. An image asked for is the one that its positions are for where they are of so many patches.
 
-    So it is where positions are no square grid or there are none, and where a bare file has exactly so many.
+    That is a guess, and said, where they are a square's as well; and not so where a config.json tells their image.
     """
     if image is None:
         return format.layout(source, facts)
     try:
         layout: Layout = format.layout(source, facts)
     except MISFITS:
-        return format.layout(source, facts | {"image": image})
-    patch, own = layout.config.patch, layout.config.image
-    same_number = math.prod(image) == math.prod(own) and not any(side % patch for side in image)
-    if source.config or image == own or not same_number or layout.config.positions != "learned":
+        return format.layout(source, facts | {"image": image})  # it does not tell
+    if source.config or image == layout.config.image:
         return layout
-    way = f"{image[0] // patch}x{image[1] // patch} patches"
-    logger.warning("%s: its positions are taken to be for %s, as image= says, and not for a square", source.path, way)
-    return format.layout(source, facts | {"image": image})
+    try:
+        asked: Layout = format.layout(source, facts | {"image": image})
+    except MISFITS:
+        return layout
+    if not _fits(source, asked):
+        return layout
+    if _fits(source, layout) and "positions.table" in layout.encoder:
+        way = f"{image[0] // asked.config.patch}x{image[1] // asked.config.patch} patches"
+        there = shown(source.path)
+        logger.warning("%s: its positions are taken to be for %s, as image= says, and not for a square", there, way)
+    return asked
+
+
+def _fits(source: Source, layout: Layout) -> bool:
+    """Whether the table of positions, if there is one, has a row for each patch of the image."""
+    with torch.device("meta"):
+        own = ViT(layout.config).state_dict()
+    _, wrong = _found(source, layout.encoder, {name: own[name] for name in own if name == "positions.table"})
+    return not wrong
 
 
 def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:

@@ -16,6 +16,7 @@ from mpp.jsons import encoded
 from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
+from mpp.weights.fed import written
 from mpp.weights.files import Source
 from mpp.weights.format import Layout, Part, patch_convolution, row, same, stacked
 from mpp.weights.huggingface_config import FAMILIES, Told, classes_of, config_of, settings_of
@@ -195,7 +196,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
         pieces = (piece.float().cpu().clone(memory_format=torch.contiguous_format) for piece in part.write(ours[name]))
         tensors |= dict(zip(part.names, pieces, strict=True))
     return {
-        "config.json": _json(settings_of(encoder.config, labels)),
+        "config.json": _json(settings_of(encoder.config, labels) | written(encoder.input)),
         "preprocessor_config.json": _json(preprocessing_of(encoder.config, encoder.input)),
         "model.safetensors": save(tensors, {"format": "pt"}),  # release 4 asks for it
     }

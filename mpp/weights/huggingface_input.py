@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mpp.augment.input import Filter, Input
 from mpp.models.vit_config import ViTConfig
+from mpp.weights.fed import enlarged
 
 RESAMPLE: dict[int, Filter] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 OTHERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
@@ -84,7 +85,7 @@ def preprocessing_of(config: ViTConfig, fed: Input) -> dict[str, Any]:
     """preprocessor_config.json. For images that are not square pictures are squeezed: see `croppable`."""
     mean, std = (value * config.channels if len(value) == 1 else value for value in (config.mean, config.std))
     (height, width), share = fed.image, fed.centre
-    size = {"height": round(height / share), "width": round(width / share)}
+    size = {"height": enlarged(height, share), "width": enlarged(width, share)}
     cropped = fed.fit == "crop" and croppable(fed)
     crops = {
         "do_center_crop": True,

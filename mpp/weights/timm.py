@@ -235,7 +235,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
             written[theirs] = piece.detach().cpu().contiguous()
     if head is not None:
         written |= {f"head.{name}": value.detach().cpu() for name, value in head.linear.state_dict().items()}
-    told = about(config, encoder.input, 0 if head is None else len(head.linear.weight), classes, placed)
+    told = about(config, 0 if head is None else len(head.linear.weight), classes, placed, encoder.input)
     return {
         "config.json": encoded(told, indent=2),
         "model.safetensors": save(written, {"format": "pt"}),
@@ -269,17 +269,16 @@ def usage(encoder: ViT, head: Head | None) -> str:
     """Python that loads the folder it runs in with timm."""
     config = encoder.config
     mode = "L" if config.channels == 1 else "RGB"
-    shape = f"{config.channels}, {config.image[0]}, {config.image[1]}"
     result = f"(1, {config.width}), one vector an image" if head is None else f"(1, {len(head.linear.weight)}), logits"
     return f"""\
 import timm
 import torch
-from PIL import Image
 
 model = timm.create_model("local-dir:.", pretrained=True).eval()
-prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-picture = Image.new("{mode}", (640, 480))  # yours: Image.open("picture.jpg").convert("{mode}")
-images = prepare(picture).unsqueeze(0)  # (1, {shape})
+told = timm.data.resolve_model_data_config(model)
+mean, std = (torch.tensor(told[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+images = torch.rand(1, {config.channels}, {config.image[0]}, {config.image[1]})  # on [0, 1]
 with torch.no_grad():
-    outputs = model(images)  # {result}
+    outputs = model((images - mean) / std)  # {result}
+# A picture of PIL's, {mode}, is resized, cropped and normalised by timm.data.create_transform(**told)(picture)
 """

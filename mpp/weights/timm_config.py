@@ -1,10 +1,12 @@
 """What timm's config.json tells about its VisionTransformer beside the tensors, read and written (timm 1.0.31)."""
 
+import math
 from typing import Any, Literal
 
 from mpp.augment.input import Filter, Input
 from mpp.models.trunk_config import Grid
 from mpp.models.vit_config import ViTConfig
+from mpp.weights.fed import enlarged, written
 
 CROP_PCT = 0.875  # timm's data/constants.py, where a config does not say
 FILTERS: dict[str, Filter] = {"bilinear": "bilinear", "bicubic": "bicubic"}
@@ -118,12 +120,24 @@ class Told:
         return tuple(str(name) for name in names)
 
 
-def about(config: ViTConfig, fed: Input, classes: int, names: tuple[str, ...], placed: int) -> dict[str, Any]:
+def _crop_pct(side: int, centre: float) -> float:
+    """The share by which timm, which cuts off fractions of pixels, enlarges a side as it should be (`enlarged`)."""
+    wanted = enlarged(side, centre)
+    if math.floor(side / centre) == wanted:
+        return centre
+    share = side / wanted
+    return share if math.floor(side / share) == wanted else math.nextafter(share, 0)
+
+
+def about(
+    config: ViTConfig, classes: int, names: tuple[str, ...], placed: int, fed: Input | None = None
+) -> dict[str, Any]:
     """The config.json of an encoder with a head of so many classes (0 without one).
 
     fed: timm's `crop_pct` is the same share but for rounding: it resizes pictures, then crops them; we crop first.
     placed: tokens in front of the patches that have a row in `pos_embed`, as in `mpp.weights.timm.parts`.
     """
+    fed = fed or Input(config.image)
     told = names and names != tuple(map(str, range(classes)))  # numbers stand in for names
     inner = 2 * config.hidden if config.swiglu else config.hidden
     ratio = inner / config.width
@@ -154,7 +168,7 @@ def about(config: ViTConfig, fed: Input, classes: int, names: tuple[str, ...], p
         "input_size": [config.channels, *config.image],
         "fixed_input_size": True,
         "interpolation": fed.filter,
-        "crop_pct": fed.centre,
+        "crop_pct": _crop_pct(config.image[0], fed.centre),
         "crop_mode": "squash" if fed.fit == "squeeze" else "center",
         "mean": list(config.mean) * (config.channels // len(config.mean)),
         "std": list(config.std) * (config.channels // len(config.std)),
@@ -171,4 +185,5 @@ def about(config: ViTConfig, fed: Input, classes: int, names: tuple[str, ...], p
         **({"label_names": list(names)} if told else {}),
         "model_args": arguments,
         "pretrained_cfg": pretrained,
+        **written(fed),
     }

@@ -96,6 +96,15 @@ def load(path: Path) -> tuple[int, State]:
         raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
 
 
+def digest(path: Path) -> str:
+    """A digest of what one checkpoint holds, by what it says of its files; CheckpointError if it does not say it."""
+    try:
+        digests = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]
+        return hashlib.sha256(jsons.text(digests, sort_keys=True).encode()).hexdigest()[:32]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
+
+
 def load_latest(folder: Path) -> tuple[int, State] | None:
     """The newest checkpoint below `folder` that is whole; says which ones were passed over. None if there is none."""
     for step in reversed(steps(folder)):

@@ -1,5 +1,18 @@
 """The errors that a user can mend, and how causes and names are put on one line."""
 
+import errno
+
+# What the system refuses whatever a program does: rights, disks, limits, and network file systems that fail.
+REFUSALS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EREMOTEIO", "ENOTCONN", "ETIMEDOUT",
+        "EHOSTDOWN", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "ENOMEM", "ELOOP", "ENAMETOOLONG", "ENOLCK", "EBUSY",
+        "ETXTBSY", "ENOTSUP", "ESHUTDOWN",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+
 
 class UserError(ValueError):
     """One line that names the file or key, what was found and what was expected.
@@ -14,11 +27,19 @@ def cause(error: BaseException) -> str:
     return " ".join((words or str(error)).split()) or type(error).__name__
 
 
+def refusal(error: OSError) -> str | None:
+    """What the system refused, on one line that names the file where that is known; None for any other error."""
+    if error.errno not in REFUSALS:
+        return None
+    names = [shown(name) for name in (error.filename, error.filename2) if name is not None and type(name) is not int]
+    return ": ".join([*(" to ".join(names),) * bool(names), cause(error)])
+
+
 def shown(name: object) -> str:
     """A name or path that others chose, safe to print on one line."""
     return str(name) if str(name).isprintable() else ascii(str(name))
 
 
-def counted(number: int, thing: str) -> str:
-    """1 shard, 2 shards."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, thing: str, things: str = "") -> str:
+    """1 shard, 2 shards. things: where several have a name of their own, 2 classes."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"

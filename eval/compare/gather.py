@@ -23,12 +23,14 @@ from mpp.plan import cost
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import load_settled
+from mpp.shards.classes import translation, union
 from mpp.shards.index import read_index
 
 from ..probes.protocols import PROTOCOLS
 from ..report.report import FORMAT
 from .arms import FINETUNE, Comparison
 from .chains import Asked, Chains, Job, read_rows
+from .confusion import confusions
 from .summary import Figure, conclusions, summarise
 
 PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn")
@@ -39,6 +41,9 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
     comparison, config = chains.comparison, chains.config
     done = [job for job in jobs if job.done and job.name not in failures]  # one that failed may hold other content
     rows = [row for job in done for row in _rows(job)]
+    scored = {job: json.loads(job.result.read_text()) for job in done if job.stage == "finetune"}
+    data = _data(comparison, [scores.get("classes", ()) for scores in scored.values()])
+    classes = data["classes"]
     titles, known = {arm: comparison.title(arm) for arm in config.arms}, dict[Any, int]()
     return {
         "format": FORMAT,
@@ -47,7 +52,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "hardware": _hardware(),
-        "data": _data(comparison),
+        "data": data,
         "baseline": config.baseline,
         "compare": asdict(config),
         "protocols": [_protocol(name) for name in config.frozen],
@@ -56,7 +61,10 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "rows": [row._asdict() for row in rows],
         "summary": summarise(rows, config.baseline),
         "conclusions": conclusions(rows, titles, config.arms, config.baseline),
-        "per_class": [_per_class(job) for job in done if job.stage == "finetune"],
+        "per_class": [_per_class(job, scores, classes) for job, scores in scored.items()],
+        "confusion": confusions(
+            [(job.arm, job.fraction, scores) for job, scores in scored.items() if job.fraction is not None], classes
+        ),
         "costs": [entry for arm in config.arms for entry in _costs(chains, arm, known, {job.name for job in done})],
         "chosen": _chosen(chains, {job.name for job in done}),
         "captions": {arm: _captions(comparison, arm) for arm in config.arms},
@@ -102,8 +110,12 @@ def _captions(comparison: Comparison, arm: str) -> dict[str, Any]:
     }
 
 
-def _per_class(job: Job) -> dict[str, Any]:
-    accuracy = json.loads(job.result.read_text())["per_class"]
+def _per_class(job: Job, scores: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """A run's accuracy on each class, in the order of `classes`, whatever its own is."""
+    accuracy: list[float | None] = [None] * len(classes)
+    for number, value in zip(translation(scores.get("classes", classes), classes), scores["per_class"], strict=False):
+        if number >= 0:
+            accuracy[number] = value
     return {"arm": job.arm, "seed": job.seed, "fraction": job.fraction, "accuracy": accuracy}
 
 
@@ -214,11 +226,12 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder / "metrics.jsonl")
 
 
-def _data(comparison: Comparison) -> dict[str, Any]:
+def _data(comparison: Comparison, named: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What was fine-tuned and tested on. named: the classes of each run's scores, which may name more of them."""
     shards, train, test = comparison.data
     index, scored = read_index(shards, train), read_index(shards, test)
     sizes = {"train_images": len(index), "test_images": len(scored)}
-    return {"path": str(shards), **sizes, "test_split": test, "classes": list(index.classes)}
+    return {"path": str(shards), **sizes, "test_split": test, "classes": list(union([index.classes, *named]))}
 
 
 def _versions() -> dict[str, str]:

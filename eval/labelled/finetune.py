@@ -32,6 +32,7 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
     out = run(recipe, once)
     if recipe.data.val is None:
         return out, None
-    scores = score_split(load_classifier(out), recipe.data.path, recipe.data.val)
-    write_atomically(out / "scores.json", encoded(scores.to_json()))
+    classifier = load_classifier(out)
+    scores = score_split(classifier, recipe.data.path, recipe.data.val)
+    write_atomically(out / "scores.json", encoded({"classes": classifier.classes, **scores.to_json()}))
     return out, scores

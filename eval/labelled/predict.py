@@ -3,7 +3,7 @@
 import csv
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mpp.shards.classes import listed, remark, translation
 from mpp.weights import load_classifier
 
 from .images import Images, open_images, outputs
-from .scores import Scores, scores
+from .scores import Answers, Scores, answers, scored
 
 logger = logging.getLogger("mpp.eval")
 
@@ -75,13 +75,13 @@ def predict(
         if scores_out is not None and not labelled:
             raise PredictError(f"{images.place}: no image has a label, so there are no scores for {scores_out}")
         made: list[Prediction] = []
-        seen: list[tuple[Tensor, Tensor]] = []  # logits and labels, which only scores need
+        seen: list[Answers] = []
         for logits, labels, keys in outputs(classifier, images, "predictions", progress=out is not None):
             truth = _renumbered(labels, numbers, len(keys))
             for prediction in _predictions(logits, truth, keys, classifier.classes, top):
                 made.append(prediction) if out is not None else report(str(prediction))
             if labelled:
-                seen.append((logits, truth))
+                seen.append(answers(logits, truth))
     if out is not None:
         write_atomically(out, FORMATS[out.suffix](made).encode("utf-8", "surrogateescape"))
         report(f"{out}: the predictions for {len(made)} images")
@@ -89,13 +89,12 @@ def predict(
 
 
 def _scored(
-    seen: Sequence[tuple[Tensor, Tensor]], classes: Sequence[str], out: Path | None, report: Callable[[str], None]
+    seen: Sequence[Answers], classes: Sequence[str], out: Path | None, report: Callable[[str], None]
 ) -> Scores | None:
     """Scores what was seen, says so and writes it; None if all images with labels were damaged."""
-    logits, labels = (torch.cat(part) for part in zip(*seen, strict=True))
-    if not (labels >= 0).any():
+    if not any(len(part.labels) for part in seen):
         return None
-    found = scores(logits, labels)
+    found = scored(seen)
     report(found.table(classes))
     if out is not None:
         write_atomically(out, encoded({"classes": list(classes), **found.to_json()}))
@@ -107,22 +106,25 @@ def logits_of(classifier: Classifier, shards: str | Path, split: str) -> tuple[T
 
     Images are centred and in the shards' order; those without a label have -1.
     """
-    with open_images(shards, classifier.encoder, split) as images:
-        numbers = label_numbers(images, classifier.classes)
-        found = [
-            (logits, _renumbered(labels, numbers, len(keys)))
-            for logits, labels, keys in outputs(classifier, images, f"predictions for {split}")
-        ]
+    found = _judged(classifier, shards, split)
     logits, labels = (torch.cat(part) for part in zip(*found, strict=True))
     return logits, labels
 
 
+def _judged(classifier: Classifier, shards: str | Path, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same, batch by batch."""
+    with open_images(shards, classifier.encoder, split) as images:
+        numbers = label_numbers(images, classifier.classes)
+        for logits, labels, keys in outputs(classifier, images, f"predictions for {split}"):
+            yield logits, _renumbered(labels, numbers, len(keys))
+
+
 def score_split(classifier: Classifier, shards: str | Path, split: str) -> Scores:
     """Scores a classifier on the images of a split that have labels."""
-    logits, labels = logits_of(classifier, shards, split)
-    if not (labels >= 0).any():
+    found = [answers(logits, labels) for logits, labels in _judged(classifier, shards, split)]
+    if not any(len(part.labels) for part in found):
         raise PredictError(f"{shards}: split {split} holds no image with a label; scores need some")
-    return scores(logits, labels)
+    return scored(found)
 
 
 def label_numbers(images: Images, classes: Sequence[str]) -> Tensor:
@@ -167,11 +169,14 @@ def _csv(made: Sequence[Prediction]) -> str:
     """Columns key, label (empty where not known), class, score, class_2, score_2, ..."""
     places = range(1, len(made[0].top) + 1)
     names = [f"{kind}_{place}" if place > 1 else kind for place in places for kind in ("class", "score")]
-    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
-    writer.writerow(["key", "label", *names])
-    for one in made:
-        writer.writerow([one.key, one.label or "", *(value for pair in one.top for value in pair)])
-    return text.getvalue()
+    rows = ([one.key, one.label or "", *(value for pair in one.top for value in pair)] for one in made)
+    return _csv_line(["key", "label", *names]) + "".join(_csv_line(row) for row in rows)
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    """One line; a cell with a carriage return is quoted too, which the module does only where lines end in one."""
+    csv.writer(text := io.StringIO(), lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {".jsonl": _jsonl, ".csv": _csv}

@@ -13,7 +13,7 @@ from mpp.eval.probes.protocols import PROTOCOLS, cheap
 Group = Any  # what `add_subparsers` gives
 Command = Callable[[argparse.Namespace], None]
 
-FORMATS = "timm, huggingface, google (.npz), safetensors (mpp's own) or export (torch.export)"
+FORMATS = "timm, huggingface, google (.npz), safetensors (mpp's own), export (torch.export) or onnx"
 # Taken out before anything else is parsed, as it adds to what can be chosen: this is for the help alone.
 IMPORT: dict[str, Any] = {
     "metavar": "FILE.py",
@@ -121,6 +121,8 @@ def _training(verbs: Group) -> None:
         added.add_argument("overrides", metavar="key=value", nargs="*", help="settings that differ from the recipe's")
     for added in (pretrain, finetune):
         added.add_argument("--from", dest="weights", type=Path, metavar="WEIGHTS", help="start from this encoder")
+        help = "go on from the whole state of this run, or of a checkpoint of it: longer, or with another rate"
+        added.add_argument("--continue", dest="continues", type=Path, metavar="RUN", help=help)
     plan.add_argument("--measure", action="store_true", help="time a few steps on this machine")
 
 

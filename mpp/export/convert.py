@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mpp import jsons
 from mpp.augment.input import Input
 from mpp.errors import UserError, cause, counted, shown
+from mpp.export import onnx
 from mpp.export.card import WRITERS, card, facts_needed
 from mpp.export.origin import Given
 from mpp.files import FileError, claimed, sync, write_atomically
@@ -29,9 +30,9 @@ from mpp.recipe.check import check as check_values
 from mpp.recipe.check import hints_of
 from mpp.recipe.files import settings_of
 from mpp.recipe.text import NO_YAML
-from mpp.weights import CLASSIFIER, ENCODER, files, foreign, load_classifier, load_encoder, own
+from mpp.weights import CLASSIFIER, ENCODER, files, foreign, huggingface, load_classifier, load_encoder, own
 
-CHOICES = (*WRITERS, "safetensors", "export")
+CHOICES = (*WRITERS, "safetensors", "export", "onnx")
 EXPORTED = "model.pt2"
 CLOSE = 1e-5  # of the largest magnitude: what one forward pass may differ by, tensors being equal bit for bit
 ASIDE = 6  # names of tensors on the command line
@@ -68,8 +69,8 @@ def convert(weights: str | Path, out: str | Path, to: str, *, head: bool = True,
     """Writes weights as a new folder `out` that another library loads, with a README.md, the model card.
 
     weights, facts: as `mpp.load_encoder` takes them; a classifier is written with its head unless `head` is False.
-    to: timm, huggingface, google (.npz), safetensors (mpp's own) or export (`torch.export`: uint8 images of the
-        encoder's size in, any number at once; logits or vectors out).
+    to: timm, huggingface, google (.npz), safetensors (mpp's own), export (`torch.export`) or onnx (the extra `onnx`):
+        of these two, uint8 images of the encoder's size go in, any number at once, and logits or vectors come out.
 
     The folder is there as a whole or not at all. What was written is read back first: all tensors must be equal bit for
     bit. Raises a UserError, one line, if the folder is not empty, or the format has no place for the model.
@@ -78,6 +79,8 @@ def convert(weights: str | Path, out: str | Path, to: str, *, head: bool = True,
         near = get_close_matches(to.lower(), CHOICES)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(CHOICES)}"
         raise ConvertError(f"--to {shown(to)}: no format; {hint}")
+    if to == "onnx":
+        onnx.check_packages()
     target = Path(out).resolve()
     if target == Path.cwd():  # it is replaced, and a shell would be left in the old one
         raise ConvertError(f"{shown(out)}: is the working directory; choose a new folder")
@@ -86,7 +89,7 @@ def convert(weights: str | Path, out: str | Path, to: str, *, head: bool = True,
         if any(path.name != ".lock" for path in target.iterdir()):
             raise ConvertError(f"{shown(out)}: not empty; choose a new folder")
         given = load(Path(weights), head, facts)
-        if to != "safetensors" and given.encoder.input.image != given.encoder.config.image:
+        if not _any_size(given.encoder, to) and given.encoder.input.image != given.encoder.config.image:
             given = replace(given, encoder=given.encoder.resized(given.encoder.input.image))  # as it is used, so exact
         shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left
         try:
@@ -142,6 +145,12 @@ def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
     return Given(path, path, found.format, encoder, kept, classes, aside)
 
 
+def _any_size(encoder: Encoder, to: str) -> bool:
+    """Whether what reads a format back feeds it images of another size than its positions are for."""
+    dinov2 = isinstance(encoder, ViT) and huggingface.family_of(encoder.config) != "vit"
+    return to == "safetensors" or (to == "huggingface" and dinov2)
+
+
 def _names_classes(file: Path) -> bool:
     """Whether a file of ours holds a classifier: its metadata, JSON, has a key that no encoder's config has."""
     try:
@@ -159,6 +168,8 @@ def write(given: Given, folder: Path, to: str) -> None:
         own.save_encoder(given.encoder, folder / ENCODER[0])
     elif to == "export":
         write_atomically(folder / EXPORTED, exported(given.model, given.encoder))
+    elif to == "onnx":
+        onnx.write(given, _pictures(given.encoder, 2), folder)
     else:
         if not isinstance(given.encoder, ViT):
             kind = given.encoder.config.name
@@ -196,6 +207,9 @@ def check(given: Given, folder: Path, to: str) -> tuple[int, float]:
             program = torch.export.load(folder / EXPORTED)
         count = _compare(given.model.state_dict(), dict(program.state_dict), to)
         return count, _difference(given, program.module(), to)
+    if to == "onnx":
+        count = _compare(*onnx.pairs(given, folder), to)
+        return count, _difference(given, onnx.Session(folder), to, onnx.BATCHES, onnx.CLOSE)
     if to == "safetensors":
         back = load(folder, given.head is not None, {})
         count = _compare(given.model.state_dict(), back.model.state_dict(), to)
@@ -236,9 +250,9 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _difference(given: Given, back: nn.Module, to: str) -> float:
+def _difference(given: Given, back: nn.Module, to: str, counts: Sequence[int] = (1, 3), close: float = CLOSE) -> float:
     worst = 0.0
-    for count in (1, 3):
+    for count in counts:
         images = _pictures(given.encoder, count)
         expected, found = given.model(images), back(images)
         if torch.equal(expected, found):
@@ -250,7 +264,7 @@ def _difference(given: Given, back: nn.Module, to: str) -> float:
         if known.any():
             largest = max(expected[known].abs().max().item(), torch.finfo(expected.dtype).tiny)
             worst = max(worst, (expected - found)[known].abs().max().item() / largest)
-    if worst > CLOSE:
+    if worst > close:
         raise ConvertError(f"{to}: outputs differ by {worst:.0e} from the model's: please report this")
     return worst
 

@@ -17,12 +17,12 @@ from mpp.models.encoder import fill
 from mpp.models.trunk_config import Grid
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
-from mpp.weights import big_vision, capi, dino, fed, files, google, huggingface, mae, timm
+from mpp.weights import big_vision, capi, clip, dino, fed, files, google, huggingface, huggingface_clip, mae, timm
 from mpp.weights.files import Source, WeightsError
 from mpp.weights.format import Layout, Part
 
 # The first that recognises a file reads it: those that others' names could be taken for come last.
-FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, capi, mae, dino, timm)
+FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, huggingface_clip, clip, capi, mae, dino, timm)
 SHOWN = 6  # names of tensors in an error
 PREFIX = "prefix"  # a fact about the file and not about its encoder: where in it the model is
 
@@ -104,6 +104,8 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         logger.warning("%s: %s", place, note)
     encoder.input = told or encoder.input
     encoder = fed.fed(encoder, asked, source.path)
+    if unsure := [f"{name}={getattr(encoder.config, name)}" for name in layout.guessed if name not in facts]:
+        logger.info("%s: nothing in it tells %s, which are assumed", place, ", ".join(unsure))
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
 

@@ -1,4 +1,6 @@
-"""Folders of Hugging Face's transformers: ViT, ViTMAE, DINOv2 without and with registers; written as ViT.
+"""Folders of Hugging Face's transformers: ViT, ViTMAE, DINOv2 without and with registers; written as ViT or DINOv2.
+
+The image towers of CLIP stand in huggingface_clip.py.
 
 Pooler (`pooler.dense`, a tanh layer behind the class token: Google's pre-logits), mask token and decoders are left
 aside. DINOv2's classifier takes class token and average of the patches, our pool `cls_avg`.
@@ -16,10 +18,20 @@ from mpp.jsons import encoded
 from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
+from mpp.weights import huggingface_clip
 from mpp.weights.fed import written
 from mpp.weights.files import Source
 from mpp.weights.format import Layout, Part, patch_convolution, row, same, stacked
-from mpp.weights.huggingface_config import FAMILIES, Told, classes_of, config_of, settings_of
+from mpp.weights.huggingface_config import (
+    ADDED,
+    FAMILIES,
+    Told,
+    classes_of,
+    config_of,
+    depth_told,
+    mlp_ratio,
+    settings_of,
+)
 from mpp.weights.huggingface_input import croppable, input_of, preprocessing_of
 
 NAME = "huggingface"
@@ -41,8 +53,6 @@ NAMES = {
     "contract": ("output.dense", "mlp.fc2", "mlp.weights_out", "mlp.down_proj"),
 }
 WHOLE, GATE, VALUE = "mlp.weights_in", "mlp.gate_proj", "mlp.up_proj"  # of SwiGLU: one map, or its halves
-# Positions that are added to the tokens, which a table can stand for.
-ADDED = ("learned", "learned2d", "sincos2d", "sincos2d_mae", "sincos2d_timm", "none")
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     """What the folder holds. Without config.json, sizes are the tensors' and all else is the published models'."""
     tensors, kind, names = source.tensors, _kind(source), _names(source.tensors)
     family, told = FAMILIES[kind], _told(source.tensors, names)
-    config = config_of(source, family, told, names.swiglu, facts)
+    config = config_of(source, source.config, family, told, names.swiglu, facts)
     head: dict[str, Part] = {}
     classes: tuple[str, ...] = ()
     rows = [len(tensors[f"classifier.{w}"]) for w in BOTH if f"classifier.{w}" in tensors]
@@ -80,7 +90,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     known |= {f"classifier.{w}" for w in BOTH if not head}
     aside = tuple(name for name in tensors if name in known or name.startswith("decoder."))
     fed, notes = input_of(source.preprocessing, config.image, family.dinov2)
-    return Layout(config, parts(config, names), head, classes, aside, fed, notes)
+    return Layout(config, parts(config, names), head, classes, aside, input=fed, notes=notes)
 
 
 def parts(config: ViTConfig, names: Names | None = None) -> dict[str, Part]:
@@ -154,11 +164,8 @@ def _names(tensors: Mapping[str, Tensor]) -> Names:
 
 def _told(tensors: Mapping[str, Tensor], names: Names) -> Told:
     """What the tensors show of sizes, as far as they are there."""
-    start, told = f"{names.prefix}{names.blocks}.", Told()
-    blocks = {number: name for name in tensors if (number := name.removeprefix(start).partition(".")[0]).isdecimal()}
-    if blocks:
-        last = max(blocks, key=int)
-        told["num_hidden_layers"] = int(last) + 1, blocks[last]
+    start = f"{names.prefix}{names.blocks}."
+    told = depth_told(tensors, start)
     expand = names.parts["expand"]
     for name, axes in {
         f"{names.prefix}{PROJECTION}.weight": {0: "hidden_size", 1: "num_channels", 2: "patch_size"},
@@ -178,15 +185,19 @@ def _told(tensors: Mapping[str, Tensor], names: Names) -> Told:
 def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str, bytes]:
     """The files of a folder: of a ViTForImageClassification with a head, of a ViTModel without pooler otherwise.
 
-    ValueError names what transformers' ViT cannot hold. Positions that are added to the tokens become a learned table.
-    transformers resizes that bicubically, which gives our numbers for `resize: bicubic`; of others, and of fixed
-    positions, the numbers are ours for images of the encoder's own size.
+    An encoder with LayerScale or the pool `cls_avg` is written as a Dinov2ForImageClassification or Dinov2Model, with
+    registers where it has some. ValueError names what transformers' cannot hold. Positions that are added to the tokens
+    become a learned table. transformers resizes that bicubically, with registers with antialias, which gives our
+    numbers for `resize: bicubic` or `bicubic_antialias`; of others, and of fixed positions, the numbers are ours for
+    images of the encoder's own size. With a norm before the blocks it is a CLIP (huggingface_clip.py).
     """
-    _refuse(encoder.config, head)
+    if encoder.config.pre_norm:
+        return huggingface_clip.write(encoder, head, classes)
+    family = _refuse(encoder.config, head)
     positions, patches = encoder.positions, encoder.tokens - encoder.prefix
     table = [positions.class_token()[None], positions.patches(encoder.config.grid).expand(patches, -1)]
     ours = {**encoder.state_dict(), "positions.table": torch.cat(table).detach()}
-    found, labels = parts(encoder.config, Names("" if head is None else "vit.")), None
+    found, labels = parts(encoder.config, _names_of(family, encoder.config, head)), None
     if head is not None:
         labels = classes or classes_of({}, head.linear.out_features)
         ours |= {f"head.{name}": value for name, value in head.state_dict().items()}
@@ -195,8 +206,10 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
     for name, part in found.items():
         pieces = (piece.float().cpu().clone(memory_format=torch.contiguous_format) for piece in part.write(ours[name]))
         tensors |= dict(zip(part.names, pieces, strict=True))
+    if family != "vit":  # only pretraining uses it, but without one transformers draws it anew and warns
+        tensors[f"{_prefix(family, head)}embeddings.mask_token"] = torch.zeros(1, encoder.config.width)
     return {
-        "config.json": _json(settings_of(encoder.config, labels) | written(encoder.input)),
+        "config.json": _json(settings_of(family, encoder.config, labels) | written(encoder.input)),
         "preprocessor_config.json": _json(preprocessing_of(encoder.config, encoder.input)),
         "model.safetensors": save(tensors, {"format": "pt"}),  # release 4 asks for it
     }
@@ -206,11 +219,46 @@ def _json(values: dict[str, Any]) -> bytes:
     return encoded(values, indent=2, ensure_ascii=False)
 
 
-def _refuse(config: ViTConfig, head: Head | None) -> None:
-    """Raises ValueError with all that transformers' ViT has no place for."""
-    plain = ViTConfig()
-    fields = ("stem", "pool", "registers", "norm", "swiglu", "bias", "qk_norm", "layer_scale")
+def family_of(config: ViTConfig) -> str:
+    """The `model_type` that an encoder is written as, if it can be."""
+    if config.layer_scale is None and config.pool != "cls_avg":
+        return "vit"
+    return "dinov2_with_registers" if config.registers else "dinov2"
+
+
+def _prefix(family: str, head: Head | None) -> str:
+    return "" if head is None else f"{family}."
+
+
+def _names_of(family: str, config: ViTConfig, head: Head | None) -> Names:
+    """The names in the files of a family, as transformers itself writes them."""
+    if family == "vit":
+        return Names(_prefix(family, head))
+    mlp = (
+        {"expand": WHOLE, "contract": "mlp.weights_out"}
+        if config.swiglu
+        else {"expand": "mlp.fc1", "contract": "mlp.fc2"}
+    )
+    return Names(_prefix(family, head), parts={**Names().parts, "norm1": "norm1", "norm2": "norm2", **mlp})
+
+
+def _refuse(config: ViTConfig, head: Head | None) -> str:
+    """The family that an encoder is written as. Raises ValueError with all that this one has no place for."""
+    family, plain = family_of(config), ViTConfig()
+    dinov2 = family != "vit"
+    fields = ["stem", "stem_bias", "norm", "bias", "qk_norm"] + ([] if dinov2 else ["pool", "registers", "swiglu"])
     wrong = [f"{name} {value}" for name in fields if (value := getattr(config, name)) != getattr(plain, name)]
+    if dinov2:
+        pool = "cls" if head is None else "cls_avg"
+        if config.pool != pool:
+            wrong.append(f"pool {config.pool} {'without' if head is None else 'with'} a head (it has {pool})")
+        if config.layer_scale is None:
+            wrong.append("layer_scale None")
+        if config.image[0] != config.image[1]:
+            wrong.append(f"image {config.image}, which is not square")
+        if mlp_ratio(config) is None:
+            whole = "a whole multiple of the width" + (" times two thirds" if config.swiglu else "")
+            wrong.append(f"mlp {config.hidden}, which is not {whole}")
     if set(config.mixer) != {"attention"}:
         wrong.append(f"mixer {'/'.join(config.mixer)}")
     if config.positions not in ADDED:
@@ -218,21 +266,30 @@ def _refuse(config: ViTConfig, head: Head | None) -> None:
     if head is not None and head.hidden is not None:
         wrong.append(f"head.hidden {head.hidden.out_features}")
     if wrong:
-        raise ValueError(f"transformers' ViT cannot hold {', '.join(wrong)}")
+        raise ValueError(f"transformers' {'DINOv2' if dinov2 else 'ViT'} cannot hold {', '.join(wrong)}")
+    return family
 
 
 def usage(encoder: ViT, head: Head | None) -> str:
     """Python that loads the folder in transformers and computes what our encoder, or classifier, does."""
     config = encoder.config
+    if config.pre_norm:
+        return huggingface_clip.usage(encoder, head)
     size = f"{config.image[0]}x{config.image[1]}"
     mode = {1: '.convert("L")', 3: '.convert("RGB")'}.get(config.channels, "")
     kind, options, output = "ViTModel", ", add_pooling_layer=False", "last_hidden_state[:, 0]  # (1, width)"
+    family = family_of(config)
+    if family != "vit":
+        kind, options = "Dinov2WithRegistersModel" if config.registers else "Dinov2Model", ""
     if head is not None:
-        kind, options, output = "ViTForImageClassification", "", "logits  # (1, classes)"
+        kind, options = kind.replace("Model", "ForImageClassification"), ""
+        output = "logits  # (1, classes)"
     resizes = "makes" if croppable(encoder.input) else "squeezes every picture, which mpp crops, to"
-    if config.image[0] != config.image[1]:
+    if family != "vit" and config.positions == "learned" and config.resize == FAMILIES[family].resize:
+        other = "# Other sizes, multiples of the patch, need nothing else."
+    elif config.image[0] != config.image[1]:
         other = f"# It takes pictures of {size} alone: transformers resizes positions of square ones only."
-    elif config.positions == "learned" and config.resize == "bicubic":
+    elif family == "vit" and config.positions == "learned" and config.resize == "bicubic":
         other = "# Other sizes, multiples of the patch: model(pixels, interpolate_pos_encoding=True)."
     else:
         other = f"# Elsewhere than at {size} transformers resizes positions in its own way: other numbers than mpp's."

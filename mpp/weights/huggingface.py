@@ -29,6 +29,7 @@ from mpp.weights.huggingface_config import (
     classes_of,
     config_of,
     depth_told,
+    guessed_in,
     mlp_ratio,
     settings_of,
 )
@@ -90,7 +91,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     known |= {f"classifier.{w}" for w in BOTH if not head}
     aside = tuple(name for name in tensors if name in known or name.startswith("decoder."))
     fed, notes = input_of(source.preprocessing, config.image, family.dinov2)
-    return Layout(config, parts(config, names), head, classes, aside, input=fed, notes=notes)
+    guessed = guessed_in(source, family, names.swiglu)
+    return Layout(config, parts(config, names), head, classes, aside, guessed, fed, notes)
 
 
 def parts(config: ViTConfig, names: Names | None = None) -> dict[str, Part]:

@@ -91,7 +91,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         head, classes = projection(f"{outer}{PROJECTION}", rows), joint(rows)
     beside = tuple(outer + name for name in ("text_model.", "text_projection.", "logit_scale", "classifier."))
     aside = tuple(name for name in tensors if name.startswith(beside) or name == f"{prefix}embeddings.position_ids")
-    guessed: tuple[str, ...] = () if settings else ("gelu",)
+    guessed: tuple[str, ...] = () if settings else ("heads", "gelu")
     if "image_mean" not in source.preprocessing:
         guessed += ("mean", "std")
     fed, notes = input_of(source.preprocessing, config.image, any_size=False)

@@ -7,12 +7,14 @@ such as a composed and a decomposed é, are shown escaped wherever both could be
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from mpp.errors import shown
-from mpp.shards.index import Index
+from mpp.shards.index import NO_INDEX, SUFFIX, Index, loaded, splits
 from mpp.shards.tar import ShardError
 
 NAMED = 3  # of several in a message
@@ -59,6 +61,18 @@ def union(lists: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The classes of several lists: those of the first, then what others add."""
     first, known = tuple(lists[0]), set(lists[0])
     return (*first, *dict.fromkeys(name for names in lists[1:] for name in names if name not in known))
+
+
+def of_folder(folder: Path) -> tuple[str, ...]:
+    """The classes of all splits that have a whole index in a folder: those of train, then what others add by name.
+
+    Whether the tars are there as well is no matter.
+    """
+    found = []
+    for split in sorted(splits(folder), key=lambda split: (split != "train", split)):
+        with suppress(*NO_INDEX):
+            found.append(loaded(folder / (split + SUFFIX), split).classes)
+    return union(found) if found else ()
 
 
 def remark(unknown: Sequence[str], classes: Sequence[str]) -> str:

@@ -131,7 +131,7 @@ def test_mixed_sets_and_named_classes_may_be_in_any_order(tmp_path):
     one = apart(tmp_path / "one", train=["emu", "dog"], test=["dog"])
     other = apart(tmp_path / "other", train=["fox", "cat", "dog"])
     mixed = f"data.mix={{other: {{path: {other}}}}}"
-    with pytest.raises(ShardError, match=r"data\.mix\.other: has images of class cat, fox, expected .*: dog, emu$"):
+    with pytest.raises(ShardError, match=r"data\.mix\.other: .* \(dog, emu\); it has images of class cat, fox$"):
         finetune(recipe_of(tmp_path, one, mixed))
     out, scores = finetune(recipe_of(tmp_path, one, mixed, "objective.classes=[fox, emu, cat, dog]"))
     assert scores.top1 > 0.9
@@ -196,5 +196,5 @@ def test_batches_are_numbered_by_given_names(shards):
     assert train.index.classes == ("cat", "dog", "emu", "fox")
     test = read_shards(shards, 48, split="test", train=False, classes=train.index.classes)
     assert [train.index.classes[label] for label in test.at(0).labels.tolist()] == ["dog", "emu", "fox"] * 16
-    with pytest.raises(ShardError, match="images of class emu, fox, expected the classes: dog$"):
+    with pytest.raises(ShardError, match=r"images of class emu, fox, expected 1 class \(dog\)$"):
         read_shards(shards, 8, split="test", classes=["dog"])

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mpp import jsons
+from mpp import budget, jsons
 from mpp.augment.input import Input
 from mpp.errors import UserError, cause, counted, shown
 from mpp.export import onnx
@@ -154,9 +154,10 @@ def _any_size(encoder: Encoder, to: str) -> bool:
 def _names_classes(file: Path) -> bool:
     """Whether a file of ours holds a classifier: its metadata, JSON, has a key that no encoder's config has."""
     try:
+        budget.check_safetensors(file)
         with safe_open(file, "pt") as opened:
             return '"classes":' in (opened.metadata() or {}).get("encoder", "")
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, budget.Overrun):
         return False  # loading it says what is wrong
 
 

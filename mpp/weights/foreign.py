@@ -27,6 +27,7 @@ from mpp.weights import (
     google,
     huggingface,
     huggingface_clip,
+    huggingface_siglip,
     mae,
     timm,
     unread,
@@ -35,7 +36,10 @@ from mpp.weights.files import Source, WeightsError
 from mpp.weights.format import Layout, Part
 
 # The first that recognises a file reads it: those that others' names could be taken for come last.
-FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, huggingface_clip, clip, capi, mae, dino, timm)
+FORMATS: tuple[ModuleType, ...] = (
+    *(google, big_vision, huggingface, huggingface_clip, huggingface_siglip),
+    *(clip, capi, mae, dino, timm),
+)
 SHOWN = 6  # names of tensors in an error
 PREFIX = "prefix"  # a fact about the file and not about its encoder: where in it the model is
 

@@ -18,6 +18,7 @@ from mpp.export.origin import Given, origin, results
 from mpp.models.encoder import Encoder
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
+from mpp.shards.classes import displayed
 from mpp.weights import google, huggingface, timm
 from mpp.weights.fed import NAMES
 
@@ -83,7 +84,7 @@ def _model(given: Given) -> Iterator[str]:
     lines.append(f"Pictures of any size become such images as follows: {given.encoder.input}.")
     yield "\n".join(f"- {line}" for line in lines)
     if given.classes and not given.projects:
-        names = ", ".join(code(name) for name in given.classes[:MOST_CLASSES])
+        names = ", ".join(map(code, displayed(given.classes[:MOST_CLASSES])))
         more = len(given.classes) - MOST_CLASSES
         yield f"Classes, in the order of the logits: {names}{f' and {more} more' if more > 0 else ''}."
 

@@ -93,7 +93,7 @@ class ViT(Encoder, Trunk):
         if there.depth == here.depth:
             pairs["mixer"] = there.mixers, here.mixers  # however they are given
         if there.stem != "hybrid":
-            del pairs["stages"]
+            del pairs["stages"], pairs["stem_width"]
         if there.stem == "linear":
             del pairs["patch"]
         if here.has_class_token > there.has_class_token:

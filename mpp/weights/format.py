@@ -83,13 +83,23 @@ CLIP_EPS = 1e-5  # of its norms, torch's default
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of MAE, DINO and CAPI too
 
 # Heads of the published models by (width, depth): ViT paper, table 1; DeiT and AugReg (Ti, S); DINOv2's giant;
-# big_vision's mu and So400m (models/vit.py, `decode_variant`).
+# big_vision's mu and So400m (models/vit.py, `decode_variant`);
+# timm's own sizes, of which there is one number of heads each (vision_transformer.py).
 HEADS = {
     (32, 1): 2,
     (192, 12): 3,
+    (256, 10): 4,
+    (256, 14): 4,
+    (320, 14): 5,
     (384, 12): 6,
+    (384, 36): 6,
     (512, 12): 8,
+    (512, 20): 8,
+    (640, 12): 10,
     (768, 12): 12,
+    (832, 21): 13,
+    (896, 12): 14,
+    (896, 18): 14,
     (1024, 24): 16,
     (1152, 27): 16,
     (1280, 32): 16,

@@ -182,7 +182,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         layer_scale=told.args.get("init_values") or LAYER_SCALE if "blocks.0.ls1.gamma" in tensors else None,
     )
     head = _pairs("linear", "head") if tensors.keys() & {"head.weight", "head.bias"} else {}
-    aside = () if pool == "map" else tuple(name for name in tensors if name.startswith("attn_pool."))
+    other = (() if pool == "map" else ("attn_pool.",)) + (() if head else ("head.",))  # as the MLP of MoCo v3 is a head
+    aside = tuple(name for name in tensors if name.startswith(other))
     classes = told.classes(shape_of(source, "head.weight", 2)[0]) if "head.weight" in tensors else ()
     guessed = list(told.guessed(clip, swiglu))
     if not told.images():
@@ -224,6 +225,9 @@ def _places(source: Source, told: Told, facts: dict[str, Any], patch: int, prefi
     images: list[Grid] = [facts["image"]] if "image" in facts else told.images()
     grids = [(image[0] // patch, image[1] // patch) for image in images]  # timm leaves out pixels beyond the last patch
     if "pos_embed" not in source.tensors:
+        # Rotary positions have no tensors either, and are not read.
+        if (facts.get("positions") or told.args.get("pos_embed")) != "none":
+            raise ValueError('no pos_embed; of a model with no positions at all, of any kind, say positions="none"')
         if not grids:
             raise ValueError("no pos_embed, so that nothing tells for which image it is: image=(h, w)")
         return (grids[0][0] * patch, grids[0][1] * patch), 0

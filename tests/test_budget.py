@@ -301,7 +301,8 @@ def test_a_result_that_no_float_holds_is_left_out_of_the_card(tmp_path):
     "state",
     [
         '{"step": 1e999, "sha256": {}}', '{"step": 10, "sha256": {"../x.safetensors": ""}}',
-        '{"step": 10, "sha256": {"' + "a" * 5000 + '": ""}}', '{"step": 10, "sha256": {"a\\u202e\\n": ""}}', "[" * 10**6,
+        '{"step": 10, "sha256": {"' + "a" * 5000 + '": ""}}', '{"step": 10, "sha256": {"a\\u202e\\n": ""}}',
+        "[" * 10**6,
     ],
 )  # fmt: skip
 def test_a_strange_state_of_a_checkpoint_is_one_line(state, tmp_path):

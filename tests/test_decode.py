@@ -295,9 +295,9 @@ def test_the_limit_of_pixels_is_that_of_the_docs_for_every_format():
     assert Image.MAX_IMAGE_PIXELS is None or 2 * Image.MAX_IMAGE_PIXELS >= MAX_PIXELS
     assert image_size(huge_png(16384)) == (16384, 16384)
     for data in (huge_png(16512), huge_bmp(16385, 16384), huge_bmp(2**31 - 1, 2**31 - 1), huge_bmp(2**31 - 1, 1)):
-        with pytest.raises(DamagedImage, match="more than the limit of 268435456"):
+        with pytest.raises(DamagedImage, match="than the limit of 268435456"):
             image_size(data)
-        with pytest.raises(DamagedImage, match="more than the limit of 268435456"):
+        with pytest.raises(DamagedImage, match="than the limit of 268435456"):
             decode(data, "L")
 
 

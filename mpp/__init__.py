@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from mpp import eval as eval
     from mpp import targets as targets
     from mpp.augment.config import AugmentConfig as AugmentConfig
+    from mpp.augment.input import Input as Input
     from mpp.batch import Batch as Batch
     from mpp.data.config import ViewConfig as ViewConfig
     from mpp.data.read import read_shards as read_shards
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from mpp.export.convert import convert as convert
     from mpp.loop import train as train
     from mpp.models.encoder import Encoder as Encoder
+    from mpp.models.encoder import PixelWarning as PixelWarning
     from mpp.models.encoder_config import EncoderConfig as EncoderConfig
     from mpp.models.encoders import ENCODERS as ENCODERS
     from mpp.models.layers import put as put
@@ -50,6 +52,8 @@ _HOMES = {
     "Scale": "mpp.optim",
     "OBJECTIVES": "mpp.objectives",
     "Encoder": "mpp.models.encoder",
+    "PixelWarning": "mpp.models.encoder",
+    "Input": "mpp.augment.input",
     "EncoderConfig": "mpp.models.encoder_config",
     "ENCODERS": "mpp.models.encoders",
     "PROTOCOLS": "mpp.eval.probes.protocols",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import openai_clip
 import pytest
 import torch
-from conftest import shaken, tiny_config
+from conftest import picture_folder, shaken, tiny_config
 from safetensors.torch import load_file, save_file
+from tiny_runs import LABELS, run, small_splits, write_recipe
 from torch import Tensor, nn
 
 import mpp
@@ -243,6 +245,54 @@ def test_the_mean_of_preprocessor_config_counts(tmp_path, caplog):
     assert (config.mean, config.std, caplog.messages) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), [])
 
 
+# SigLIP in transformers' names
+
+
+def of_siglip(kind: str, folder: Path, **changes: Any) -> Any:
+    vision = {name: value for name, value in VISION.items() if name != "projection_dim"} | changes
+    text = {"projection_size": 32, "pad_token_id": 1, **TEXT}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == "SiglipVisionModel":
+            config = transformers.SiglipVisionConfig(**vision)
+        else:
+            config = transformers.SiglipConfig(vision_config=vision, text_config=text, num_labels=3)
+        model = moved(getattr(transformers, kind)(config))
+        model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["SiglipVisionModel", "SiglipModel", "SiglipForImageClassification"])
+def test_siglips_tower_computes_what_transformers_does(kind, tmp_path):
+    model = of_siglip(kind, tmp_path)
+    labelled = kind == "SiglipForImageClassification"
+    if labelled:
+        given = load_classifier(tmp_path)
+        encoder, head = given.encoder, given.head
+        assert given.classes == ("LABEL_0", "LABEL_1", "LABEL_2")
+    else:
+        encoder, head = load_encoder(tmp_path), None
+    config = encoder.config
+    assert (config.mean, config.gelu, config.norm_eps, config.class_token) == ((0.5,), "tanh", 1e-6, False)
+    for size in ((32, 32), LARGER):
+        images = torch.randn(2, 3, *size)
+        found = getattr(model, "vision_model", model)(images, interpolate_pos_encoding=True)
+        assert_close(encoded(encoder, images), found.last_hidden_state)
+        if head is None:
+            assert_close(encoder(images), found.pooler_output)
+        else:
+            assert_close(head(encoder(images)), model(images, interpolate_pos_encoding=True).logits)
+    names = load_file(tmp_path / "model.safetensors")
+    used = ("vision_model.embed", "vision_model.enc", "vision_model.post", "vision_model.head", "classifier")
+    rest = {name for name in names if not name.startswith(used[:3] + used[4:] if labelled else used[:4])}
+    assert set(encoder.left_aside) == (rest if kind != "SiglipVisionModel" else set())
+    convert(tmp_path, tmp_path / "out", "timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(theirs(images), encoder(images) if head is None else head(encoder(images)))
+
+
 # OpenAI's names
 
 
@@ -340,6 +390,30 @@ def test_torchscript_is_refused_with_a_way_that_works(tmp_path):
         assert "\n" not in line
         exec(line.split("`")[1].replace("FILE", repr(str(path))).replace("weights.pth", str(tmp_path / "weights.pth")))
     assert_openais(tmp_path / "weights.pth", tensors)
+
+
+# In commands
+
+
+def test_a_recipe_takes_the_settings_that_the_refusal_names(towers, tmp_path):
+    recipe = write_recipe(tmp_path, small_splits(tmp_path), LABELS)
+    size = ("model.image=32", "model.patch=8")
+    refused = run("finetune", recipe, "--from", towers, f"out={tmp_path / 'run'}", *size)
+    assert refused.code == 2
+    line = refused.err.strip().splitlines()[-1]
+    named = re.findall(r"(\w+) (\([^)]*\)|\S+) there, ", line)
+    assert {name for name, _ in named} >= {"pre_norm", "stem_bias", "gelu", "norm_eps", "mean", "std"}
+    settings = [f"model.{name}={value.replace('(', '[').replace(')', ']').replace(' ', '')}" for name, value in named]
+    assert run("finetune", recipe, "--from", towers, f"out={tmp_path / 'run'}", *size, *settings).code == 0
+    assert load_classifier(tmp_path / "run").encoder.config.pre_norm
+
+
+def test_predictions_of_a_projection_are_refused(towers, tmp_path):
+    picture_folder(tmp_path / "photos", 2)
+    found = run("predict", towers, tmp_path / "photos")
+    assert found.code == 2
+    assert "its head is CLIP's projection, which tells no classes apart; `mpp embed" in found.err
+    assert run("embed", towers, tmp_path / "photos", tmp_path / "vectors.npz").code == 0
 
 
 # Out again

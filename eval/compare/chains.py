@@ -6,7 +6,6 @@ OUT/finetune/ARM/0.1/seed-0
 OUT/probe/ARM/seed-0                   what is read off frozen features
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpp import budget
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
 from mpp.execution import Once
@@ -228,7 +228,7 @@ class Chains:
         shards, train, test = self.comparison.data
         with claimed(out, "in use by a comparison that is still going"):
             encoder = self.probed(arm, seed, fraction)
-            weights = fingerprint(encoder)
+            weights = identity(encoder)
             done, rows = read_rows(out / ROWS) if probed_weights(out / ROWS) == weights else ([], [])
             index, missing = read_index(shards, train), [one for one in asked if one not in done]
             for share in dict.fromkeys(one.fraction for one in missing):
@@ -245,7 +245,7 @@ class Chains:
 def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
     """What a probing was asked for, and the rows it gave; nothing where there is no such file of this format."""
     try:
-        results = json.loads(path.read_text())
+        results = budget.json_file(path)
         if results["format"] != FORMAT:
             return [], []
         return [Asked(*one) for one in results["asked"]], results["rows"]
@@ -253,10 +253,15 @@ def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
         return [], []
 
 
+def identity(encoder: Encoder) -> str:
+    """What tells a frozen encoder from another: its weights, and what it is fed."""
+    return f"{fingerprint(encoder)} {encoder.input}"
+
+
 def probed_weights(path: Path) -> str | None:
     """The digest of the weights that a probing read its rows off; None where there is no such file."""
     try:
-        return str(json.loads(path.read_text())["weights"])
+        return str(budget.json_file(path)["weights"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

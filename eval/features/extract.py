@@ -6,7 +6,6 @@ float16 has no room for (magnitudes of 6e4 and more) stays float32.
 """
 
 import hashlib
-import json
 import logging
 import zlib
 from collections.abc import Sequence
@@ -20,8 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from mpp import jsons
-from mpp.augment.config import AugmentConfig
+from mpp import budget, jsons
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
 from mpp.files import FileError, refuse_unreadable, write_atomically
@@ -129,7 +127,7 @@ def key(encoder: Encoder, index: Index, blocks: Sequence[int]) -> str:
         "format": FORMAT,
         "encoder": type(encoder).__name__,
         "config": asdict(encoder.config),
-        "augment": asdict(AugmentConfig()),
+        "input": asdict(encoder.input),
         "mode": index.mode,
         "bfloat16": multiplies_bfloat16(device_of("auto")),
         "blocks": list(blocks),
@@ -166,7 +164,7 @@ def _compute(encoder: Encoder, shards: str | Path, split: str, blocks: Sequence[
     """The parts (n, d) of all whole images of a split, and their numbers."""
     device, training = device_of("auto"), encoder.training
     encoder.to(device).eval()
-    batches = read_shards(shards, BATCH, split=split, image=encoder.config.image, train=False)
+    batches = read_shards(shards, BATCH, split=split, input=encoder.input, train=False)
     collected: dict[str, list[Tensor]] = {}
     for batch in tqdm(batches.iterate(), f"features of {split}", len(batches), unit="batch"):
         if not len(batch):
@@ -209,8 +207,9 @@ def _load(path: Path, images: int) -> dict[str, Tensor] | None:
         logger.warning("%s: cannot be read: %s; computed anew", shown(path), cause(error))
         return None
     try:
+        budget.check_safetensors(path)
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["mpp"])
+            facts = budget.json_of((file.metadata() or {})["mpp"])
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         numbers = found["numbers"]
         if facts["key"] != path.stem or {name: _checksum(tensor) for name, tensor in found.items()} != facts["crc32"]:

@@ -1,7 +1,6 @@
 """This library's own files: safetensors, in whose metadata the encoder's config stands."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,12 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mpp import checkpoint, jsons
+from mpp import budget, checkpoint, jsons
+from mpp.augment.input import Input
 from mpp.errors import cause, shown
-from mpp.files import refuse_unreadable, write_atomically
+from mpp.files import write_atomically
 from mpp.finite import all_finite, broken
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder, fill
+from mpp.models.encoder_config import EncoderConfig
 from mpp.models.encoders import ENCODERS, build_encoder, facts_of
 from mpp.weights.files import WeightsError
 
@@ -44,7 +45,7 @@ def save_result(module: nn.Module, path: Path) -> None:
 
 def save_encoder(encoder: Encoder, path: Path) -> None:
     """Writes an encoder with its config, whole or not at all; FileError on a full disk."""
-    _save(encoder, path, {"encoder": jsons.text(facts_of(encoder.config))})
+    _save(encoder, path, {"encoder": jsons.text(facts_of(encoder))})
 
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
@@ -52,7 +53,7 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
 
     In one entry of metadata: safetensors writes several in random order, and equal runs are to leave equal files.
     """
-    facts = facts_of(classifier.encoder.config) | {"classes": classifier.classes}
+    facts = facts_of(classifier.encoder) | {"classes": classifier.classes}
     _save(classifier, path, {"encoder": jsons.text(facts)})
 
 
@@ -89,7 +90,7 @@ def load_encoder(path: Path) -> Encoder:
     metadata, tensors = _read(path)
     encoder = _built(metadata, path)
     # In a checkpoint the encoder is a part of the objective; in a classifier's file too, always by the same name.
-    place = json.loads(metadata["encoder"]).get("place", "encoder.")
+    place = _facts(metadata).get("place", "encoder.")
     prefix = place if any(name.startswith(place) for name in tensors) else ""
     found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     _fill(encoder, found, path)
@@ -100,7 +101,7 @@ def load_classifier(path: Path) -> Classifier:
     """The classifier of a file. WeightsError names the file."""
     metadata, tensors = _read(path)
     encoder = _built(metadata, path)
-    classes = json.loads(metadata["encoder"]).get("classes")
+    classes = _facts(metadata).get("classes")
     if not isinstance(classes, list) or not classes:
         raise WeightsError(f"{path}: holds no classifier of mpp (its metadata names no classes)")
     classes = [str(name) for name in classes]
@@ -114,10 +115,10 @@ def load_classifier(path: Path) -> Classifier:
 def _metadata(path: Path, must: bool = False) -> dict[str, str]:
     """The metadata of a safetensors file; {} for any other, or an error if it `must` be one."""
     try:
-        refuse_unreadable(path)
+        budget.check_safetensors(path)
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, budget.Overrun) as error:
         if must:
             raise WeightsError(f"{path}: not readable as weights ({cause(error)})") from error
         return {}
@@ -130,11 +131,19 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise WeightsError(f"{path}: not readable as weights ({error})") from error
 
 
+def _facts(metadata: dict[str, str]) -> dict[str, Any]:
+    """What the metadata says of the encoder; ValueError if that is no JSON object."""
+    facts = budget.json_of(metadata["encoder"])
+    if not isinstance(facts, dict):
+        raise ValueError(f"a JSON object was expected, found {type(facts).__name__}")
+    return facts
+
+
 def _built(metadata: dict[str, str], path: Path) -> Encoder:
     if "encoder" not in metadata:
         raise WeightsError(f"{path}: holds no encoder of mpp (its metadata has no 'encoder')")
     try:
-        values = json.loads(metadata["encoder"])
+        values = _facts(metadata)
         name, origin = values.get("name", "vit"), values.get("import")
         if origin and name not in ENCODERS:
             raise WeightsError(
@@ -143,12 +152,26 @@ def _built(metadata: dict[str, str], path: Path) -> Encoder:
         kind = ENCODERS[name].config
         names = {field.name for field in fields(kind)}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        config = kind(**known)
+        fed = _input(values.get("input"), config)
         with torch.device("meta"):  # what a file claims costs no memory before its tensors are seen to be there
-            return build_encoder(kind(**known))
+            encoder = build_encoder(config)
+        encoder.input = fed
+        return encoder
     except WeightsError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: its encoder's config does not fit ({error})") from error
+
+
+def _input(found: Any, config: EncoderConfig) -> Input:
+    """What a file says that its encoder is fed; ValueError if that is nothing, or nothing that goes with the config."""
+    if not isinstance(found, dict):
+        raise ValueError("no 'input', what it is fed: a file of an earlier version of mpp; train or convert it again")
+    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    fed = Input(**known)
+    config.check_image(fed.image)
+    return fed
 
 
 def _fill(module: nn.Module, found: dict[str, Tensor], path: Path) -> None:

@@ -12,11 +12,13 @@ from mpp.weights.files import Source
 
 
 class Marks:
-    """What a file is known by: the ends of its tensors' names, and transformers' `model_type`."""
+    """What a file is known by: the ends of its tensors' names, some shapes, and transformers' `model_type`."""
 
     def __init__(self, source: Source) -> None:
         self.names = [f".{name}" for name in source.tensors]
         self.rows = [t.shape[1] for n, t in source.tensors.items() if n.endswith("position_embeddings") and t.ndim == 3]
+        stems = [tensor for name, tensor in source.tensors.items() if name.endswith("patch_embedding.weight")]
+        self.flat = any(stem.ndim == 2 for stem in stems)  # whether patches come cut out already
         self.kind = str(source.config.get("model_type"))
 
     def all(self, *ends: str) -> bool:
@@ -38,11 +40,11 @@ class Unread:
 # The first that fits names the file.
 KINDS = (
     Unread(
-        "DINOv3's ViT, whose positions are rotary",
+        "DINOv3's ViT or one like it, whose positions are rotary",
         lambda file: (
             file.kind.startswith("dinov3")
             or file.any(".rope_embed.periods", ".storage_tokens", ".rope_embeddings.")
-            or (file.all("reg_token", "blocks.0.gamma_1") and not file.all("pos_embed"))
+            or (file.all("cls_token", "reg_token", "blocks.0.gamma_1") and not file.all("pos_embed"))
             or (file.all("embeddings.register_tokens", "embeddings.patch_embeddings.weight"))
         ),
     ),
@@ -73,9 +75,9 @@ KINDS = (
         "facebookresearch/ijepa's own checkpoints are",
     ),
     Unread(
-        "SigLIP in transformers' names",
-        lambda file: file.kind.startswith("siglip") or file.all("head.probe", "embeddings.position_embedding.weight"),
-        "SigLIP's image towers are from timm and from big_vision's .npz",
+        "SigLIP 2 for images of any shape (NaFlex)",
+        lambda file: file.kind.startswith("siglip2") or file.flat,
+        "SigLIP and SigLIP 2 for images of one size are",
     ),
     Unread(
         "a Swin Transformer",
@@ -92,12 +94,12 @@ KINDS = (
         "a ViT whose positions are relative", lambda file: file.any(".rel_pos.", ".rel_pos_bias.", ".relative_position")
     ),
     Unread(
-        "timm's hybrid of a ResNet and a ViT",
+        "timm's hybrid of a CNN and a ViT",
         lambda file: file.any(".patch_embed.backbone."),
         "Google's .npz of the R50 hybrids are",
     ),
     Unread(
-        "EVA",
+        "EVA, or another of timm's ViTs whose positions are rotary",
         lambda file: (
             file.all("blocks.0.attn.q_proj.weight", "blocks.0.norm1.weight")
             or file.all("blocks.0.attn.q_bias")
@@ -126,6 +128,13 @@ KINDS = (
         lambda file: file.kind == "resnet" or file.all("layer1.0.conv1.weight", "conv1.weight"),
         "mpp's own ResNets are trained here (model.name=resnet)",
     ),
+    Unread("timm's ViT with differential attention", lambda file: file.all("blocks.0.attn.lambda_q1")),
+    Unread(
+        "timm's ViT with parallel blocks",
+        lambda file: file.any(".blocks.0.attns.0.") or file.all("blocks.0.in_norm.weight", "blocks.0.in_proj.weight"),
+    ),
+    Unread("timm's NaFlexViT", lambda file: file.all("embeds.proj.weight", "blocks.0.norm1.weight")),
+    Unread("Hiera", lambda file: file.any(".blocks.1.proj.weight", ".blocks.2.proj.weight")),
     Unread("an MLP-Mixer", lambda file: file.all("blocks.0.mlp_tokens.fc1.weight")),
 )
 

@@ -70,7 +70,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     beside += () if head else (f"{outer}classifier.",)
     beside += () if pool == "map" else (f"{prefix}head.",)
     aside = tuple(name for name in tensors if name.startswith(beside) or name == f"{prefix}embeddings.position_ids")
-    return Layout(config, parts(config, prefix), head, classes, aside)
+    return Layout(config, parts(config, prefix), head, classes, aside, () if settings else ("heads",))
 
 
 def parts(config: ViTConfig, prefix: str) -> dict[str, Part]:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from mpp import checkpoint, jsons
 from mpp.batch import Batch
+from mpp.data.batches import Batches
 from mpp.errors import shown
 from mpp.execution import Images, Loss, choose, forward_pass
 from mpp.hardware import device_of
 from mpp.log import Log
-from mpp.models.encoder import Encoder
+from mpp.models.encoder import Encoder, feed
 from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
+from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
 from mpp.seeds import seed_of
 from mpp.shards.classes import translation
@@ -53,6 +55,8 @@ def train(
     ValueError for a config that does not say in steps how long.
     """
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
+    if isinstance(batches, Batches):
+        feed(objective, batches.input)
     _refuse_other_numbers(objective, batches)
     described = {"encoder": jsons.text(facts_of_result(objective))}  # goes with the weights of every checkpoint
     kept = kept_steps(config)
@@ -66,7 +70,7 @@ def train(
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
     start = resume(objective, optimizer, ema, out / "checkpoints")
     objective.progress.fill_(start / steps)
-    forward = checked(objective.config.name, forward_pass(objective, config, execution))
+    forward = checked(objective, forward_pass(objective, config, execution))
     clock = Clock(config.lr)
     # Read once: the first batch of streamed shards may have to be fetched again.
     shown = functools.cache(lambda: next(batches.at(0).split(PICTURED)).to(device))
@@ -79,7 +83,8 @@ def train(
                 forward, objective, optimizer, batch, config, execution.micro_batch, seed, step
             )
             objective.progress.fill_(step / steps)
-            objective.after_step(step / steps)
+            with called(objective.config.name, "after_step()"):
+                objective.after_step(step / steps)
             average(ema, objective, ema_decay(step, config.ema))
             clock.count(step, loss, norm, len(batch))
             logger.advance()
@@ -91,9 +96,10 @@ def train(
             if saves:
                 clock.check_tensors(step, lasting(objective, ema))
             if logs:
-                values = {"loss": loss, **metrics, "norm": norm}
+                with called(objective.config.name, "metrics"):  # checked at the first step; later ones may differ
+                    values = {key: float(value) for key, value in {"loss": loss, **metrics, "norm": norm}.items()}
                 rate = {"lr": rate_at(step, config)}
-                logger.scalars(step, {k: float(v) for k, v in values.items()} | rate | clock.figures(device))
+                logger.scalars(step, values | rate | clock.figures(device))
             if scores or shows:
                 with clock.stopped(), swapped(objective, ema):
                     if evaluate and scores:
@@ -255,18 +261,21 @@ def facts_of_result(objective: Objective) -> dict[str, object]:
     place = next((place for place, module in objective.named_modules() if module is encoder), None)
     if place is None or not isinstance(encoder, Encoder):
         raise TrainingError(f"{name}: results()['encoder'] must be an mpp.Encoder that is a part of the objective")
-    return {**facts_of(encoder.config), "place": f"{place}."}
+    return {**facts_of(encoder), "place": f"{place}."}
 
 
-def checked(name: str, forward: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
+def checked(objective: Objective, forward: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
     """The forward pass, whose first outputs are looked at: what is wrong with an objective is best told at once."""
     seen = False
 
     def first_checked(batch: Batch) -> Loss:
         nonlocal seen
-        outputs = forward(batch)
+        if not seen and batch.images.is_floating_point():
+            objective.encoder.look(batch.images)  # one wait for the device, and none for uint8
+        with called(objective.config.name, "forward()"):
+            outputs = forward(batch)
         if not seen:
-            _check_outputs(name, outputs)
+            _check_outputs(objective.config.name, outputs)
             seen = True
         return outputs
 
@@ -332,9 +341,10 @@ def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
 def pictures(objective: Objective, batch: Batch) -> dict[str, Tensor]:
     """What the objective shows of some images."""
     torch.manual_seed(PICTURE_SEED)
-    shown = objective.pictures(batch)
+    with called(objective.config.name, "pictures()"):
+        shown = objective.pictures(batch)
     for name, row in shown.items():
-        if row.dtype != torch.uint8 or row.ndim != 4:
-            found = f"{row.dtype} of shape {tuple(row.shape)}"
+        if not isinstance(row, Tensor) or row.dtype != torch.uint8 or row.ndim != 4:
+            found = f"{row.dtype} of shape {tuple(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
             raise TrainingError(f"{objective.config.name}: pictures() must give uint8 (b, c, h, w), got {name} {found}")
     return shown

@@ -260,7 +260,12 @@ def test_names_of_architectures_imply_what_timm_builds(start: str) -> None:
         ({"embed_norm_layer": "layernorm"}, HEADS, "patch_embed.norm.weight unexpected"),
         ({"global_pool": "avg"}, HEADS | {"pool": "cls"}, "fc_norm is of the patches' average"),
         ({}, HEADS | {"pool": "avg_norm"}, "norm is of each token"),
-        ({}, HEADS | {"image": (32, 48)}, r"pos_embed has 17 rows, expected 25 or 24 for image=\(32, 48\)"),
+        ({"img_size": (24, 32)}, HEADS | {"image": (32, 48)}, r"13 rows, expected 25 or 24 for image=\(32, 48\)"),
+        (
+            {},
+            HEADS | {"image": (32, 44)},
+            r"image=32x44: model.image \(32, 44\) must be a multiple of model.patch \(8\)",
+        ),
         ({"img_size": (24, 32)}, HEADS, "12 positions are no square grid"),
         (
             {"pos_embed": "none"},

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from mpp.augment.input import Input
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
 
@@ -34,6 +35,8 @@ class Layout:
     classes: tuple[str, ...] = ()  # names of the head's classes
     aside: tuple[str, ...] = ()  # tensors of the file that belong to something else, such as a decoder
     guessed: tuple[str, ...] = ()  # fields of the config that nothing in the file tells, and on which models differ
+    input: Input | None = None  # what the encoder is fed, where files say it
+    notes: tuple[str, ...] = ()  # what they say of it that is not done here: to be said
 
 
 def shape_of(source: Source, name: str, axes: int) -> tuple[int, ...]:

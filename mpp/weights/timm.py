@@ -192,7 +192,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         guessed.append("pool")
     if clip and not classes and _projects(tensors):
         classes = joint(len(tensors["head.weight"]))
-    return Layout(config, parts(config, placed, split), head, classes, aside, tuple(guessed))
+    fed, notes = told.fed(image)
+    return Layout(config, parts(config, placed, split), head, classes, aside, tuple(guessed), fed, notes)
 
 
 def _projects(tensors: dict[str, Tensor]) -> bool:
@@ -273,7 +274,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
             written[theirs] = piece.detach().cpu().contiguous()
     if head is not None:
         written |= {f"head.{name}": value.detach().cpu() for name, value in head.linear.state_dict().items()}
-    told = about(config, 0 if head is None else len(head.linear.weight), classes, placed)
+    told = about(config, 0 if head is None else len(head.linear.weight), classes, placed, encoder.input)
     return {
         "config.json": encoded(told, indent=2),
         "model.safetensors": save(written, {"format": "pt"}),
@@ -307,6 +308,7 @@ def _refuse(config: ViTConfig, head: Head | None) -> None:
 def usage(encoder: ViT, head: Head | None) -> str:
     """Python that loads the folder it runs in with timm."""
     config = encoder.config
+    mode = "L" if config.channels == 1 else "RGB"
     result = f"(1, {config.width}), one vector an image" if head is None else f"(1, {len(head.linear.weight)}), logits"
     return f"""\
 import timm
@@ -318,4 +320,5 @@ mean, std = (torch.tensor(told[name]).reshape(-1, 1, 1) for name in ("mean", "st
 images = torch.rand(1, {config.channels}, {config.image[0]}, {config.image[1]})  # on [0, 1]
 with torch.no_grad():
     outputs = model((images - mean) / std)  # {result}
+# A picture of PIL's, {mode}, is resized, cropped and normalised by timm.data.create_transform(**told)(picture)
 """

@@ -4,6 +4,7 @@ The public names are resolved when they are first used, so that `mpp --help` imp
 """
 
 import importlib
+import importlib.metadata
 
 _HOMES = {
     "ViT": "mpp.models.vit",
@@ -24,6 +25,11 @@ _HOMES = {
     "Trunk": "mpp.models.trunk",
     "TrunkConfig": "mpp.models.trunk_config",
     "TrainConfig": "mpp.train_config",
+    "LogConfig": "mpp.train_config",
+    "MaskedPatchPrediction": "mpp.objectives.masked_patch",
+    "MaskedPatchConfig": "mpp.objectives",
+    "Classification": "mpp.objectives.labels",
+    "LabelsConfig": "mpp.objectives",
     "AugmentConfig": "mpp.augment.config",
     "ViewConfig": "mpp.data.config",
     "take": "mpp.models.layers",
@@ -40,6 +46,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.metadata.version("mpp")
     if name not in _HOMES:
         raise AttributeError(f"mpp has no {name!r}; it has {', '.join(sorted(_HOMES))}")
     if _HOMES[name] == "mpp":
@@ -48,4 +56,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOMES)
+    return sorted([*_HOMES, "__version__"])

@@ -19,14 +19,14 @@ LAYERS = [
     {"plan", "export"},
     {"run"},
     {"loop", "recipe", "weights"},
-    {"execution"},
+    {"execution", "begun"},
     {"objectives"},
     {"optim", "checkpoint", "log", "watch", "models", "masks", "mixing", "targets", "data"},
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode"},
     {"files", "hardware", "extend", "finite", "jsons"},
-    {"batch", "seeds", "errors", "hints", "train_config"},
+    {"batch", "seeds", "errors", "hints", "train_config", "differing"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

@@ -10,6 +10,7 @@ import torch
 
 from mpp import checkpoint
 from mpp.data.subset import digest, label_digest
+from mpp.differing import quoted
 from mpp.errors import UserError, cause
 from mpp.execution import Once, choose
 from mpp.jsons import encoded
@@ -19,7 +20,6 @@ from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from mpp.objectives.base import Objective
 from mpp.recipe import Recipe, load_recipe, save_recipe
-from mpp.recipe.check import quoted
 from mpp.recipe.recipe import changes, lasting
 from mpp.recipe.settled import FILE, RunError, Settled, load_settled
 from mpp.run.finished import FILE as FINISHED
@@ -64,6 +64,8 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
     index, epoch = images.batches.index, images.batches.epoch
     settings = with_index(recipe, index).in_steps(epoch)
     given = load_encoder(recipe.weights) if recipe.weights else None
+    if given is None and recipe.objective.frozen:
+        logger.warning("objective.freeze: the encoder that stays as it is has random weights; give --from WEIGHTS")
     objective = build(settings, given)
 
     def once_a_kind(what: str, choose: Callable[[], Any]) -> Any:

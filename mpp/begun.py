@@ -18,6 +18,8 @@ FILE = "began.json"
 FORMAT = 1
 CHOSEN = tuple(f"train.{name}" for name in Execution.__dataclass_fields__)  # what the machine may choose
 
+CONTENT = ("images", "labels")
+
 
 def settings_of(objective: Objective, batches: object, config: TrainConfig, seed: int) -> dict[str, Any]:
     """What decides what a training computes, in plain values by dotted key; images are known by their content."""
@@ -45,7 +47,11 @@ def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> Trai
         chosen = {key: there[key] for key in CHOSEN if settings[key] in (None, "auto")}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise checkpoint.CheckpointError(f"{path}: cut, or not as it was written ({cause(error)})") from None
-    if changed := differing(there, {**settings, **chosen}):
+    here = {**settings, **chosen}
+    for key in {*CONTENT} - (there.keys() & here.keys()):  # batches that do not say what they are of
+        there.pop(key, None)
+        here.pop(key, None)
+    if changed := differing(there, here):
         raise checkpoint.CheckpointError(
             f"{folder.parent}: holds a training with other settings ({'; '.join(changed)}); choose another folder"
         )

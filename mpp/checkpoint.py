@@ -100,7 +100,7 @@ def digest(path: Path) -> str:
     """A digest of what one checkpoint holds, by what it says of its files; CheckpointError if it does not say it."""
     try:
         digests = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]
-        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(jsons.text(digests, sort_keys=True).encode()).hexdigest()[:32]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
 

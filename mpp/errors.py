@@ -1,5 +1,18 @@
 """The errors that a user can mend, and how causes and names are put on one line."""
 
+import errno
+
+# What the system refuses whatever a program does: rights, disks, limits, and network file systems that fail.
+REFUSALS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EREMOTEIO", "ENOTCONN", "ETIMEDOUT",
+        "EHOSTDOWN", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "ENOMEM", "ELOOP", "ENAMETOOLONG", "ENOLCK", "EBUSY",
+        "ETXTBSY", "ENOTSUP", "ESHUTDOWN",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+
 
 class UserError(ValueError):
     """One line that names the file or key, what was found and what was expected.
@@ -12,6 +25,14 @@ def cause(error: BaseException) -> str:
     """Why something failed, on one line: the system's words alone, without number and file name, where it has some."""
     words = error.strerror if isinstance(error, OSError) else None
     return " ".join((words or str(error)).split()) or type(error).__name__
+
+
+def refusal(error: OSError) -> str | None:
+    """What the system refused, on one line that names the file where that is known; None for any other error."""
+    if error.errno not in REFUSALS:
+        return None
+    names = [shown(name) for name in (error.filename, error.filename2) if name is not None and type(name) is not int]
+    return ": ".join([*(" to ".join(names),) * bool(names), cause(error)])
 
 
 def shown(name: object) -> str:

@@ -105,6 +105,8 @@ class Clock:
 
     def check(self) -> None:
         """Raises TrainingError for the first step whose loss or gradient was not finite."""
+        if not self.steps:
+            return
         numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.steps]).tolist()
         for (step, _, _), (loss, norm) in zip(self.steps, numbers, strict=True):
             if not math.isfinite(loss + norm):

@@ -25,7 +25,7 @@ LAYERS = [
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode"},
-    {"files", "hardware", "extend", "finite", "jsons"},
+    {"files", "hardware", "extend", "finite", "jsons", "workers"},
     {"batch", "seeds", "errors", "hints", "train_config", "differing"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

@@ -174,11 +174,14 @@ def _csv(made: Sequence[Prediction]) -> str:
     """Columns key, label (empty where not known), class, score, class_2, score_2, ..."""
     places = range(1, len(made[0].top) + 1)
     names = [f"{kind}_{place}" if place > 1 else kind for place in places for kind in ("class", "score")]
-    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
-    writer.writerow(["key", "label", *names])
-    for one in made:
-        writer.writerow([one.key, one.label or "", *(value for pair in one.top for value in pair)])
-    return text.getvalue()
+    rows = ([one.key, one.label or "", *(value for pair in one.top for value in pair)] for one in made)
+    return _csv_line(["key", "label", *names]) + "".join(_csv_line(row) for row in rows)
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    """One line; a cell with a carriage return is quoted too, which the module does only where lines end in one."""
+    csv.writer(text := io.StringIO(), lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {".jsonl": _jsonl, ".csv": _csv}

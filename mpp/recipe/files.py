@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpp.differing import leaves, quoted
+from mpp.errors import cause
 from mpp.recipe.build import dotted, merged
 from mpp.recipe.check import RecipeError, near
 from mpp.recipe.text import NO_YAML, read_yaml
@@ -84,7 +85,9 @@ def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
     """What is read, as plain values. Nothing is resolved and no tag is obeyed."""
     try:
         values = read()
-    except (OSError, *NO_YAML) as error:
+    except OSError as error:
+        raise RecipeError(f"{source}: cannot be read: {cause(error)}") from error
+    except NO_YAML as error:
         problem = " ".join(re.sub(r'in "[^"]*",', "at", str(error)).split())
         raise RecipeError(f"{source}: expected keys with values in YAML, found an error: {problem}") from error
     if not isinstance(values, dict):

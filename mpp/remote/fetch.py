@@ -5,9 +5,11 @@ import logging
 import os
 import random
 import re
+import traceback
 from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event
 from typing import IO, TypeVar
 
@@ -19,6 +21,8 @@ T = TypeVar("T")
 logger = logging.getLogger("mpp.data")
 PROGRESS = 2**16  # bytes; an attempt that got so far on is not counted as one of a row of failures
 TRY_AGAIN = (408, 416, 425, 429)  # of the statuses 4xx; all others of them are final
+BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, ArithmeticError)
+HERE = Path(__file__).parent
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, ValueError)
 
 
@@ -88,6 +92,8 @@ def _pieces(url: str, size: int | None, most: int, retry: Retry, allow: Collecti
         except RemoteError:
             raise
         except Exception as error:  # whatever those libraries raise; our own writing happens outside, see `fetch`
+            if _is_ours(error):
+                raise
             if place - best >= PROGRESS:
                 tries.failures = 0
             wrong = isinstance(error, WrongSize)
@@ -106,6 +112,8 @@ def retried(url: str, action: Callable[[], T], retry: Retry) -> T:
         except RemoteError:
             raise
         except Exception as error:  # whatever those libraries raise
+            if _is_ours(error):
+                raise
             tries.failed(error)
 
 
@@ -132,6 +140,12 @@ class _Tries:
         # Many that failed together should not come back together. No generator of the user's is touched for it.
         if self.stop.wait(longest * random.SystemRandom().uniform(0.5, 1)):
             raise RemoteError(f"{words}; given up, since reading has ended") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it is a mistake of this package's code, which no other attempt mends and whose traceback is wanted."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, BUGS) and bool(frames) and Path(frames[-1].filename).is_relative_to(HERE)
 
 
 def _is_final(error: Exception) -> bool:

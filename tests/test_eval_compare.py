@@ -268,6 +268,11 @@ def test_weights_trained_anew_under_the_same_name_do_not_pass_for_the_old_ones(d
     assert result.code == 2
     assert f"holds a run that began from other weights than {path.parent} now holds" in result.line
     assert times(copy) == before
+    for checkpoints in copy.glob("finetune/**/checkpoints"):
+        shutil.rmtree(checkpoints)
+    result = run("compare", recipe, f"out={copy}")
+    assert result.code == 2, "scores without checkpoints are of the same weights alone as well"
+    assert f"holds a run that began from other weights than {path.parent} now holds" in result.line
 
 
 def test_a_run_that_is_done_again_in_the_same_comparison_is_looked_at_too(done, tmp_path, monkeypatch):

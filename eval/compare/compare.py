@@ -83,7 +83,7 @@ def other_than_wanted(job: Job) -> str | None:
             if fingerprint(job.encoder()) != weights:
                 return f"{job.result}: was read off other weights than there are now; delete it, or choose another out="
     try:
-        if job.recipe is not None and (before := earlier(folder)) is not None:
+        if job.recipe is not None and (before := earlier(folder, done=job.done)) is not None:
             recipe = job.recipe()
             images = open_images(recipe, before.settled, at_once)
             same_run(before, recipe, images)

@@ -41,10 +41,13 @@ class Earlier(NamedTuple):
     settled: Settled
 
 
-def earlier(out: Path) -> Earlier | None:
-    """The run that a folder goes on with; one that never saved is none to go on with."""
+def earlier(out: Path, *, done: bool = False) -> Earlier | None:
+    """The run that a folder goes on with; one that never saved is none to go on with.
+
+    done: whether its results are there already, of which its recipe tells what they are of, saved or not.
+    """
     path = out / "recipe.yaml"
-    if not checkpoint.steps(out / "checkpoints") and not (out / FINISHED).exists():
+    if not done and not checkpoint.steps(out / "checkpoints") and not (out / FINISHED).exists():
         return None
     if not path.exists():
         raise RunError(
@@ -88,6 +91,16 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
     )
     save_start(recipe, settled)
     return objective, settled
+
+
+def refuse_leftovers(out: Path, objective: ObjectiveConfig) -> None:
+    """RunError if a folder without a checkpoint holds results, which a new run's recipe would claim as its own."""
+    names = [f"{name}.safetensors" for name in objective.results]
+    if left := [name for name in (*names, "scores.json") if (out / name).exists()]:
+        raise RunError(
+            f"{out / left[0]}: of a run whose checkpoints are gone, without which it can't go on; delete it, or choose "
+            "another folder with out="
+        )
 
 
 def save_start(recipe: Recipe, settled: Settled) -> None:
@@ -151,8 +164,8 @@ def same_weights(before: Earlier, recipe: Recipe) -> Encoder | None:
     if recipe.weights is None:
         return None
     if not Path(recipe.weights).exists() and recipe.weights == before.recipe.weights:
-        if (folder / FINISHED).exists():
-            return None
+        if (folder / FINISHED).exists() or not checkpoint.steps(folder / "checkpoints"):
+            return None  # it is done
         if checkpoint.load_latest(folder / "checkpoints") is None:
             raise RunError(f"{recipe.weights}: gone, and {folder} holds no whole checkpoint to go on from; restore it")
         logger.info("%s: gone; the run goes on from its checkpoint, which holds all that it needs", recipe.weights)

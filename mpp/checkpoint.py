@@ -6,7 +6,6 @@ of it is on the disk, so that a folder of that name is complete.
 """
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Collection
@@ -17,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpp import jsons
-from mpp.errors import UserError
+from mpp import budget, jsons
+from mpp.errors import UserError, cause, shown
 from mpp.files import sync
 
 logger = logging.getLogger("mpp.checkpoint")
@@ -82,24 +81,26 @@ def steps(folder: Path) -> list[int]:
 def load(path: Path) -> tuple[int, State]:
     """Reads and checks one checkpoint; CheckpointError names the file that is not as it was written."""
     try:
-        described = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        described = budget.json_file(path / "state.json")
         state = {}
         for name, digest in described["sha256"].items():
+            if name != Path(name).name:
+                raise CheckpointError(f"{path}: names a file outside of it: {shown(name)}")
             if _digest(path / name) != digest:
-                raise CheckpointError(f"{path / name}: not as it was written (cut or changed)")
+                raise CheckpointError(f"{path / shown(name)}: not as it was written (cut or changed)")
             tensors = load_file(path / name)  # only maps the file, which training goes on to delete: hence copies
             state[name.removesuffix(".safetensors")] = {key: tensor.clone() for key, tensor in tensors.items()}
         return int(described["step"]), state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
+        raise CheckpointError(f"{path}: not a whole checkpoint ({shown(cause(error))})") from error
 
 
 def digest(path: Path) -> str:
     """A digest of what one checkpoint holds, by what it says of its files; CheckpointError if it does not say it."""
     try:
-        digests = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]
+        digests = budget.json_file(path / "state.json")["sha256"]
         return hashlib.sha256(jsons.text(digests, sort_keys=True).encode()).hexdigest()[:32]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error

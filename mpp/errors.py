@@ -2,6 +2,7 @@
 
 import errno
 
+LONGEST = 400  # characters of a name in a message; paths that people make have fewer
 # What the system refuses whatever a program does: rights, disks, limits, and network file systems that fail.
 REFUSALS = frozenset(
     getattr(errno, name)
@@ -36,8 +37,9 @@ def refusal(error: OSError) -> str | None:
 
 
 def shown(name: object) -> str:
-    """A name or path that others chose, safe to print on one line."""
-    return str(name) if str(name).isprintable() else ascii(str(name))
+    """A name or path that others chose, safe to print on one line: escaped, and cut in the middle if it is long."""
+    text = str(name) if len(str(name)) <= LONGEST else f"{str(name)[: LONGEST // 2]}[...]{str(name)[-LONGEST // 2 :]}"
+    return text if text.isprintable() else ascii(text)
 
 
 def counted(number: int, thing: str, things: str = "") -> str:

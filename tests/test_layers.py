@@ -26,7 +26,7 @@ LAYERS = [
     {"remote", "decode_cuda"},
     {"decode"},
     {"files", "hardware", "extend", "finite", "jsons", "workers"},
-    {"batch", "seeds", "errors", "hints", "train_config", "differing"},
+    {"batch", "seeds", "errors", "hints", "budget", "train_config", "differing"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

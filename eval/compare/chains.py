@@ -6,7 +6,6 @@ OUT/finetune/ARM/0.1/seed-0
 OUT/probe/ARM/seed-0                   what is read off frozen features
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpp import budget
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
 from mpp.execution import Once
@@ -245,7 +245,7 @@ class Chains:
 def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
     """What a probing was asked for, and the rows it gave; nothing where there is no such file of this format."""
     try:
-        results = json.loads(path.read_text())
+        results = budget.json_file(path)
         if results["format"] != FORMAT:
             return [], []
         return [Asked(*one) for one in results["asked"]], results["rows"]
@@ -256,7 +256,7 @@ def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
 def probed_weights(path: Path) -> str | None:
     """The digest of the weights that a probing read its rows off; None where there is no such file."""
     try:
-        return str(json.loads(path.read_text())["weights"])
+        return str(budget.json_file(path)["weights"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

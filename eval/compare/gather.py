@@ -1,7 +1,6 @@
 """What the finished runs of a comparison show, as one dictionary: results.json, from which the report is made."""
 
 import base64
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mpp import budget
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
 from mpp.jsons import read_lines
@@ -41,7 +41,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
     comparison, config = chains.comparison, chains.config
     done = [job for job in jobs if job.done and job.name not in failures]  # one that failed may hold other content
     rows = [row for job in done for row in _rows(job)]
-    scored = {job: json.loads(job.result.read_text()) for job in done if job.stage == "finetune"}
+    scored = {job: budget.json_file(job.result) for job in done if job.stage == "finetune"}
     data = _data(comparison, [scores.get("classes", ()) for scores in scored.values()])
     classes = data["classes"]
     titles, known = {arm: comparison.title(arm) for arm in config.arms}, dict[Any, int]()
@@ -78,7 +78,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
 def _rows(job: Job) -> list[Figure]:
     """What a job found of all that the comparison asks for."""
     if job.stage == "finetune":
-        scores = json.loads(job.result.read_text())
+        scores = budget.json_file(job.result)
         assert job.fraction is not None
         figures = {name: scores[name] for name in ("top1", "top5", "ece", "loss") if scores[name] is not None}
         return [Figure(job.arm, job.seed, FINETUNE, job.fraction, name, value) for name, value in figures.items()]

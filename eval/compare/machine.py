@@ -3,11 +3,11 @@
 Each run by itself would choose at its own start, by its own stopwatch, and two seeds could see different pixels.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mpp import budget
 from mpp.errors import UserError, cause
 from mpp.files import locked, write_atomically
 from mpp.jsons import encoded
@@ -48,7 +48,7 @@ class Machine:
         if not self.path.exists():
             return {}
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = budget.json_file(self.path)
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']}, expected {FORMAT}")
             choices: dict[str, Any] = found["choices"]

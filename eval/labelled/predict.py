@@ -17,6 +17,7 @@ from mpp.jsons import encoded
 from mpp.models.classifier import Classifier
 from mpp.shards.classes import listed, remark, translation
 from mpp.weights import load_classifier
+from mpp.weights.format import joint
 
 from .images import Images, open_images, outputs
 from .scores import Answers, Scores, answers, scored
@@ -68,6 +69,9 @@ def predict(
         if path is not None and not path.absolute().parent.is_dir():
             raise PredictError(f"{path}: its folder does not exist")
     classifier = load_classifier(weights)
+    if classifier.classes == joint(len(classifier.classes)):
+        way = f"`mpp embed {weights} ...` gives vectors"
+        raise PredictError(f"{weights}: its head is CLIP's projection, which tells no classes apart; {way}")
     with open_images(data, classifier.encoder.config, split) as images:
         numbers = label_numbers(images, classifier.classes)
         labelled = bool((numbers[images.labels] >= 0).any())

@@ -12,6 +12,7 @@ from mpp.differing import computed, differing
 from mpp.errors import cause
 from mpp.files import write_atomically
 from mpp.objectives.base import Objective
+from mpp.shards.index import Index
 from mpp.train_config import Execution, TrainConfig
 
 FILE = "began.json"
@@ -25,7 +26,7 @@ def settings_of(objective: Objective, batches: object, config: TrainConfig, seed
     """What decides what a training computes, in plain values by dotted key; images are known by their content."""
     parts = {"seed": seed, "objective": asdict(objective.config), "model": asdict(objective.encoder.config)}
     index = getattr(batches, "index", None)
-    if index is not None:
+    if isinstance(index, Index):
         parts["images"] = digest(index)
         parts["labels"] = label_digest(index) if objective.needs.labels else None
     return json.loads(json.dumps(computed({**parts, "train": asdict(config)}), default=str))

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from mpp import begun, checkpoint, jsons
 from mpp.batch import Batch
+from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
 from mpp.execution import WORKSPACE, Loss, callers_state, choose, forward_pass
 from mpp.hardware import device_of
 from mpp.log import Log
-from mpp.models.encoder import Encoder
+from mpp.models.encoder import Encoder, feed
 from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
@@ -61,6 +62,8 @@ def train(
     folder, settings = out / "checkpoints", begun.settings_of(objective, images, config, seed)
     config = begun.same(folder, settings, config)
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
+    if isinstance(images, Batches):
+        feed(objective, images.input)
     _refuse_other_numbers(objective, images)
     described = {"encoder": jsons.text(facts_of_result(objective))}  # goes with the weights of every checkpoint
     kept = kept_steps(config)
@@ -74,7 +77,7 @@ def train(
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
     start = resume(objective, optimizer, ema, folder)
     objective.progress.fill_(start / steps)
-    forward = checked(objective.config.name, forward_pass(objective, config, execution))
+    forward = checked(objective, forward_pass(objective, config, execution))
     clock = Clock(config.lr)
     record = functools.cache(lambda: begun.write(folder, settings, execution))  # once, before the first checkpoint
     # Read once: the first batch of streamed shards may have to be fetched again.
@@ -266,18 +269,20 @@ def facts_of_result(objective: Objective) -> dict[str, object]:
     place = next((place for place, module in objective.named_modules() if module is encoder), None)
     if place is None or not isinstance(encoder, Encoder):
         raise TrainingError(f"{name}: results()['encoder'] must be an mpp.Encoder that is a part of the objective")
-    return {**facts_of(encoder.config), "place": f"{place}."}
+    return {**facts_of(encoder), "place": f"{place}."}
 
 
-def checked(name: str, forward: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
+def checked(objective: Objective, forward: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
     """The forward pass, whose first outputs are looked at: what is wrong with an objective is best told at once."""
     seen = False
 
     def first_checked(batch: Batch) -> Loss:
         nonlocal seen
+        if not seen and batch.images.is_floating_point():
+            objective.encoder.look(batch.images)  # one wait for the device, and none for uint8
         outputs = forward(batch)
         if not seen:
-            _check_outputs(name, outputs)
+            _check_outputs(objective.config.name, outputs)
             seen = True
         return outputs
 

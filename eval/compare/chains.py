@@ -256,7 +256,7 @@ class Chains:
         shards, train, test = self.comparison.data
         with claimed(out, "in use by a comparison that is still going"):
             encoder = self.probed(arm, seed, fraction)
-            weights = fingerprint(encoder)
+            weights = identity(encoder)
             done, rows = read_rows(out / ROWS) if probed_weights(out / ROWS) == weights else ([], [])
             index, missing = read_index(shards, train), [one for one in asked if one not in done]
             for share in dict.fromkeys(one.fraction for one in missing):
@@ -285,6 +285,11 @@ def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
         return [Asked(*one) for one in results["asked"]], results["rows"]
     except (OSError, ValueError, LookupError, TypeError):  # what cut and foreign files cause
         return [], []
+
+
+def identity(encoder: Encoder) -> str:
+    """What tells a frozen encoder from another: its weights, and what it is fed."""
+    return f"{fingerprint(encoder)} {encoder.input}"
 
 
 def probed_weights(path: Path) -> str | None:

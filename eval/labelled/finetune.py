@@ -35,7 +35,7 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
     if recipe.data.val is None:
         return out, None
     classifier = load_classifier(out)
-    scores = score_split(classifier, recipe.data.path, recipe.data.val, augment=recipe.data.augment)
+    scores = score_split(classifier, recipe.data.path, recipe.data.val)
     images = contents(read_index(recipe.data.path, recipe.data.val, recipe.data.allow))
     facts = {"classes": classifier.classes, "images": images, **scores.to_json()}
     write_atomically(out / "scores.json", encoded(facts))

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mpp.errors import shown
+
 # Settings that change how a run goes, but not what it computes.
 FREE = ("out", "log.", "train.save_every", "train.keep", *(f"data.{name}" for name in ("threads", "reader", "memory")))
 FETCHING = ("data.cache", "data.cache_gib", "data.allow")
@@ -34,4 +36,4 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 def quoted(value: Any) -> str:
     """A value as JSON, cut short, on one line."""
-    return json.dumps(value, default=str, ensure_ascii=False, skipkeys=True)[:80]
+    return shown(json.dumps(value, default=str, ensure_ascii=False, skipkeys=True)[:80])

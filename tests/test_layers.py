@@ -25,8 +25,8 @@ LAYERS = [
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode"},
-    {"files", "hardware", "extend", "finite", "jsons", "workers"},
-    {"batch", "seeds", "errors", "hints", "budget", "train_config", "differing"},
+    {"files", "differing", "hardware", "extend", "finite", "jsons", "workers"},
+    {"batch", "seeds", "errors", "hints", "budget", "train_config"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

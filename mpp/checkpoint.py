@@ -133,9 +133,8 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += [key for key in expected if key in found and expected[key].shape != found[key].shape]
     if wrong:
-        raise CheckpointError(
-            f"the checkpoint is of another model: {', '.join(map(shown, wrong[:5]))} missing, unknown or of another shape"
-        )
+        names = ", ".join(map(shown, wrong[:5]))
+        raise CheckpointError(f"the checkpoint is of another model: {names} missing, unknown or of another shape")
     module.load_state_dict(found)
     parameters = dict(module.named_parameters())
     for key, value in state["optimizer"].items():

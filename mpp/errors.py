@@ -3,6 +3,7 @@
 import errno
 
 LONGEST = 400  # characters of a name in a message; paths that people make have fewer
+LONGEST_CAUSE = 1500  # characters of a cause; our own errors, which may be causes, have fewer
 # What the system refuses whatever a program does: rights, disks, limits, and network file systems that fail.
 REFUSALS = frozenset(
     getattr(errno, name)
@@ -23,9 +24,13 @@ class UserError(ValueError):
 
 
 def cause(error: BaseException) -> str:
-    """Why something failed, on one line: the system's words alone, without number and file name, where it has some."""
+    """Why something failed, on one line: the system's words alone, without number and file name, where it has some.
+
+    Libraries repeat what a file holds: characters that are no text are escaped, and long causes cut in the middle.
+    """
     words = error.strerror if isinstance(error, OSError) else None
-    return " ".join((words or str(error)).split()) or type(error).__name__
+    text = printable(" ".join((words or str(error)).split())) or type(error).__name__
+    return text if len(text) <= LONGEST_CAUSE else f"{text[: LONGEST_CAUSE // 2]}[...]{text[-LONGEST_CAUSE // 2 :]}"
 
 
 def refusal(error: OSError) -> str | None:
@@ -40,6 +45,11 @@ def shown(name: object) -> str:
     """A name or path that others chose, safe to print on one line: escaped, and cut in the middle if it is long."""
     text = str(name) if len(str(name)) <= LONGEST else f"{str(name)[: LONGEST // 2]}[...]{str(name)[-LONGEST // 2 :]}"
     return text if text.isprintable() else ascii(text)
+
+
+def printable(text: object) -> str:
+    """What a terminal shows as it stands: lines, with all characters that would steer it or turn its text escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def counted(number: int, thing: str, things: str = "") -> str:

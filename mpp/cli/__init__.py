@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mpp.cli.parser import parsed
-from mpp.errors import UserError, refusal
+from mpp.errors import UserError, printable, refusal
 from mpp.extend import ExtensionError, import_parts
 from mpp.workers import end_soon
 
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     With MPP_TRACEBACK=1 in the environment the traceback comes before that line.
     """
-    logging.basicConfig(level=logging.INFO, format="mpp: %(message)s", stream=sys.stderr)
+    (handler := logging.StreamHandler(sys.stderr)).setFormatter(_Printable("mpp: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal can't show
     try:
@@ -59,6 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             end_soon(_status(sys.exc_info()[1]))
 
 
+class _Printable(logging.Formatter):
+    """Names and causes may come from anybody's file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _status(ended: BaseException | None) -> int:
     """The exit status of a process that ends by an exception, or by none."""
     if not isinstance(ended, SystemExit):
@@ -69,5 +77,5 @@ def _status(ended: BaseException | None) -> int:
 def _refuse(error: Exception, words: str) -> NoReturn:
     if os.environ.get("MPP_TRACEBACK"):
         traceback.print_exception(error)
-    print(f"mpp: {' '.join(words.split())}", file=sys.stderr)
+    print(f"mpp: {printable(' '.join(words.split()))}", file=sys.stderr)
     raise SystemExit(2) from None

@@ -19,13 +19,13 @@ LAYERS = [
     {"plan", "export"},
     {"run"},
     {"loop", "recipe", "weights"},
-    {"execution"},
+    {"execution", "begun"},
     {"objectives"},
     {"optim", "checkpoint", "log", "watch", "models", "masks", "mixing", "targets", "data"},
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode"},
-    {"files", "hardware", "extend", "finite", "jsons", "workers"},
+    {"files", "differing", "hardware", "extend", "finite", "jsons", "workers"},
     {"batch", "seeds", "errors", "hints", "budget", "train_config"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

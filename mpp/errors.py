@@ -1,4 +1,9 @@
-"""The errors that a user can mend, and how causes and names are put on one line."""
+"""The errors that a user can mend, signals to stop, and how causes and names are put on one line."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 class UserError(ValueError):
@@ -6,6 +11,28 @@ class UserError(ValueError):
 
     The command line prints it and exits with status 2; any other exception is a bug and shows its traceback.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised as Ctrl-C is, so that work can be left in order."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Makes SIGTERM raise Terminated."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def cause(error: BaseException) -> str:

@@ -1,13 +1,16 @@
 """What a run tells: a progress bar, metrics.jsonl, TensorBoard, and pictures."""
 
 import functools
+import io
 import json
+import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +19,15 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mpp.errors import cause
+from mpp.errors import cause, counted
 from mpp.files import FileError, write_atomically
 
 PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
 LABEL_WIDTH = 64  # pixels
 GAP = 2  # pixels between images of a grid
+METRICS = "metrics.jsonl"
+
+logger = logging.getLogger("mpp.log")
 
 
 @functools.cache
@@ -49,9 +55,9 @@ class Log:
         _hush_tensorboard()
         with self._writing():
             out.mkdir(parents=True, exist_ok=True)
-            _forget_after(out / "metrics.jsonl", start)
+            _forget_after(out / METRICS, start)
             self._board = SummaryWriter(str(out), purge_step=start + 1) if tensorboard else None
-            self._metrics = (out / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics = (out / METRICS).open("a", encoding="utf-8")
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", mininterval=0.2 if terminal else 10)
 
@@ -88,11 +94,23 @@ class Log:
         if not pictures:
             return
         grid = labelled(picture_grid(pictures), list(pictures))
+        Image.fromarray(grid).save(png := io.BytesIO(), "PNG")
         with self._writing():
             (self.out / "pictures").mkdir(exist_ok=True)
-            Image.fromarray(grid).save(self.out / "pictures" / f"step-{step:08d}.png")
+            write_atomically(self._picture(step), png.getvalue())
             if self._board:
                 self._board.add_image("/".join(pictures), grid, step, dataformats="HWC")
+
+    def scored(self, step: int) -> bool:
+        """Whether metrics.jsonl has what scoring gave at a step; the lines of training have a rate."""
+        return any(row["step"] == step and "lr" not in row for row in read_metrics(self.out))
+
+    def pictured(self, step: int) -> bool:
+        """Whether the pictures of a step are there."""
+        return self._picture(step).exists()
+
+    def _picture(self, step: int) -> Path:
+        return self.out / "pictures" / f"step-{step:08d}.png"
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -125,15 +143,38 @@ def labelled(grid: np.ndarray, names: list[str]) -> np.ndarray:
     return np.asarray(canvas)
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; says how many are cut or changed, and passes over those."""
+    try:
+        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        raise FileError(f"{folder / METRICS}: cannot be read: {cause(error)}") from None
+    rows = [row for row in map(_row, lines) if row is not None]
+    if len(rows) < len(lines):
+        logger.warning("%s: passed over %s, cut or changed", folder / METRICS, counted(len(lines) - len(rows), "line"))
+    return rows
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """What a line of metrics.jsonl says: numbers by name, a step among them. None for a line that is cut or changed."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if all(type(value) in (int, float) for value in row.values()) else None
+
+
 def _forget_after(metrics: Path, step: int) -> None:
     """Drops the lines of later steps, and a line that was cut, from metrics.jsonl."""
     if not metrics.exists():
         return
     kept = []
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, LookupError, TypeError):
-            continue
+        row = _row(line) if line.endswith("\n") else None
+        if row is not None and row["step"] <= step:
+            kept.append(line)
     write_atomically(metrics, "".join(kept).encode())

@@ -52,6 +52,7 @@ def train(
     """
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
     described = {"encoder": json.dumps(facts_of_result(objective))}  # goes with the weights of every checkpoint
+    evaluation = evaluate_every if evaluate else 0
     execution = execution or choose(objective, batches, config)
     torch.set_num_threads(execution.threads)
     if config.deterministic:
@@ -68,6 +69,20 @@ def train(
     shown = functools.cache(lambda: next(batches.at(0).split(PICTURED)).to(device))
     metrics_beside_bar = ("loss", *list(objective.config.metrics)[:1], "images/s")
     with Log(out, start, steps, log.tensorboard, metrics_beside_bar) as logger, stop_signals() as signals:
+
+        def look(step: int, scores: bool, shows: bool) -> None:
+            """Scores and shows what a step left, unless a signal comes: then the next start does it."""
+            if signals or not (scores or shows):
+                return
+            with clock.stopped(), swapped(objective, ema):
+                if evaluate and scores and (figures := evaluate(signals)):
+                    logger.scalars(step, figures)
+                if shows and not signals:
+                    logger.pictures(step, pictures(objective, shown()))
+
+        if start:  # what was interrupted after this step was saved
+            scores, shows = (due(start, every, start == steps) for every in (evaluation, log.pictures))
+            look(start, scores and not logger.scored(start), shows and not logger.pictured(start))
         read, step = clock.waits(batches.iterate(start, signals), signals), start
         for step, batch in zip(range(start + 1, steps + 1), read, strict=False):
             loss, norm, metrics = update(
@@ -80,26 +95,22 @@ def train(
             logger.advance()
             last, ends = step == steps, step == steps or bool(signals)
             logs, saves = due(step, log.every, ends), due(step, config.save_every, ends)
-            scores, shows = due(step, evaluate_every if evaluate else 0, last), due(step, log.pictures, last)
+            scores, shows = due(step, evaluation, last), due(step, log.pictures, last)
             if logs or saves:
                 clock.check()  # one wait for the device a log
             if logs:
                 values = {"loss": loss, **metrics, "norm": norm}
                 rate = {"lr": rate_at(step, config)}
                 logger.scalars(step, {k: float(v) for k, v in values.items()} | rate | clock.figures(device))
-            if scores or shows:
-                with clock.stopped(), swapped(objective, ema):
-                    if evaluate and scores:
-                        logger.scalars(step, evaluate(signals))
-                    if shows:
-                        logger.pictures(step, pictures(objective, shown()))
-            if saves:
+            if saves:  # before what takes long, and may be interrupted
                 with clock.stopped():
                     save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep)
-            if ends and not last:  # a signal since then waits until the next step is saved
-                raise Interrupted(signals[0], step)
-        if step < steps:  # a signal came while a batch was waited for
-            if step > start:
+            look(step, scores, shows)
+            if signals:
+                break
+        if signals:
+            if step > start and not saves:
+                clock.check()
                 save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep)
             raise Interrupted(signals[0], step)
     adopt(objective, ema)

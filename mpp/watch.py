@@ -49,24 +49,6 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, before[number])
 
 
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Makes SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that work which is no training can be left in order."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # only the main thread may
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Clock:
     """Counts what a run does between two logs, and finds the step at which it went wrong."""
 
@@ -101,6 +83,8 @@ class Clock:
 
     def check(self) -> None:
         """Raises TrainingError for the first step whose loss or gradient was not finite."""
+        if not self.steps:
+            return
         numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.steps]).tolist()
         for (step, _, _), (loss, norm) in zip(self.steps, numbers, strict=True):
             if not math.isfinite(loss + norm):

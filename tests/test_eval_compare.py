@@ -14,6 +14,7 @@ from tiny_runs import finished, run, small_splits, start
 
 from mpp.data.read import read_shards
 from mpp.eval.compare.arms import load_comparison
+from mpp.files import claimed, sealed
 from mpp.weights import load_classifier, load_encoder, save_encoder
 
 BASE = """\
@@ -308,8 +309,8 @@ def test_what_is_left_to_the_machine_is_chosen_once_for_all_runs(shards, tmp_pat
 def test_a_machine_json_that_is_cut_or_holds_nonsense_is_named(choices, done, tmp_path):
     out, recipe, _ = done
     copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy2)
-    text = "{" if choices is None else json.dumps({"format": 1, "choices": choices})
-    (copy / "machine.json").write_text(text)
+    data = b"{" if choices is None else sealed({"format": 2, "choices": choices})
+    (copy / "machine.json").write_bytes(data)
     result = run("compare", recipe, f"out={copy}", "compare.seeds=[0, 1, 2]")
     assert result.code == 2
     assert f"{copy / 'machine.json'}: cut, or not as it was written" in result.line
@@ -350,6 +351,90 @@ def test_two_processes_share_the_work_and_a_stopped_one_goes_on(shards, tmp_path
     alone = tmp_path / "alone"
     assert run("compare", recipe, f"out={alone}", *command[3:]).code == 0
     assert json.loads((alone / "results.json").read_text())["rows"] == results["rows"], "however it was done"
+
+
+FEW = [
+    "compare.protocols=[finetune]",
+    "compare.fractions=[0.5]",
+    "compare.images=[16]",
+    *(f"compare.arms.{name}=null" for name in ("labels", "few", "cnn", "scratch_total")),
+]
+
+
+def test_two_processes_that_start_before_the_shards_exist_make_them_once_and_share_the_work(tmp_path):
+    recipe, data = recipes(tmp_path, tmp_path / "shards"), tmp_path / "shards"
+    small = ["model.image=8", "model.patch=2", "data.source=digits", f"data.path={data}", "compare.seeds=[0]"]
+    command = ["compare", recipe, f"out={tmp_path / 'out'}", *FEW, "compare.lrs=[]", "compare.choose_at=null", *small]
+    with claimed(data, "held"):  # by a third that makes them, and ends before they are done
+        both = [start(*command), start(*command)]
+        time.sleep(6)
+        assert [process.poll() for process in both] == [None, None], [finished(process) for process in both]
+    ended = [finished(process) for process in both]
+    assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+    assert any("another process is making these shards; waiting for it" in one.err for one in ended)
+    assert sum("writing: " in one.out for one in ended) == 1
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (len(rows(results, metric="top1")), results["unfinished"], results["failures"]) == (2, [], [])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "harm", [cut, flip, lambda path: path.write_bytes(b""), lambda path: path.write_text("[" * 10**5)]
+)
+@pytest.mark.parametrize("name", ["finetune/mpp/0.5/seed-1/scores.json", "probe/mpp/seed-1/rows.json"])
+def test_scores_that_were_cut_or_changed_are_made_again(name, harm, done, tmp_path):
+    out, recipe, results = done
+    copy = shutil.copytree(out, tmp_path / "copy")
+    harm(copy / name)
+    result = run("compare", recipe, f"out={copy}")
+    assert result.code == 0, result.err
+    assert json.loads((copy / "results.json").read_text())["rows"] == results["rows"]
+
+
+@pytest.mark.parametrize(
+    "harm", [cut, lambda path: path.write_bytes(b""), lambda path: path.write_text("[" * 10**5 + "\n")]
+)
+def test_a_log_that_was_cut_costs_its_curve_and_is_named(harm, done, tmp_path, caplog):
+    out, recipe, results = done
+    copy, name = shutil.copytree(out, tmp_path / "copy"), "finetune/mpp/0.5/seed-1/metrics.jsonl"
+    harm(copy / name)
+    result = run("compare", recipe, f"out={copy}")
+    assert result.code == 0, result.err
+    assert json.loads((copy / "results.json").read_text())["rows"] == results["rows"]
+    if (copy / name).stat().st_size:
+        assert any(f"{copy / name}: passed over 1 line, cut or changed" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "words"),
+    [
+        ("choose/mpp/0.5/lr-0.01/metrics.jsonl", cut, "lacks val/accuracy"),
+        ("machine.json", flip, "cut, or not as it was written"),
+        ("finetune/mpp/0.5/seed-1/settled.json", flip, "cut, or not as it was written"),
+        ("finetune/mpp/0.5/seed-1/settled.json", Path.unlink, "settled.json"),
+        ("finetune/mpp/0.5/seed-1/recipe.yaml", Path.unlink, "recipe.yaml: missing"),
+    ],
+)
+def test_what_a_comparison_cannot_do_without_is_one_line(name, harm, words, done, tmp_path):
+    out, recipe, _ = done
+    copy = shutil.copytree(out, tmp_path / "copy")
+    if harm is cut:
+        (copy / name).write_text("".join(line for line in (copy / name).open() if "val/" not in line))
+    else:
+        harm(copy / name)
+    result = run("compare", recipe, f"out={copy}")
+    assert result.code == 2
+    assert words in result.line
+    assert str(copy / name).rpartition("/")[0] in result.line
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ OUT/finetune/ARM/0.1/seed-0
 OUT/probe/ARM/seed-0                   what is read off frozen features
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,12 @@ from typing import Any, NamedTuple
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
 from mpp.execution import Once
-from mpp.files import claimed, write_atomically
+from mpp.files import claimed, sealed, unsealed, write_atomically
+from mpp.log import METRICS, read_metrics
 from mpp.loop import steps_of
 from mpp.models.encoder import Encoder
 from mpp.recipe import Recipe
+from mpp.recipe.settled import RunError
 from mpp.run import run
 from mpp.run.start import at_start
 from mpp.shards.index import read_index
@@ -34,7 +35,7 @@ from .machine import Machine
 from .summary import shown
 
 ENCODER, SCORES, ROWS = "encoder.safetensors", "scores.json", "rows.json"
-FORMAT = 1  # of rows.json
+FORMAT = 2  # of rows.json
 
 
 class Asked(NamedTuple):
@@ -63,7 +64,11 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether nothing is left to do. A probing goes on where more fractions or protocols are asked for."""
-        return set(self.asked) <= set(read_rows(self.result)[0]) if self.asked else self.result.exists()
+        if self.asked:
+            return set(self.asked) <= set(read_rows(self.result)[0])
+        if self.stage == "finetune":
+            return read_scores(self.result) is not None
+        return self.result.exists()
 
 
 class Chains:
@@ -143,9 +148,11 @@ class Chains:
             return None
         tried = []
         for lr in self.config.lrs:
-            lines = (self._trial(arm, fraction, lr) / "metrics.jsonl").read_text().splitlines()
-            accuracy = next(row["val/accuracy"] for row in map(json.loads, reversed(lines)) if "val/accuracy" in row)
-            tried.append({"lr": lr, "accuracy": accuracy})
+            trial = self._trial(arm, fraction, lr)
+            found = [row["val/accuracy"] for row in read_metrics(trial) if "val/accuracy" in row]
+            if not found:
+                raise RunError(f"{trial / METRICS}: lacks val/accuracy, which it was tried for; delete {trial}")
+            tried.append({"lr": lr, "accuracy": found[-1]})
         best = max(tried, key=lambda trial: trial["accuracy"])
         return {"arm": arm, "fraction": fraction, "lr": best["lr"], "tried": tried}
 
@@ -238,26 +245,36 @@ class Chains:
                     rows.append({**place, "value": row.value, "detail": row.detail})
             shutil.rmtree(out / "features", ignore_errors=True)
             results = {"format": FORMAT, "weights": weights, "asked": [*done, *missing], "rows": rows}
-            write_atomically(out / ROWS, json.dumps(results).encode())
+            write_atomically(out / ROWS, sealed(results, indent=None))
 
 
 def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
-    """What a probing was asked for, and the rows it gave; nothing where there is no such file of this format."""
-    try:
-        results = json.loads(path.read_text())
-        if results["format"] != FORMAT:
-            return [], []
-        return [Asked(*one) for one in results["asked"]], results["rows"]
-    except (OSError, ValueError, LookupError, TypeError):  # what cut and foreign files cause
-        return [], []
+    """What a probing was asked for, and the rows it gave; nothing where there is no such file, or it was cut."""
+    results = _unsealed(path)
+    return ([Asked(*one) for one in results["asked"]], results["rows"]) if results else ([], [])
 
 
 def probed_weights(path: Path) -> str | None:
-    """The digest of the weights that a probing read its rows off; None where there is no such file."""
+    """The digest of the weights that a probing read its rows off; None where there is no such file, or it was cut."""
+    results = _unsealed(path)
+    return results["weights"] if results else None
+
+
+def read_scores(path: Path) -> dict[str, Any] | None:
+    """What a fine-tuning left as scores.json; None where it has to be scored again."""
     try:
-        return str(json.loads(path.read_text())["weights"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return unsealed(path, indent=None)
+    except (OSError, ValueError):
         return None
+
+
+def _unsealed(path: Path) -> dict[str, Any] | None:
+    """A file of rows of this format as it was written, or None."""
+    try:
+        results = unsealed(path, indent=None)
+    except (OSError, ValueError):
+        return None
+    return results if results.get("format") == FORMAT else None
 
 
 def images_of(recipe: Recipe, train: int) -> int:

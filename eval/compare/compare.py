@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from mpp.data.chosen import chosen
-from mpp.errors import UserError, cause
+from mpp.errors import UserError, cause, terminable
 from mpp.execution import at_once
 from mpp.extend import imported
 from mpp.files import BusyError, write_atomically
 from mpp.recipe.settled import RunError
 from mpp.run.images import check_classes, make_missing, open_images
 from mpp.run.start import earlier, same_run, same_weights
-from mpp.watch import sigterm_as_ctrl_c
 from mpp.weights import WeightsError, fingerprint
 
 from ..report.report import write_report
@@ -53,7 +52,7 @@ def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict
     chains.machine.known()  # before any run that would fail by it
     check_folder(jobs)
     try:
-        with sigterm_as_ctrl_c():
+        with terminable():
             carry_out(jobs, failures)
     finally:  # what is known so far, also of a comparison that was stopped
         imports = [word for what in imported for word in ("--import", what)]

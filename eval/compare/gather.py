@@ -1,7 +1,6 @@
 """What the finished runs of a comparison show, as one dictionary: results.json, from which the report is made."""
 
 import base64
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -16,18 +15,20 @@ import torch
 
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
+from mpp.errors import cause
+from mpp.log import read_metrics
 from mpp.loop import steps_of
 from mpp.models.encoders import build_encoder
 from mpp.plan import cost
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import FILE as SETTLED
-from mpp.recipe.settled import load_settled
+from mpp.recipe.settled import RunError, load_settled
 from mpp.shards.index import read_index
 
 from ..probes.protocols import PROTOCOLS
 from ..report.report import FORMAT
 from .arms import FINETUNE, Comparison
-from .chains import Asked, Chains, Job, read_rows
+from .chains import Asked, Chains, Job, read_rows, read_scores
 from .summary import Figure, conclusions, summarise
 
 PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn", "omegaconf")
@@ -69,7 +70,8 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
 def _rows(job: Job) -> list[Figure]:
     """What a job found of all that the comparison asks for."""
     if job.stage == "finetune":
-        scores = json.loads(job.result.read_text())
+        scores = read_scores(job.result)
+        assert scores
         assert job.fraction is not None
         figures = {name: scores[name] for name in ("top1", "top5", "ece", "loss") if scores[name] is not None}
         return [Figure(job.arm, job.seed, FINETUNE, job.fraction, name, value) for name, value in figures.items()]
@@ -102,8 +104,13 @@ def _captions(comparison: Comparison, arm: str) -> dict[str, Any]:
 
 
 def _per_class(job: Job) -> dict[str, Any]:
-    accuracy = json.loads(job.result.read_text())["per_class"]
-    return {"arm": job.arm, "seed": job.seed, "fraction": job.fraction, "accuracy": accuracy}
+    scores = read_scores(job.result)
+    return {
+        "arm": job.arm,
+        "seed": job.seed,
+        "fraction": job.fraction,
+        "accuracy": scores["per_class"] if scores else [],
+    }
 
 
 def _arm(comparison: Comparison, arm: str) -> dict[str, Any]:
@@ -141,7 +148,7 @@ def _cost(folder: Path, known: dict[Any, int]) -> tuple[int, int, float]:
     recipe = load_settled(folder).fill(load_recipe(folder / "recipe.yaml"))
     images = steps_of(recipe.train) * recipe.train.batch
     seconds, before = 0.0, 0
-    for row in _metrics(folder):
+    for row in read_metrics(folder):
         if "images/s" in row:
             seconds += (row["step"] - before) * recipe.train.batch / row["images/s"]
             before = row["step"]
@@ -176,7 +183,7 @@ def _curves(job: Job) -> list[dict[str, Any]]:
     folder = job.result.parent
     batch = load_recipe(folder / "recipe.yaml").train.batch
     points: dict[str, list[list[float]]] = {}
-    for row in _metrics(folder):
+    for row in read_metrics(folder):
         for name, value in row.items():
             if name.startswith("val/"):
                 points.setdefault(name, []).append([row["step"] * batch, value])
@@ -204,13 +211,16 @@ def _recipes(done: Sequence[Job]) -> dict[str, str]:
     for job in done:
         if job.stage in ("pretrain", "finetune"):
             asked, settled = (job.result.parent / name for name in ("recipe.yaml", SETTLED))
-            text = f"{asked.read_text()}\n# What the first start found and chose ({SETTLED}):\n{settled.read_text()}"
+            text = f"{_text(asked)}\n# What the first start found and chose ({SETTLED}):\n{_text(settled)}"
             found.setdefault(f"{job.arm} {job.stage}", text)
     return found
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: cannot be read: {cause(error)}; restore it, or delete {path.parent}") from None
 
 
 def _data(comparison: Comparison) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """Training with labels, and what came of it on a split that was not trained on."""
 
-import json
 from pathlib import Path
 
 from mpp.errors import UserError
 from mpp.execution import Once, at_once
-from mpp.files import write_atomically
+from mpp.files import sealed, write_atomically
 from mpp.recipe import Recipe
 from mpp.run import run
 from mpp.weights import load_classifier
@@ -33,5 +32,5 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
     if recipe.data.val is None:
         return out, None
     scores = score_split(load_classifier(out), recipe.data.path, recipe.data.val, augment=recipe.data.augment)
-    write_atomically(out / "scores.json", json.dumps(scores.to_json()).encode())
+    write_atomically(out / "scores.json", sealed(scores.to_json(), indent=None))
     return out, scores

@@ -3,11 +3,12 @@
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from mpp.cli.parser import parsed
-from mpp.errors import UserError
+from mpp.errors import Terminated, UserError, terminable
 from mpp.extend import ExtensionError, import_parts
 
 
@@ -31,18 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal can't show
     try:
-        options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
-        options.run(options)
-        sys.stdout.flush()
+        with terminable():
+            options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
+            options.run(options)
+            sys.stdout.flush()
     except BrokenPipeError:  # of `mpp plan RECIPE | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         raise SystemExit(1) from None
     except UserError as error:
         print(f"mpp: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("mpp: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise SystemExit(128 + number) from None
     finally:
         if remote := sys.modules.get("mpp.remote.cache"):
             remote.close_caches()  # what still waits for a server would keep Python from exiting

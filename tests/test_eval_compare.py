@@ -387,31 +387,31 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "harm", [cut, flip, lambda path: path.write_bytes(b""), lambda path: path.write_text("[" * 10**5)]
-)
-@pytest.mark.parametrize("name", ["finetune/mpp/0.5/seed-1/scores.json", "probe/mpp/seed-1/rows.json"])
-def test_scores_that_were_cut_or_changed_are_made_again(name, harm, done, tmp_path):
-    out, recipe, results = done
-    copy = shutil.copytree(out, tmp_path / "copy")
-    harm(copy / name)
-    result = run("compare", recipe, f"out={copy}")
-    assert result.code == 0, result.err
-    assert json.loads((copy / "results.json").read_text())["rows"] == results["rows"]
+def brackets(path: Path) -> None:
+    path.write_text("[" * 10**5 + "\n")
 
 
-@pytest.mark.parametrize(
-    "harm", [cut, lambda path: path.write_bytes(b""), lambda path: path.write_text("[" * 10**5 + "\n")]
-)
-def test_a_log_that_was_cut_costs_its_curve_and_is_named(harm, done, tmp_path, caplog):
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def test_scores_and_logs_that_were_cut_or_changed_are_made_again_or_passed_over_with_a_word(done, tmp_path, caplog):
     out, recipe, results = done
-    copy, name = shutil.copytree(out, tmp_path / "copy"), "finetune/mpp/0.5/seed-1/metrics.jsonl"
-    harm(copy / name)
-    result = run("compare", recipe, f"out={copy}")
-    assert result.code == 0, result.err
+    copy, tuned = shutil.copytree(out, tmp_path / "copy"), "finetune/mpp"
+    cut(copy / tuned / "0.5/seed-0/scores.json")
+    flip(copy / tuned / "0.5/seed-1/scores.json")
+    brackets(copy / tuned / "1/seed-0/scores.json")
+    empty(copy / tuned / "1/seed-1/scores.json")
+    for seed, harm in enumerate((flip, cut)):
+        harm(copy / f"probe/mpp/seed-{seed}/rows.json")
+    for share, seed, harm in ((0.5, 0, cut), (0.5, 1, brackets), (1, 0, empty)):
+        harm(copy / f"finetune/scratch/{share}/seed-{seed}/metrics.jsonl")
+    harmed = run("compare", recipe, f"out={copy}")
+    assert harmed.code == 0, harmed.err
     assert json.loads((copy / "results.json").read_text())["rows"] == results["rows"]
-    if (copy / name).stat().st_size:
-        assert any(f"{copy / name}: passed over 1 line, cut or changed" in line for line in caplog.messages)
+    for seed in (0, 1):
+        name = copy / f"finetune/scratch/0.5/seed-{seed}/metrics.jsonl"
+        assert any(f"{name}: passed over 1 line, cut or changed" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,29 @@
-"""The errors that a user can mend, signals to stop, and how causes and names are put on one line."""
+"""The errors that a user can mend, signals to stop, and how causes and names are put on one line without secrets."""
 
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+# An address begins here; one slash is what pathlib leaves of two.
+SCHEME = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]+:/{1,2}(?=[^\s/])")
+# What holds a secret by its name, wherever it stands: the query of a signed address, or a command's arguments.
+NAMED = re.compile(
+    r"(\b(?:(?i:\w*(?:secret|passw(?:or)?d|signature|credential|api_?key|access_?key)\w*|(?:access_|auth_)?token|sig)|"
+    r"[A-Z0-9_]*_TOKEN)=)[^\s'\"&]+"
+)
+SENT = re.compile(r"""(authorization:\s*(?:\w+\s+)?|\s(?:-u|--user|--password|--token)[\s=])[^\s'"]+""", re.I)
+
 
 class UserError(ValueError):
-    """One line that names the file or key, what was found and what was expected.
+    """One line that names the file or key, what was found and what was expected, without the secrets of addresses.
 
     The command line prints it and exits with status 2; any other exception is a bug and shows its traceback.
     """
+
+    def __init__(self, *words: object) -> None:
+        super().__init__(*(without_secrets(word) if isinstance(word, str) else word for word in words))
 
 
 class Terminated(KeyboardInterrupt):
@@ -43,7 +56,34 @@ def cause(error: BaseException) -> str:
 
 def shown(name: object) -> str:
     """A name or path that others chose, safe to print on one line."""
-    return str(name) if str(name).isprintable() else ascii(str(name))
+    text = without_secrets(str(name))
+    return text if text.isprintable() else ascii(text)
+
+
+def without_secrets(text: str) -> str:
+    """A text whose addresses have no user and password, and nothing behind a `?` or `#`: these sign private objects.
+
+    An address in quotes ends with them, any other one with a blank or where the next one begins.
+    """
+    starts = [match.start() for match in SCHEME.finditer(text)]
+    parts = [text[start:end] for start, end in zip([0, *starts], [*starts, len(text)], strict=True)]
+    for i in range(1, len(parts)):
+        quote = parts[i - 1][-1:]
+        ends = re.escape(quote) if quote and quote in "'\"" else r"""\s'">"""
+        address, rest = re.fullmatch(rf"([^{ends}]*)(.*)", parts[i], re.S).groups()  # type: ignore[union-attr]
+        parts[i] = bare_address(address) + rest
+    return SENT.sub(r"\1...", NAMED.sub(r"\1...", "".join(parts)))
+
+
+def bare_address(url: str) -> str:
+    """One address without user and password, and with `?...` and `#...` for what stands behind these."""
+    scheme, slashes, rest = re.fullmatch(r"([^:]*:)(/*)(.*)", url, re.S).groups()  # type: ignore[union-attr]
+    inside = re.match(r"[^/?#]*@", rest, re.S)  # to the last @ before the path: a password may hold some
+    if not inside and re.match(r"[^/?#@]*:(?!\d*(?:[/?#]|$))", rest):  # nor may one with / or # in it be seen
+        inside = re.match(r".*@", rest, re.S)
+    rest = rest[inside.end() :] if inside else rest
+    place, mark, behind = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest, re.S).groups()  # type: ignore[union-attr]
+    return f"{scheme}{slashes}{place}{mark}{'...' if behind else ''}"
 
 
 def counted(number: int, thing: str) -> str:

@@ -181,11 +181,13 @@ class Chains:
         data = replace(recipe.data, subset=SubsetConfig(share=fraction, hold_out=hold_out))
         train = replace(recipe.train, lr=lr or recipe.train.lr)
         recipe = replace(recipe, seed=seed, out=str(out), weights=weights, data=data, train=train)
-        labels = len(drawn(read_index(data.path, data.train), replace(data.subset, hold_out=0.0), seed)[0])
+        labels = len(drawn(read_index(data.path, data.train, data.allow), replace(data.subset, hold_out=0.0), seed)[0])
         images = self.config.images_at(fraction) or images_of(recipe, labels)
         if own.total_of and not hold_out:
             before_it = self.comparison.pretrain[own.total_of]
-            images += images_of(before_it, len(read_index(before_it.data.path, before_it.data.train)))
+            images += images_of(
+                before_it, len(read_index(before_it.data.path, before_it.data.train, before_it.data.allow))
+            )
         return recipe.lasting(images)
 
     def probings(self, arm: str, seed: int) -> list[Job]:

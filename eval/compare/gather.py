@@ -15,7 +15,7 @@ import torch
 
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
-from mpp.errors import cause
+from mpp.errors import cause, without_secrets
 from mpp.log import read_metrics
 from mpp.loop import steps_of
 from mpp.models.encoders import build_encoder
@@ -23,11 +23,12 @@ from mpp.plan import cost
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import RunError, load_settled
+from mpp.remote.urls import kept_url
 from mpp.shards.index import read_index
 
 from ..probes.protocols import PROTOCOLS
 from ..report.report import FORMAT
-from .arms import FINETUNE, Comparison
+from .arms import FINETUNE, ArmConfig, Comparison
 from .chains import Asked, Chains, Job, read_rows, read_scores
 from .summary import Figure, conclusions, summarise
 
@@ -43,13 +44,13 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
     return {
         "format": FORMAT,
         "name": comparison.name,
-        "command": command,
+        "command": without_secrets(command),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "hardware": _hardware(),
         "data": _data(comparison),
         "baseline": config.baseline,
-        "compare": asdict(config),
+        "compare": {**asdict(config), "arms": {arm: _settings(own) for arm, own in config.arms.items()}},
         "protocols": [_protocol(name) for name in config.frozen],
         "recipes": _recipes(done),
         "arms": [_arm(comparison, arm) for arm in config.arms],
@@ -120,12 +121,16 @@ def _arm(comparison: Comparison, arm: str) -> dict[str, Any]:
     return {
         "name": arm,
         "title": comparison.title(arm),
-        "pretrain": settings.pretrain or settings.weights,
+        "pretrain": kept_url(settings.pretrain or settings.weights or "") or None,
         "upper_bound": settings.upper_bound,
         "total_budget": settings.total_of is not None,
         "parameters": parameters,
         "encoder": recipe.model.describe(),
     }
+
+
+def _settings(arm: ArmConfig) -> dict[str, Any]:
+    return {key: kept_url(value) if isinstance(value, str) else value for key, value in asdict(arm).items()}
 
 
 def _costs(chains: Chains, arm: str, known: dict[Any, int], done: set[str]) -> list[dict[str, Any]]:
@@ -227,7 +232,7 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     shards, train, test = comparison.data
     index, scored = read_index(shards, train), read_index(shards, test)
     sizes = {"train_images": len(index), "test_images": len(scored)}
-    return {"path": str(shards), **sizes, "test_split": test, "classes": list(index.classes)}
+    return {"path": kept_url(shards), **sizes, "test_split": test, "classes": list(index.classes)}
 
 
 def _versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from mpp.data.read import read_shards
 from mpp.errors import UserError, shown
 from mpp.hardware import autocast, device_of
 from mpp.models.encoder_config import EncoderConfig
-from mpp.remote.urls import is_url
+from mpp.remote.urls import is_url, shown_url
 from mpp.shards.index import UNFINISHED, no_index, read_index, splits
 from mpp.shards.sources import open_source, understand
 from mpp.shards.tar import ShardError
@@ -123,7 +123,7 @@ def _of_shards(data: str | Path, config: EncoderConfig, split: str, augment: Aug
     # Decoded images are not kept: each is looked at once.
     batches = read_shards(data, BATCH, split=split, image=config.image, train=False, augment=augment, reader="indexed")
     marked = dict.fromkeys(np.flatnonzero(index.damaged).tolist(), "marked as damaged in the index")
-    return Images(f"{data}: split {split}", batches, marked, guessed=False)
+    return Images(f"{shown_url(str(data))}: split {split}", batches, marked, guessed=False)
 
 
 @torch.no_grad()

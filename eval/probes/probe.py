@@ -17,6 +17,7 @@ from mpp.files import cache_folder, write_atomically
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import load_settled
+from mpp.remote.urls import shown_url
 from mpp.run.start import at_start
 from mpp.shards.index import read_index
 from mpp.weights import load_encoder
@@ -83,7 +84,7 @@ def probe(
     encoder = _before_training(weights) if untrained else load_encoder(weights)
     task = _task(encoder, shards, train, test, None, cache_folder("features") if cache is None else cache, {})
     rows, images = _rows(task, protocols), (len(task.train), len(task.test))
-    return ProbeReport(str(weights), untrained, str(shards), train, test, *images, rows)
+    return ProbeReport(str(weights), untrained, shown_url(str(shards)), train, test, *images, rows)
 
 
 def probe_encoder(

@@ -5,11 +5,25 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from types import TracebackType
 
 from mpp.cli.parser import parsed
-from mpp.errors import Terminated, UserError, terminable
+from mpp.errors import Terminated, UserError, terminable, without_secrets
 from mpp.extend import ExtensionError, import_parts
+
+
+class Discreet(logging.Formatter):
+    """What anybody logs, libraries and their tracebacks too, without the secrets of addresses."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
+def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of a bug, which libraries' messages may be part of."""
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def import_first(arguments: Sequence[str]) -> list[str]:
@@ -28,7 +42,11 @@ def import_first(arguments: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. Errors that a user can mend are one line on stderr, with exit status 2."""
-    logging.basicConfig(level=logging.INFO, format="mpp: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Discreet("mpp: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    if arguments is None:  # else the process is somebody else's
+        sys.excepthook = _told
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal can't show
     try:

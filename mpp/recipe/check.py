@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mpp.errors import UserError
+from mpp.errors import UserError, without_secrets
 from mpp.hints import fits
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -71,8 +71,8 @@ def _expected(hint: Any) -> str:
 
 
 def quoted(value: Any) -> str:
-    """A value as JSON, cut short, on one line."""
-    return json.dumps(value, default=str, ensure_ascii=False, skipkeys=True)[:80]
+    """A value as JSON, cut short, on one line, without the secrets of addresses, which a cut could hide."""
+    return without_secrets(json.dumps(value, default=str, ensure_ascii=False, skipkeys=True))[:80]
 
 
 def near(word: object, names: Collection[str]) -> str:

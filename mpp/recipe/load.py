@@ -24,6 +24,7 @@ from mpp.recipe.files import COMMAND_LINE, Layer, bundled, command_line, find, n
 from mpp.recipe.recipe import Recipe, plain
 from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import imports_of
+from mpp.remote.urls import kept_url
 from mpp.train_config import UNITS
 
 PRESET_SIZES = ("patch", "width", "depth", "heads", "mlp")  # of an encoder; its image is the data's
@@ -87,10 +88,23 @@ def load_section(
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Writes the whole recipe as plain YAML, atomically; `load_recipe` gives it back equal."""
+    """Writes the whole recipe as plain YAML, atomically; `load_recipe` gives it back equal.
+
+    But for URLs, of which only the address is kept: others may read the file.
+    """
     path = Path(path)
-    text = f"# {recipe.name}, with every setting.\n" + OmegaConf.to_yaml(OmegaConf.create(plain(recipe)))
+    kept = _addresses(plain(recipe))
+    text = f"# {recipe.name}, with every setting.\n" + OmegaConf.to_yaml(OmegaConf.create(kept))
     write_atomically(path, text.encode())
+
+
+def _addresses(value: Any) -> Any:
+    """Nested plain values with the addresses of URLs in their place."""
+    if isinstance(value, dict):
+        return {key: _addresses(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_addresses(part) for part in value]
+    return kept_url(value) if isinstance(value, str) else value
 
 
 def list_recipes() -> list[tuple[str, str]]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from threading import Event
 from typing import IO, TypeVar
 
-from mpp.errors import cause
+from mpp.errors import cause, without_secrets
 from mpp.remote.streams import Pieces, WrongSize, open_stream
-from mpp.remote.urls import RemoteError, check_url, shown_url, without_secrets
+from mpp.remote.urls import RemoteError, check_url, shown_url
 
 T = TypeVar("T")
 logger = logging.getLogger("mpp.data")

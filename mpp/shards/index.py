@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from mpp.errors import cause, shown
 from mpp.files import write_atomically
 from mpp.remote.fetch import read_small
-from mpp.remote.urls import check_url, is_url, shown_url
+from mpp.remote.urls import below, check_url, is_url, shown_url
 from mpp.shards.tar import ShardError
 
 SUFFIX = "-index.safetensors"
@@ -118,7 +118,9 @@ def write_index(index: Index) -> Path:
 def refuse_url(folder: str | Path) -> None:
     """Raises ShardError where a local folder is needed."""
     if is_url(str(folder)):
-        raise ShardError(f"{folder}: a URL, which training reads, but nothing else; copy the shards to a folder first")
+        raise ShardError(
+            f"{shown_url(str(folder))}: a URL, which training reads, but nothing else; copy the shards to a folder first"
+        )
 
 
 def splits(folder: str | Path) -> list[str]:
@@ -157,16 +159,17 @@ def read_index(folder: str | Path, split: str, allow: Sequence[str] = ()) -> Ind
 
 def _remote_index(url: str, split: str, allow: Sequence[str]) -> Index:
     check_url(url, allow)
-    place = shown_url(f"{url}/{split}{SUFFIX}")
+    file_url = below(url, split + SUFFIX)
+    place = shown_url(file_url)
     with tempfile.NamedTemporaryFile(suffix=SUFFIX) as file:
-        file.write(read_small(f"{url}/{split}{SUFFIX}", MOST_BYTES))
+        file.write(read_small(file_url, MOST_BYTES))
         file.flush()
         try:
             index = loaded(Path(file.name), split)
         except NO_INDEX as error:
             raise ShardError(f"{place}: cut, or no index of mpp ({cause(error)})") from None
     _check_names(index, place, allow)
-    shards = tuple(name if is_url(name) else f"{url}/{name}" for name in index.shards)
+    shards = tuple(name if is_url(name) else below(url, name) for name in index.shards)
     return replace(index, shards=shards, url=url)
 
 

@@ -19,7 +19,6 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "einops>=0.8",
-        "omegaconf>=2.4",
         "pyyaml>=6",
         "safetensors>=0.5",
         "fsspec>=2024.12",

@@ -9,6 +9,7 @@ that name is complete.
 import hashlib
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -29,8 +30,13 @@ class CheckpointError(UserError):
     """A checkpoint can't be written, or does not fit."""
 
 
-def save(folder: Path, step: int, state: State, metadata: dict[str, str], keep: int) -> Path:
-    """Writes a checkpoint below `folder`, then deletes all but the last `keep`; CheckpointError on a full disk."""
+def save(
+    folder: Path, step: int, state: State, metadata: dict[str, str], keep: int, kept: Collection[int] = ()
+) -> Path:
+    """Writes a checkpoint below `folder`, then deletes all but the last `keep`; CheckpointError on a full disk.
+
+    kept: steps whose checkpoints are never deleted.
+    """
     final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -50,16 +56,17 @@ def save(folder: Path, step: int, state: State, metadata: dict[str, str], keep: 
         shutil.rmtree(partial, ignore_errors=True)
         needed = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values()) >> 20
         raise CheckpointError(f"{final}: could not be saved ({error}); it needs {needed} MiB of disk") from error
-    _clear(folder, step, keep)
+    _clear(folder, step, keep, kept)
     return final
 
 
-def _clear(folder: Path, newest: int, keep: int) -> None:
+def _clear(folder: Path, newest: int, keep: int, kept: Collection[int]) -> None:
     """Deletes what is older than the last `keep`, what is later than the newest (it was found damaged and gone back
     from), and what killed saves left."""
     found = steps(folder)
     late = [step for step in found if step > newest]
-    for step in [step for step in found if step <= newest][:-keep] + late:
+    passing = [step for step in found if step <= newest and step not in kept]
+    for step in passing[:-keep] + late:
         shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
     for partial in folder.glob(".partial-*"):
         shutil.rmtree(partial, ignore_errors=True)

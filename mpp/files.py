@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from mpp import jsons
 from mpp.errors import UserError, cause
 
 SEAL = "checksum"  # the last entry of a sealed file: the SHA-256 of the others as JSON
@@ -119,8 +120,8 @@ def _is_at(file: IO[Any], path: Path) -> bool:
 
 def sealed(facts: dict[str, Any], indent: int | None = 1) -> bytes:
     """JSON with a checksum of itself as its last entry, so that `unsealed` notices any change of any byte."""
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return (json.dumps({**facts, SEAL: digest}, indent=indent) + "\n").encode()
+    digest = hashlib.sha256(jsons.text(facts).encode()).hexdigest()
+    return jsons.encoded({**facts, SEAL: digest}, indent=indent)
 
 
 def unsealed(path: Path, indent: int | None = 1) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 import functools
 import io
-import json
 import logging
+import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mpp.errors import cause, counted
 from mpp.files import FileError, write_atomically
+from mpp.jsons import encoded, read_lines
 
 PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
 LABEL_WIDTH = 64  # pixels
@@ -52,6 +53,7 @@ class Log:
     def __init__(self, out: Path, start: int, steps: int, tensorboard: bool, beside_bar: Sequence[str] = ()) -> None:
         """beside_bar: names of the scalars that stand beside the progress bar."""
         self.out, self._beside_bar = out, beside_bar
+        self._left_out: set[str] = set()  # scalars that were not finite
         _hush_tensorboard()
         with self._writing():
             out.mkdir(parents=True, exist_ok=True)
@@ -78,9 +80,14 @@ class Log:
         self._bar.update()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard and beside the bar."""
+        """One line of metrics.jsonl, and the same to TensorBoard and beside the bar; of finite values alone."""
+        for name, value in values.items():
+            if not math.isfinite(value) and name not in self._left_out:
+                self._left_out.add(name)
+                logger.warning("%s: step %d: %s is %g; left out where it is not finite", self.out, step, name, value)
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         with self._writing():
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.write(encoded({"step": step, **values}).decode())
             self._metrics.flush()
             if self._board:
                 for name, value in values.items():
@@ -145,36 +152,22 @@ def labelled(grid: np.ndarray, names: list[str]) -> np.ndarray:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; says how many are cut or changed, and passes over those."""
+    path = folder / METRICS
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+        rows = [row for row in read_lines(path) if type(row.get("step")) is int]
+        lines = len(path.read_bytes().splitlines())
     except FileNotFoundError:
-        lines = []
+        return []
     except OSError as error:
-        raise FileError(f"{folder / METRICS}: cannot be read: {cause(error)}") from None
-    rows = [row for row in map(_row, lines) if row is not None]
-    if len(rows) < len(lines):
-        logger.warning("%s: passed over %s, cut or changed", folder / METRICS, counted(len(lines) - len(rows), "line"))
+        raise FileError(f"{path}: cannot be read: {cause(error)}") from None
+    if len(rows) < lines:
+        logger.warning("%s: passed over %s, cut or changed", path, counted(lines - len(rows), "line"))
     return rows
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """What a line of metrics.jsonl says: numbers by name, a step among them. None for a line that is cut or changed."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return None
-    return row if all(type(value) in (int, float) for value in row.values()) else None
 
 
 def _forget_after(metrics: Path, step: int) -> None:
     """Drops the lines of later steps, and a line that was cut, from metrics.jsonl."""
     if not metrics.exists():
         return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        row = _row(line) if line.endswith("\n") else None
-        if row is not None and row["step"] <= step:
-            kept.append(line)
-    write_atomically(metrics, "".join(kept).encode())
+    rows = [row for row in read_lines(metrics) if isinstance(row.get("step"), int) and row["step"] <= step]
+    write_atomically(metrics, b"".join(map(encoded, rows)))

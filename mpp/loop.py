@@ -2,16 +2,15 @@
 
 import contextlib
 import functools
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpp import checkpoint
+from mpp import checkpoint, jsons
 from mpp.batch import Batch
 from mpp.execution import Images, Loss, choose, forward_pass
 from mpp.hardware import device_of
@@ -51,8 +50,9 @@ def train(
     ValueError for a config that does not say in steps how long.
     """
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
-    described = {"encoder": json.dumps(facts_of_result(objective))}  # goes with the weights of every checkpoint
+    described = {"encoder": jsons.text(facts_of_result(objective))}  # goes with the weights of every checkpoint
     evaluation = evaluate_every if evaluate else 0
+    kept = kept_steps(config)
     execution = execution or choose(objective, batches, config)
     torch.set_num_threads(execution.threads)
     if config.deterministic:
@@ -94,24 +94,27 @@ def train(
             clock.count(step, loss, norm, len(batch))
             logger.advance()
             last, ends = step == steps, step == steps or bool(signals)
-            logs, saves = due(step, log.every, ends), due(step, config.save_every, ends)
+            logs, saves = due(step, log.every, ends), due(step, config.save_every, ends or step in kept)
             scores, shows = due(step, evaluation, last), due(step, log.pictures, last)
-            if logs or saves:
+            if logs or saves or scores or shows:
                 clock.check()  # one wait for the device a log
+            if saves:
+                clock.check_tensors(step, lasting(objective, ema))
             if logs:
                 values = {"loss": loss, **metrics, "norm": norm}
                 rate = {"lr": rate_at(step, config)}
                 logger.scalars(step, {k: float(v) for k, v in values.items()} | rate | clock.figures(device))
             if saves:  # before what takes long, and may be interrupted
                 with clock.stopped():
-                    save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep)
+                    save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep, kept)
             look(step, scores, shows)
             if signals:
                 break
         if signals:
             if step > start and not saves:
                 clock.check()
-                save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep)
+                clock.check_tensors(step, lasting(objective, ema))
+                save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep, kept)
             raise Interrupted(signals[0], step)
     adopt(objective, ema)
 
@@ -133,8 +136,14 @@ def steps_of(config: TrainConfig) -> int:
 
 def rate_at(step: int, config: TrainConfig) -> float:
     """The learning rate of step 1, 2, ..."""
-    warmup = int(config.warmup)
-    return learning_rate(step - 1, peak=config.lr, steps=steps_of(config), warmup=warmup, end=config.min_lr)
+    steps, warmup, constant = steps_of(config), int(config.warmup), config.constant_until
+    return learning_rate(step - 1, peak=config.lr, steps=steps, warmup=warmup, end=config.min_lr, constant=constant)
+
+
+def kept_steps(config: TrainConfig) -> tuple[int, ...]:
+    """The steps whose checkpoints are kept for good: the last before the rate falls, from which longer runs go on."""
+    constant = config.constant_until
+    return (constant,) if constant else ()
 
 
 def update(
@@ -196,13 +205,14 @@ def save(
     step: int,
     described: dict[str, str],
     keep: int,
+    kept: Collection[int],
 ) -> None:
     """Writes a checkpoint. described: of the encoder, which goes with the weights, so that they can be loaded alone."""
     state = {"model": objective.state_dict(), "optimizer": checkpoint.optimizer_state(objective, optimizer)}
     if ema:
         # With what is not averaged, batch norm's counters, so that an encoder can be loaded from this file alone.
         state["ema"] = state["model"] | dict(zip(averaged(objective), ema, strict=True))
-    checkpoint.save(folder, step, state, described, keep)
+    checkpoint.save(folder, step, state, described, keep, kept)
 
 
 def facts_of_result(objective: Objective) -> dict[str, object]:
@@ -255,6 +265,18 @@ def _check_outputs(name: str, outputs: Any) -> None:
     for key, value in metrics.items():
         if not (isinstance(key, str) and isinstance(value, Tensor) and value.shape == ()):
             raise TrainingError(f"{name}: metrics must be scalar tensors by name, got {key!r}: {type(value).__name__}")
+
+
+def lasting(objective: Objective, ema: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """By name what is trained and what results are made of, and the running average; nothing else of an objective."""
+    lasts = {id(parameter) for parameter in objective.parameters()}
+    lasts |= {id(one) for part in objective.results().values() for one in part.state_dict(keep_vars=True).values()}
+    average = dict(zip(averaged(objective), ema, strict=False))
+    for name, tensor in objective.state_dict(keep_vars=True).items():
+        if id(tensor) in lasts:
+            yield name, tensor
+            if name in average:
+                yield f"the running average of {name}", average[name]
 
 
 def averaged(objective: Objective) -> dict[str, Tensor]:

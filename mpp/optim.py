@@ -72,13 +72,21 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float, progress: float) ->
         group["lr"], group["weight_decay"] = rate * group["scale"] * lr, group["decay"] * decay
 
 
-def learning_rate(step: int, *, peak: float, steps: int, warmup: int, end: float = 0.0) -> float:
+def learning_rate(
+    step: int, *, peak: float, steps: int, warmup: int, end: float = 0.0, constant: int | None = None
+) -> float:
     """The rate of update `step` (from 0): linear from 0 up to the peak, then half a cosine down to `end`.
 
     As in MAE's util/lr_sched.py and, with end 0, the ViT paper's code.
+
+    constant: of a schedule with a constant phase the update at which it ends (warm-up, stable, decay: MiniCPM, arXiv
+        2404.06395). From there on the rate falls as 1 - sqrt(share of the decay that is done), which Hägele et al.
+        (arXiv 2405.18392, section 3) found better than a line.
     """
     if step < warmup:
         return peak * step / warmup
+    if constant is not None:
+        return end + (peak - end) * (1 - math.sqrt(max(0, step - constant) / max(1, steps - constant)))
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 

@@ -75,7 +75,7 @@ def plan(recipe: Recipe, *, measure: bool = False) -> str:
     rows.append(("FLOPs an image", f"{flops / 1e9:.3g} GFLOP (matrix products, forward and backward)"))
     rows.append(("micro-batch", f"{execution.micro_batch} of {recipe.train.batch} images, {execution.precision}"))
     rows.append(("memory", memory(recipe, sum(trained.values()), sum(others.values()), activations)))
-    rows += steps
+    rows += [*steps, ("rate", schedule(recipe))]
     if images:
         rows.append(("FLOPs in all", f"{flops * images:.3g}"))
     if measure:
@@ -219,6 +219,17 @@ def length(recipe: Recipe, index: Index | None) -> tuple[int, list[tuple[str, st
         ]
     steps = steps_of(recipe.in_steps(1).train)
     return steps * recipe.train.batch, [("steps", f"{steps:,}")]
+
+
+def schedule(recipe: Recipe) -> str:
+    """How the learning rate goes; in steps, where the images that would tell are there."""
+    train, (unit, amount) = recipe.train, recipe.duration
+    warmup = f"after {train.warmup:,g} {unit} of warm-up" if train.warmup else "without warm-up"
+    if train.schedule == "cosine":
+        return f"{train.lr:g}, a cosine down to {train.min_lr:g} {warmup}"
+    constant = train.constant_until if unit == "steps" else amount * (1 - train.decay_share)
+    until = f"until {constant:,g} of {amount:,g} {unit} (that checkpoint is kept)"
+    return f"{train.lr:g}, constant {warmup} {until}, then down to {train.min_lr:g}"
 
 
 def measured(recipe: Recipe, execution: Execution) -> float:

@@ -1,11 +1,14 @@
 """The `train`, `eval` and `log` sections of a recipe. No torch: recipes are checked without it."""
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["bfloat16", "float32"]
 UNITS = ("steps", "epochs", "images")  # in which `train` may say how long
+DECAY = 0.2  # of a run, at its end, in which the rate of `wsd` falls (Hägele et al., arXiv 2405.18392: 10 to 20 %)
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,9 @@ class TrainConfig:
     micro_batch: int | Literal["auto"] = "auto"  # images a forward pass; divides `batch`
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 2e-4  # peak, for `batch` images; never rescaled
-    min_lr: float = 0.0  # that the cosine ends at
+    min_lr: float = 0.0  # that the schedule ends at
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay (MiniCPM, arXiv 2404.06395)
+    decay: float | None = None  # share of the run in which the rate of wsd falls, at its end; 0.2 where not given
     layer_decay: float = 1.0  # of the rate, from each of the encoder's layers to the one below it
     betas: tuple[float, float] = (0.9, 0.999)  # the first is sgd's momentum
     weight_decay: float = 0.0  # of weights of linear and convolution layers only; adam and sgd add it to the gradient
@@ -47,12 +52,32 @@ class TrainConfig:
             raise ValueError("train.lr must be above 0, and train.weight_decay and train.warmup at least 0")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"train.min_lr must be in [0, train.lr], got {self.min_lr}")
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"train.decay ({self.decay:g}) is of train.schedule wsd, and that is {self.schedule}")
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"train.decay must be in [0, 1], a share of the run, got {self.decay:g}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"train.layer_decay must be in (0, 1], got {self.layer_decay}")
         if not 0 <= self.ema < 1 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.ema and train.betas must be in [0, 1), got {self.ema} and {self.betas}")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"train.clip must be above 0, or null for none, got {self.clip}")
+
+    @property
+    def decay_share(self) -> float:
+        """The share of the run in which the rate of wsd falls."""
+        return DECAY if self.decay is None else self.decay
+
+    @property
+    def constant_until(self) -> int | None:
+        """The last step of the constant phase of wsd, after which the rate falls; None for a cosine.
+
+        For a config in steps. It is the step of warm-up or start where the whole of the rest is decay.
+        """
+        if self.schedule != "wsd" or self.steps is None:
+            return None
+        # By way of text, so that 0.1 is one tenth.
+        return max(int(self.warmup), self.steps - math.ceil(Fraction(str(self.decay_share)) * self.steps))
 
 
 @dataclass(frozen=True)

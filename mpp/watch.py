@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -12,7 +12,11 @@ from torch import Tensor
 
 from mpp.batch import Batch
 from mpp.errors import UserError
+from mpp.finite import all_finite, broken
 from mpp.hardware import peak_memory
+
+# What to try where numbers are not finite any more.
+REMEDIES = "Try a lower train.lr (it is {lr:g}), a longer train.warmup, train.clip=1 or train.precision=float32"
 
 
 class TrainingError(UserError):
@@ -90,10 +94,18 @@ class Clock:
             if not math.isfinite(loss + norm):
                 raise TrainingError(
                     f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g}; checkpoints are from before. "
-                    f"Try a lower train.lr (it is {self.lr:g}), a longer train.warmup, train.clip=1 or "
-                    "train.precision=float32"
+                    + REMEDIES.format(lr=self.lr)
                 )
         self.steps = []
+
+    def check_tensors(self, step: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises TrainingError for the first tensor that is not finite after a step: loss and gradient tell of those
+        that it began with. A look at all weights, and so for when they are saved."""
+        for name, tensor in tensors:
+            if not all_finite(tensor):
+                raise TrainingError(
+                    f"step {step}: {name}: {broken(tensor)}; checkpoints are from before. {REMEDIES.format(lr=self.lr)}"
+                )
 
     def figures(self, device: torch.device) -> dict[str, float]:
         """Speed and memory since the last call."""

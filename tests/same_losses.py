@@ -37,7 +37,7 @@ LINES = 13  # of metrics that the killed run has written at least: 10 steps, the
 TRIES = 10  # to kill a run between its checkpoint and its end
 PRECISIONS = ("float32", "bfloat16")
 MEASURED = ("images/s", "waiting", "memory")  # of time and memory: no two runs agree
-HEAVY = ("torch", "torchvision", "torch.utils.tensorboard", "sklearn.datasets", "omegaconf", "cv2")
+HEAVY = ("torch", "torchvision", "torch.utils.tensorboard", "sklearn.datasets", "cv2")
 WEIGHTS = ("encoder.safetensors", "classifier.safetensors")
 
 COMMON = """\

@@ -70,6 +70,12 @@ def test_the_last_ones_are_kept(keep, left, tmp_path):
     assert checkpoint.steps(tmp_path) == left
 
 
+def test_some_are_kept_for_good(tmp_path):
+    for step in (10, 20, 30, 40):
+        checkpoint.save(tmp_path, step, state(float(step), 5), {}, keep=1, kept=(20, 99))
+    assert checkpoint.steps(tmp_path) == [20, 40]
+
+
 def test_without_a_checkpoint_there_is_none_to_load(tmp_path):
     assert checkpoint.load_latest(tmp_path / "not there") is None
 

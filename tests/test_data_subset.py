@@ -5,7 +5,8 @@ from conftest import picture_folder
 from mpp.augment.config import AugmentConfig
 from mpp.data.config import SubsetConfig
 from mpp.data.read import read_shards
-from mpp.data.subset import drawn, lacking
+from mpp.data.subset import drawn
+from mpp.shards.classes import lacking
 from mpp.shards.index import ShardError, read_index
 from mpp.shards.write import make_shards
 

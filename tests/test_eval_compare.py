@@ -428,7 +428,8 @@ def test_what_a_comparison_cannot_do_without_is_one_line(name, harm, words, done
     out, recipe, _ = done
     copy = shutil.copytree(out, tmp_path / "copy")
     if harm is cut:
-        (copy / name).write_text("".join(line for line in (copy / name).open() if "val/" not in line))
+        lines = (copy / name).read_text().splitlines(keepends=True)
+        (copy / name).write_text("".join(line for line in lines if "val/" not in line))
     else:
         harm(copy / name)
     result = run("compare", recipe, f"out={copy}")

@@ -33,22 +33,24 @@ def close(found, expected):
     return (found.float() - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("pool", ["cls", "avg"])
+@pytest.mark.parametrize("pool", ["cls", "avg", "cls_avg"])
 def test_features_are_class_token_and_average_patch_after_each_block(splits, pool):
     encoder = small_vit(pool=pool)
     found = extract(encoder, splits, "test")
     batch = read_shards(splits, 20, split="test", train=False).at(0)
     tokens, expected = encoder.embed(batch.images), {}
     tokens = tokens + encoder.positions.table[encoder.prefix :]
-    if pool == "cls":
+    if pool != "avg":
         first = (encoder.class_token + encoder.positions.table[:1]).expand(20, 1, -1)
         tokens = torch.cat([first, tokens], dim=1)
     for number, block in enumerate(encoder.blocks, 1):
         tokens = block(tokens, Places((4, 4), encoder.prefix))
         seen = encoder.norm(tokens) if number == 3 else tokens
         expected[f"average {number}"] = seen[:, encoder.prefix :].mean(1).detach()
-        if pool == "cls":
+        if pool != "avg":
             expected[f"class {number}"] = seen[:, 0].detach()
+    if pool == "cls_avg":
+        expected["output"] = torch.cat([expected["class 3"], expected["average 3"]], 1)
     assert found.parts.keys() == expected.keys()
     assert all(close(found.parts[name], expected[name]) for name in expected)
     assert close(found.parts[found.output], encoder(batch.images).detach())

@@ -129,15 +129,6 @@ def test_others_weights_become_ours_and_what_is_no_part_of_them_is_named(tmp_pat
     assert equal(again, given)
 
 
-def test_weights_that_are_not_numbers_come_through(tmp_path):
-    given = tiny()
-    with torch.no_grad():
-        given.norm.weight[3] = torch.nan
-    for to in ("timm", "safetensors", "export"):
-        convert(saved(given, tmp_path), tmp_path / to, to)
-    assert load_encoder(tmp_path / "timm").norm.weight.isnan().sum() == 1
-
-
 # In the other libraries
 
 
@@ -339,9 +330,9 @@ def test_facts_on_the_command_line_are_yaml(tmp_path):
     [
         ("heads", "expected KEY=VALUE, found heads"),
         ("=2", "expected KEY=VALUE"),
-        ("haeds=2", "'haeds'.*heads"),
+        ("haeds=2", r"haeds: unknown key\. Did you mean: heads"),
         ("heads=two", "two"),
-        ("gelu=tan", "'tan'.*erf, tanh|'tan'.*\\['erf', 'tanh'\\]"),
+        ("gelu=tan", 'gelu: expected one of erf, tanh, found "tan"'),
         ("heads=${oc.env:HOME}", "heads: expected a plain value"),
         ("heads=[", "command line: "),
         ("image=[1,2,3]", "command line: "),

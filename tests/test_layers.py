@@ -25,8 +25,8 @@ LAYERS = [
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode"},
-    {"files", "hardware", "extend"},
-    {"batch", "seeds", "errors", "hints", "train_config"},
+    {"files", "hardware", "extend", "finite"},
+    {"batch", "seeds", "errors", "hints", "jsons", "train_config"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

@@ -12,6 +12,7 @@ from tiny_runs import FEW, Brightness, Cut, PowerCut, digests, fit, losses, mask
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mpp import checkpoint
 from mpp.batch import Batch
 from mpp.checkpoint import CheckpointError
 from mpp.data.read import read_shards
@@ -106,6 +107,19 @@ def test_a_draw_depends_on_seed_step_and_place_alone(tiny_vit):
     assert drawn(1, 4, 3) == first[:2], "place, not image, decides"
     draws = [value for seed in (1, 2) for step in (3, 4, 5) for value in drawn(seed, step, 2)]
     assert len(draws) == len(set(draws)) == 18
+
+
+def test_a_constant_phase_gives_the_same_losses_whatever_the_length_and_its_last_checkpoint_is_kept(images, tmp_path):
+    config = replace(FEW, schedule="wsd", decay=0.25, save_every=3, keep=1, ema=0.9)
+    fit(tmp_path / "short", images, replace(config, steps=8))
+    fit(tmp_path / "long", images, replace(config, steps=16, save_every=2))
+    short, long = losses(tmp_path / "short"), losses(tmp_path / "long")
+    assert [short[step] for step in range(1, 9)] == [long[step] for step in range(1, 9)]
+    assert [line["lr"] for line in metrics(tmp_path / "short")] == pytest.approx(
+        [0, 5e-4, *[1e-3] * 5, 1e-3 * (1 - math.sqrt(1 / 2))]
+    )
+    assert checkpoint.steps(tmp_path / "short/checkpoints") == [6, 8], "6 is before the decay, though keep is 1"
+    assert checkpoint.steps(tmp_path / "long/checkpoints") == [12, 16]
 
 
 @pytest.mark.parametrize("low", [0.0, 0.004])

@@ -69,6 +69,14 @@ def test_the_encoder_computes_the_papers_equations(pool, positions, batch):
         np.testing.assert_allclose(found.detach().numpy(), slow_forward(encoder, image.numpy()), atol=2e-5)
 
 
+def test_class_token_and_average_stand_behind_one_another(batch):
+    encoder = shaken(ViT(tiny_config(pool="cls_avg", registers=2)))
+    tokens = encoder.encode(encoder.embed(batch.images))
+    expected = torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], 1)
+    assert encoder.width == expected.shape[1] == 2 * encoder.config.width
+    torch.testing.assert_close(encoder(batch.images), expected)
+
+
 @pytest.mark.parametrize("pool", POOLS)
 def test_forward_is_pool_of_encode_of_embed(pool, batch):
     encoder = shaken(ViT(tiny_config(pool=pool)))

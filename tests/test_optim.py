@@ -5,11 +5,13 @@ import torch
 from conftest import tiny_config
 from torch import nn
 
+from mpp.loop import rate_at
 from mpp.models.vit import ViT
 from mpp.objectives.labels import Classification
 from mpp.objectives.labels_config import LabelsConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups
+from mpp.train_config import TrainConfig
 
 
 def test_only_weights_of_linear_layers_decay():
@@ -52,6 +54,30 @@ def test_the_learning_rate_is_that_of_torchs_schedulers(warmup):
         if step >= warmup:
             optimizer.step()
             cosine.step()
+
+
+def test_a_constant_phase_stays_at_the_peak_and_then_falls_as_one_minus_a_square_root():
+    rates = [learning_rate(step, peak=2.0, steps=13, warmup=2, constant=9, end=1.0) for step in range(14)]
+    # By hand: halves of the peak; from 9 on 1 + (1 - sqrt(share of the 4 last steps)).
+    expected = [0.0, 1.0, *[2.0] * 8, 1.5, 2 - 0.5**0.5, 2 - 0.75**0.5, 1.0]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "decay", "until"),
+    [(10, 0, None, 8), (10, 2, 0.1, 9), (10, 0, 0.0, 10), (10, 0, 1.0, 0), (11, 0, 0.1, 9), (1000, 0, 0.1, 900),
+     (10, 4, 0.7, 4), (1, 0, 0.2, 0)],
+)  # fmt: skip
+def test_the_decay_is_a_share_of_the_run_rounded_up(steps, warmup, decay, until):
+    config = TrainConfig(steps=steps, warmup=warmup, schedule="wsd", decay=decay)
+    assert config.constant_until == until
+    assert TrainConfig(steps=steps, warmup=warmup).constant_until is None
+
+
+def test_until_the_decay_the_rate_does_not_depend_on_the_length():
+    short, long = (TrainConfig(steps=steps, warmup=3, schedule="wsd", lr=0.1) for steps in (20, 90))
+    assert [rate_at(step, short) for step in range(1, 17)] == [rate_at(step, long) for step in range(1, 17)]
+    assert rate_at(18, short) < rate_at(18, long) == 0.1
 
 
 def test_the_running_average_forgets_the_initial_weights_at_first():

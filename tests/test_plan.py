@@ -145,11 +145,20 @@ def test_a_plan_says_what_a_recipe_takes(tiny):
     assert rows["parameters"] == f"{sum(counts.values()):,}"
     assert all(rows[name] == f"{count:,}" for name, count in counts.items())
     assert rows["micro-batch"] == "4 of 8 images, float32"
+    assert rows["rate"] == "0.001, a cosine down to 0 after 2 steps of warm-up"
     assert rows["steps"] == "100 = 15.1 epochs of 53 images"
     each, total = float(rows["FLOPs an image"].split()[0]) * 1e9, float(rows["FLOPs in all"])
     assert total == pytest.approx(each * 800, rel=0.02)
     assert re.fullmatch(r"about \d+ MiB: \d+ of parameters and optimizer, \d+ of activations", rows["memory"])
     assert "speed here" not in rows
+
+
+def test_a_plan_says_where_a_constant_phase_ends(tiny, tmp_path):
+    assert "constant after 2 steps of warm-up until 80 of 100 steps (that checkpoint is kept)" in (
+        run("plan", tiny, "train.steps=100", "train.schedule=wsd").out
+    )
+    nowhere = ["cifar10/mpp", f"data.path={tmp_path / 'none'}", "train.schedule=wsd", "train.decay=0.1"]
+    assert "constant after 0.5 epochs of warm-up until 9 of 10 epochs" in run("plan", *nowhere).out
 
 
 def test_a_plan_needs_no_shards(tmp_path):

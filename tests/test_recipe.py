@@ -323,7 +323,7 @@ REFUSED = {
     "model: {width: null}": "r.yaml: model.width: expected a whole number, found null",
     "model: {image: [8]}": "r.yaml: model.image: expected [a whole number, a whole number], found [8]",
     "model: {mean: 0.5}": "r.yaml: model.mean: expected [a number, ...], found 0.5",
-    "model: {pool: max}": 'r.yaml: model.pool: expected one of cls, avg, avg_norm, map, found "max"',
+    "model: {pool: max}": 'r.yaml: model.pool: expected one of cls, avg, avg_norm, cls_avg, map, found "max"',
     "model: 3": "r.yaml: model: expected a section of keys, found 3",
     "model:": "r.yaml: model: expected a section of keys, found null",
     "data: {path: 3}": "r.yaml: data.path: expected text, found 3",
@@ -357,6 +357,10 @@ TOGETHER = {
     "objective.share=1.5": "command line: objective.share must be in (0, 1], got 1.5",
     "model.width=4_000_000_000_000": "command line: model.mlp must be 1 to 1000000, got 16000000000000",
     "train.warmup=11": "command line: train.warmup (11.0 steps) must not exceed train.steps (10)",
+    "train.decay=0.1": "command line: train.decay (0.1) is of train.schedule wsd, and that is cosine",
+    "train={schedule: wsd, decay: 1.5}": "command line: train.decay must be in [0, 1], a share of the run, got 1.5",
+    "train={schedule: wsd, warmup: 9}": "command line: train.warmup (9 of 10 steps) and train.decay (0.2 of the run) "
+    "must not exceed the run together",
     "train.steps=0": "command line: train.steps must be above 0, got 0",
     "train={steps: 3, epochs: 2}": "command line: exactly one of train.steps, train.epochs and train.images must be "
     "given, found train.steps (3) and train.epochs (2.0)",

@@ -239,3 +239,25 @@ def test_what_does_not_fit_is_named_in_one_line(
         load(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_linear_classifier_of_dinov2_gives_its_logits_where_it_looks_at_one_block(tmp_path: Path, layers: int):
+    """dinov2_vits14_lc (classifiers.py): class token and average of the last block; with four, four class tokens."""
+    tensors, rng = dino2(registers=REGISTERS), np.random.default_rng(3)
+    weight, bias = drawn(rng, 5, (1 + layers) * WIDTH), drawn(rng, 5)
+    head = {"linear_head.weight": weight, "linear_head.bias": bias}
+    found = load(saved(tmp_path, in_float32(tensors, "backbone.") | in_float32(head)))
+    assert found.format == "dino"
+    if layers > 1:
+        assert found.head is None
+        assert {"linear_head.weight", "linear_head.bias"} <= set(found.aside)
+        return
+    for size in SIZES:
+        images = rng.integers(0, 256, (2, 3, *size), dtype=np.uint8)
+        tokens = reference(tensors, images)
+        vectors = np.concatenate([tokens[:, 0], tokens[:, 1 + REGISTERS :].mean(1)], 1)
+        expected = vectors @ weight.T + bias
+        with torch.no_grad():
+            logits = found.head(found.encoder.eval()(torch.from_numpy(images))).numpy()
+        assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()

@@ -50,6 +50,7 @@ CONFIGS = {
     "Dinov2Model": "Dinov2Config",
     "Dinov2ForImageClassification": "Dinov2Config",
     "Dinov2WithRegistersModel": "Dinov2WithRegistersConfig",
+    "Dinov2WithRegistersForImageClassification": "Dinov2WithRegistersConfig",
 }
 
 
@@ -222,9 +223,23 @@ def test_dinov2_gives_its_tokens(tmp_path: Path, kind: str, settings: dict[str, 
     assert same_tokens(found.encoder, model, (32, 32), LARGER, (16, 24))
 
 
-def test_dinov2s_classifier_is_no_head_of_ours(tmp_path: Path) -> None:
-    model = made("Dinov2ForImageClassification", SIZES)
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"use_swiglu_ffn": True, "hidden_size": 48}])
+@pytest.mark.parametrize("kind", ["Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification"])
+def test_dinov2s_classifier_gives_its_logits(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    model = made(kind, SIZES | settings, id2label={0: "cat", 1: "ant", 2: "zebra"})
     found = loaded(saved(model, tmp_path))
+    assert found.head is not None
+    assert found.classes == ("cat", "ant", "zebra")
+    classifier = Classifier(found.encoder, found.head, found.classes)
+    for size in ((32, 32), LARGER, (16, 24)):
+        images = torch.randn(2, 3, *size)
+        assert near(classifier(images), model(images).logits)
+
+
+def test_of_dinov2s_classifier_the_class_token_alone_can_be_had(tmp_path: Path) -> None:
+    model = made("Dinov2ForImageClassification", SIZES)
+    found = loaded(saved(model, tmp_path), pool="cls")
     assert found.head is None
     assert found.classes == ()
     assert {"classifier.weight", "classifier.bias", "dinov2.embeddings.mask_token"} == set(found.aside)

@@ -1,6 +1,5 @@
 """`mpp compare`: carries out the runs of a comparison, and leaves what they show in one page."""
 
-import json
 import shlex
 import sys
 import time
@@ -16,6 +15,7 @@ from mpp.errors import UserError, cause, terminable
 from mpp.execution import at_once
 from mpp.extend import imported
 from mpp.files import BusyError, write_atomically
+from mpp.jsons import encoded
 from mpp.recipe.settled import RunError
 from mpp.run.images import check_classes, make_missing, open_images
 from mpp.run.start import earlier, same_run, same_weights
@@ -58,7 +58,7 @@ def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict
         imports = [word for what in imported for word in ("--import", what)]
         results = gather(chains, jobs, failures, shlex.join(["mpp", "compare", str(path), *overrides, *imports]))
         comparison.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(comparison.out / "results.json", json.dumps(results, indent=1).encode())
+        write_atomically(comparison.out / "results.json", encoded(results, indent=1))
         write_report(results, comparison.out / "report.html")
     return comparison.out, results
 

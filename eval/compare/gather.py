@@ -32,7 +32,7 @@ from .arms import FINETUNE, ArmConfig, Comparison
 from .chains import Asked, Chains, Job, read_rows, read_scores
 from .summary import Figure, conclusions, summarise
 
-PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn", "omegaconf")
+PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn")
 
 
 def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], command: str) -> dict[str, Any]:

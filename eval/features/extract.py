@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from mpp import jsons
 from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
@@ -80,7 +81,7 @@ def kept_blocks(encoder: Encoder, images: int) -> list[int]:
     if not isinstance(encoder, ViT):
         return []
     depth = encoder.config.depth
-    bytes_of_all = 2 * images * depth * (1 + encoder.config.has_class_token) * encoder.width
+    bytes_of_all = 2 * images * depth * (1 + encoder.config.has_class_token) * encoder.config.width
     return list(range(1 if depth <= SHALLOW and bytes_of_all <= MOST else max(1, depth - LAST + 1), depth + 1))
 
 
@@ -133,7 +134,7 @@ def key(encoder: Encoder, index: Index, blocks: Sequence[int]) -> str:
         "bfloat16": multiplies_bfloat16(device_of("auto")),
         "blocks": list(blocks),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest = hashlib.sha256(jsons.text(facts, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -152,7 +153,7 @@ def vectors(encoder: Encoder, images: Tensor, blocks: Sequence[int]) -> dict[str
     for block, tokens in zip(blocks, outputs, strict=True):
         if block == encoder.config.depth:
             tokens = encoder.finish(tokens)
-            if encoder.config.pool in ("avg_norm", "map"):
+            if encoder.config.pool in ("avg_norm", "cls_avg", "map"):
                 found["output"] = encoder.pool(tokens).float()
         if encoder.config.has_class_token:
             found[f"class {block}"] = tokens[:, 0].float()
@@ -193,7 +194,7 @@ def _keep(path: Path, found: dict[str, Tensor]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FileError(f"{path.parent}: cannot be made: {cause(error)}") from None
-        write_atomically(path, save(found, {"mpp": json.dumps({"key": path.stem, "crc32": sums})}))
+        write_atomically(path, save(found, {"mpp": jsons.text({"key": path.stem, "crc32": sums})}))
     except FileError as error:
         logger.warning("features are not kept: %s", error)
 

@@ -17,6 +17,7 @@ from mpp.data.batches import Batches
 from mpp.data.folder import open_pictures
 from mpp.data.read import read_shards
 from mpp.errors import UserError, shown
+from mpp.finite import all_finite
 from mpp.hardware import autocast, device_of
 from mpp.models.encoder_config import EncoderConfig
 from mpp.remote.urls import is_url, shown_url
@@ -132,15 +133,19 @@ def outputs(
 ) -> Iterator[tuple[Tensor, Tensor | None, list[str]]]:
     """What a module makes of all images, a batch at a time: float32 (b, ...) on the CPU, labels (b,) and keys.
 
-    Computes in bfloat16 where the device multiplies it. Raises ImagesError if every image is damaged.
+    Computes in bfloat16 where the device multiplies it. Raises ImagesError if every image is damaged, and for one that
+    the module has no finite answer to.
     """
     device = device_of("auto")
     module.to(device).eval()
     with tqdm(desc=what, total=len(images.labels), unit="image", disable=not progress) as bar:
         for batch, keys in images.batches():
             with autocast(device):
-                made = module(batch.images.to(device))
-            yield made.float().cpu(), batch.labels, keys
+                made = module(batch.images.to(device)).float().cpu()
+            if not all_finite(made):
+                key = shown(next(key for key, row in zip(keys, made, strict=True) if not all_finite(row)))
+                raise ImagesError(f"{images.place}: the {what} of {key} are not finite; the weights are too large")
+            yield made, batch.labels, keys
             bar.update(len(keys))
     if len(images.damaged) == len(images.labels):
         raise ImagesError(f"{images.place}: every image is damaged")

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from torch import Tensor
 from mpp.augment.config import AugmentConfig
 from mpp.errors import UserError, shown
 from mpp.files import write_atomically
+from mpp.jsons import encoded
 from mpp.models.classifier import Classifier
+from mpp.shards.classes import listed, remark, translation
 from mpp.weights import load_classifier
 
 from .images import Images, open_images, outputs
@@ -96,7 +97,7 @@ def _scored(
     found = scores(logits, labels)
     report(found.table(classes))
     if out is not None:
-        write_atomically(out, json.dumps({"classes": list(classes), **found.to_json()}).encode())
+        write_atomically(out, encoded({"classes": list(classes), **found.to_json()}))
     return found
 
 
@@ -132,21 +133,14 @@ def label_numbers(images: Images, classes: Sequence[str]) -> Tensor:
 
     Folders that are not named as a class give no label; a class of shards that the classifier lacks is an error.
     """
-    if images.classes == tuple(classes):  # names may occur twice, as in ImageNet
-        return torch.tensor([*range(len(classes)), -1])
-    known = {name: number for number, name in enumerate(classes) if classes.count(name) == 1}
-    numbers = torch.tensor([*(known.get(name, -1) for name in images.classes), -1])
+    numbers = torch.from_numpy(translation(images.classes, classes))
     present = sorted(set(images.labels.tolist()) - {-1})
     if unknown := [images.classes[label] for label in present if numbers[label] < 0]:
-        of = f"{images.place} has images of {_listed(unknown)}"
+        of, why = f"{images.place} has images of {listed(unknown)}", remark(unknown, classes)
         if not images.guessed:
-            raise PredictError(f"{of}; the classifier's classes are {_listed(classes)}")
-        logger.info("%s, which the classifier does not know; they count as images without labels", of)
+            raise PredictError(f"{of}; the classifier's classes are {listed(classes)}{why}")
+        logger.info("%s, which the classifier does not know%s; they count as images without labels", of, why)
     return numbers
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(shown(name) for name in names[:5]) + ", ..." * (len(names) > 5)
 
 
 def _renumbered(labels: Tensor | None, numbers: Tensor, count: int) -> Tensor:
@@ -168,8 +162,8 @@ def _jsonl(made: Sequence[Prediction]) -> str:
     lines = []
     for one in made:
         [name, score], label = one.top[0], {} if one.label is None else {"label": one.label}
-        lines.append(json.dumps({"key": one.key, "class": name, "score": score, **label, "top": one.top}))
-    return "".join(f"{line}\n" for line in lines)
+        lines.append(encoded({"key": one.key, "class": name, "score": score, **label, "top": one.top}).decode())
+    return "".join(lines)
 
 
 def _csv(made: Sequence[Prediction]) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpp.errors import shown
+from mpp.finite import all_finite
 
 TOP = 5  # classes among which top-5 looks for the true one
 BINS = 15  # of equal width, for the calibration error (Guo et al. 2017, arXiv 1706.04599)
@@ -57,6 +58,8 @@ def scores(logits: Tensor, labels: Tensor) -> Scores:
     n, classes = logits.shape
     if not n:
         raise ValueError("scores need at least one image with a label, got none")
+    if not all_finite(logits):
+        raise ValueError("scores need finite logits, got NaN or infinity")
     if labels.max() >= classes:
         raise ValueError(f"labels must be below the number of classes ({classes}), got {int(labels.max())}")
     logs = logits.log_softmax(1)

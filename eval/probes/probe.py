@@ -1,7 +1,6 @@
 """`mpp probe`: what can be read off an encoder's frozen features, by several protocols, as rows, a table and JSON."""
 
 import importlib.metadata
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from mpp.data.subset import lacking
 from mpp.errors import UserError, cause, shown
 from mpp.extend import resolve
 from mpp.files import cache_folder, write_atomically
+from mpp.jsons import encoded
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import load_settled
 from mpp.remote.urls import shown_url
 from mpp.run.start import at_start
+from mpp.shards.classes import lacking, listed, translation
 from mpp.shards.index import read_index
 from mpp.weights import load_encoder
 
@@ -61,7 +62,7 @@ class ProbeReport:
 
     def save(self, path: Path) -> None:
         """Writes the report as JSON."""
-        write_atomically(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+        write_atomically(path, encoded({"format": FORMAT, **asdict(self)}, indent=1))
 
 
 def probe(
@@ -127,13 +128,14 @@ def _task(
     if numbers is not None:
         usable = np.intersect1d(usable, numbers)
     if missing := lacking(index.select(usable), indexes[test]):
-        names = ", ".join(map(shown, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise ProbeError(
-            f"{shards}: split {test} has images of {names}, of which there is no training image in {train}"
+            f"{shards}: split {test} has images of {listed(missing)}, of which there is no training image in {train}"
         )
     blocks = kept_blocks(encoder, len(index))
     fitted, scored = (extract(encoder, shards, split, blocks=blocks, cache=cache) for split in (train, test))
     fitted = fitted if numbers is None else fitted.choose(numbers)
+    numbered = torch.from_numpy(translation(scored.classes, fitted.classes))  # as the training images' labels are
+    scored = replace(scored, labels=numbered[scored.labels], classes=fitted.classes)
     return Task(fitted, scored, encoder, shards, train, test, settings)
 
 
@@ -172,7 +174,7 @@ def _checked(name: str, rows: list[Row]) -> list[Row]:
         if row.protocol != name:
             raise ProtocolError(f"protocol {name}: gave a row of {shown(row.protocol)!r}, expected its own name")
     try:
-        json.dumps([row.detail for row in rows], allow_nan=False)
+        encoded([row.detail for row in rows])
         rows = [replace(row, value=float(row.value)) for row in rows]
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"protocol {name}: gave a row that JSON can't hold: {cause(error)}") from None

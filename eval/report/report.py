@@ -1,12 +1,12 @@
 """One self-contained HTML page of a comparison: no network, no script, light and dark, narrow and wide."""
 
-import json
 import re
 from collections.abc import Iterable
 from datetime import datetime
 from html import escape
 from pathlib import Path
 
+from mpp import jsons
 from mpp.errors import UserError
 from mpp.files import write_atomically
 
@@ -287,7 +287,7 @@ def _repeat(results: Results) -> str:
         _details(f"Recipe: {escape(name)}", f'<pre tabindex="0">{escape(text)}</pre>')
         for name, text in results["recipes"].items()
     )
-    settings = f'<pre tabindex="0">{escape(json.dumps(results["compare"], indent=1, ensure_ascii=False))}</pre>'
+    settings = f'<pre tabindex="0">{escape(jsons.text(results["compare"], indent=1, ensure_ascii=False))}</pre>'
     return (
         f'<pre class="command" tabindex="0">{escape(results["command"])}</pre><dl>{facts}</dl>'
         f"{_details('Settings of the comparison', settings)}{recipes}"

@@ -1,19 +1,28 @@
 """Which images a run trains on and which it is scored on, as the `data` section of a recipe chooses."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mpp.data.config import DataConfig, SubsetConfig
 from mpp.data.subset import drawn, held_out
+from mpp.errors import shown
+from mpp.shards.classes import relabelled
 from mpp.shards.index import Index, ShardError, read_index
 
 
-def chosen(data: DataConfig, seed: int, labelled: bool) -> tuple[list[Index], Index | None]:
+def chosen(
+    data: DataConfig, seed: int, labelled: bool, classes: Sequence[str] = ()
+) -> tuple[list[Index], Index | None]:
     """The images to train on, those of `data.path` and then those of each of `data.mix`, and those to score on.
 
-    labelled: only images with a label are of use. Scored are the images held out of train if there are any, or else
-    `data.val`. Raises ShardError.
+    labelled: only images with a label are of use; their labels are numbered alike, by the names of the classes.
+    classes: those names in order, where they are known; those of `data.path` where not. Scored are the images held out
+    of train if there are any, or else `data.val`. Raises ShardError, also for an image of a class that is none of them.
     """
     index, scored = read_index(data.path, data.train, data.allow), None
+    if labelled and classes:
+        index = relabelled(index, classes, "those of objective.classes")
     if data.hold_out:
         held = held_out(index, data.hold_out)
         index, scored = index.select(np.flatnonzero(~held)), index.select(np.flatnonzero(held))
@@ -27,6 +36,7 @@ def chosen(data: DataConfig, seed: int, labelled: bool) -> tuple[list[Index], In
     if scored is None and data.val is not None:
         scored = read_index(data.path, data.val, data.allow)
     if labelled and scored is not None:
+        scored = relabelled(scored, index.classes, f"those of split {shown(index.split)}")
         scored = scored.select(drawn(scored, SubsetConfig(), seed)[0])
     return [index, *_mixed_in(data, index, seed, labelled)], scored
 
@@ -35,10 +45,7 @@ def _mixed_in(data: DataConfig, index: Index, seed: int, labelled: bool) -> list
     others = []
     for name, part in data.mixed.items():
         other = read_index(part.path, part.train, data.allow)
-        if labelled and other.classes != index.classes:
-            raise ShardError(
-                f"{other.origin}: data.mix.{name}: has {len(other.classes)} classes ({', '.join(other.classes)[:60]}), "
-                f"expected those of data.path ({', '.join(index.classes)[:60]})"
-            )
+        if labelled:
+            other = relabelled(other, index.classes, "those of data.path, or of objective.classes", f"data.mix.{name}")
         others.append(other.select(drawn(other, SubsetConfig(), seed)[0]) if labelled else other)
     return others

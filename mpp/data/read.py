@@ -15,6 +15,7 @@ from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, Shu
 from mpp.data.order import Chain, Mixture, Order
 from mpp.files import cache_folder
 from mpp.remote.cache import Cache
+from mpp.shards.classes import relabelled
 from mpp.shards.index import Index, ShardError, merged, read_index
 from mpp.shards.pictures import Indexed, Resident, Shards, decoded_bytes, sizes_of
 
@@ -45,6 +46,7 @@ def read_shards(
     cache_gib: float = 32.0,
     allow: tuple[Literal["pipe"], ...] = (),
     numbers: np.ndarray | None = None,
+    classes: Sequence[str] = (),
     rank: int = 0,
     ranks: int = 1,
 ) -> Batches:
@@ -58,6 +60,8 @@ def read_shards(
     reader: "resident" keeps what it has decoded in memory, "indexed" decodes every time, "auto" is resident for up to
         `memory` GiB. Both give the same batches, bit for bit.
     numbers: of the only images to read, as the index counts them.
+    classes: names by which labels are numbered, in place of the index's own order: those of another split, such as
+        `train.index.classes`, or of a classifier. An index that has images of other classes is refused.
     rank, ranks: of the processes that share each batch; this one gets its part.
 
     Raises `ShardError`, a ValueError of one line, if the shards are not there, not whole or not as their index says.
@@ -81,6 +85,8 @@ def read_shards(
     index = read_index(path, split, allow)
     if numbers is not None:
         index = index.select(numbers)
+    if len(classes):
+        index = relabelled(index, classes)
     return open_batches([index], batch, config, image=image, seed=seed, train=train, rank=rank, ranks=ranks)
 
 
@@ -138,7 +144,9 @@ def _order(index: Index, counts: Sequence[int], config: DataConfig, window: int 
     if config.sampling == "classes":
         if window is not None:
             raise ShardError(f"{index.origin}: data.sampling: classes needs data.shuffle: all; shards by URL have not")
-        sets = [np.flatnonzero(index.label == label) for label in np.unique(index.label[index.label >= 0])]
+        order = np.argsort(index.label, kind="stable")
+        order = order[index.label[order] >= 0]
+        sets = np.split(order, np.flatnonzero(np.diff(index.label[order])) + 1) if len(order) else []
         if not sets:
             raise ShardError(f"{index.origin}: split {index.split} has no labels; data.sampling: classes needs some")
         chains = [Chain(index, numbers, seed=seed) for numbers in sets]

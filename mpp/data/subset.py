@@ -51,7 +51,7 @@ def digest(index: Index) -> str:
 
 def label_digest(index: Index) -> str:
     """Which label each image has: a checksum of the labels and of the classes' names."""
-    names = "\0".join(index.classes).encode("utf-8", "surrogateescape")
+    names = "\0".join(index.classes).encode("utf-8", "surrogatepass")
     return f"{len(index.classes)} classes {zlib.crc32(index.label.tobytes(), zlib.crc32(names)):08x}"
 
 
@@ -66,9 +66,3 @@ def _first(
     wanted = np.minimum(np.minimum(wanted, most), counts - leave)
     rank = np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.sort(numbers[order[rank < np.repeat(wanted, counts)]])
-
-
-def lacking(train: Index, test: Index) -> list[str]:
-    """Names of the classes that images of `test` have and none of `train` has."""
-    missing = np.setdiff1d(np.unique(test.label[test.label >= 0]), np.unique(train.label))
-    return [test.classes[label] if label < len(test.classes) else str(label) for label in missing.tolist()]

@@ -87,6 +87,7 @@ def _details(config: ViTConfig) -> str:
         "cls": "the class token's output",
         "avg": "the average of the normed patches",
         "avg_norm": "the normed average of the patches",
+        "cls_avg": "the class token's output and the average of the normed patches",
         "map": "attention pooling",
     }[config.pool]
     activation = "SwiGLU" if config.swiglu else f"GELU ({config.gelu})"

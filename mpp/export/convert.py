@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from mpp.errors import UserError, cause, counted, shown
 from mpp.export.card import WRITERS, card, facts_needed
@@ -25,6 +22,11 @@ from mpp.models.classifier import Classifier
 from mpp.models.encoder import Encoder
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
+from mpp.recipe.build import made
+from mpp.recipe.check import check as check_values
+from mpp.recipe.check import hints_of
+from mpp.recipe.files import settings_of
+from mpp.recipe.text import NO_YAML
 from mpp.weights import CLASSIFIER, ENCODER, files, foreign, own
 
 CHOICES = (*WRITERS, "safetensors", "export")
@@ -105,23 +107,20 @@ def facts_of(settings: Sequence[str]) -> dict[str, Any]:
         if not all(part.strip() for part in setting.partition("=")):
             raise ConvertError(f"command line: expected KEY=VALUE, found {shown(setting)}")
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)))
-        assert isinstance(values, dict), "a list of KEY=VALUE makes keys"
-        for key, value in values.items():
-            if "${" in str(value):  # omegaconf would look it up in the environment
-                raise ConvertError(f"command line: {shown(key)}: expected a plain value, found {shown(value)}")
-        if type(values.get("image")) is int:
-            values["image"] = [values["image"], values["image"]]
-        if type(values.get("mixer")) is str:
-            values["mixer"] = [values["mixer"]]
-        known = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(ViTConfig), values))
-    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        if isinstance(error, ConvertError):
-            raise
-        raise ConvertError(f"command line: {shown(str(error).strip().splitlines()[0])}") from error
-    assert isinstance(known, dict), "a structured config has keys"
-    found = {str(key): known[key] for key in values}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+        values = settings_of(settings)
+    except NO_YAML as error:
+        raise ConvertError(f"command line: {shown(cause(error))}") from error
+    for key, value in values.items():
+        if "${" in str(value):
+            raise ConvertError(f"command line: {shown(key)}: expected a plain value, found {shown(value)}")
+    place = {foreign.PREFIX: str(values.pop(foreign.PREFIX))} if values.get(foreign.PREFIX) is not None else {}
+    if type(values.get("image")) is int:
+        values["image"] = [values["image"], values["image"]]
+    if type(values.get("mixer")) is str:
+        values["mixer"] = [values["mixer"]]
+    hints = hints_of(ViTConfig)
+    check_values(values, hints, "command line")
+    return {key: made(hints[key], value) for key, value in values.items()} | place
 
 
 def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
@@ -133,7 +132,7 @@ def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
             classifier = own.load_classifier(file).eval()
             return Given(path, file, "mpp", classifier.encoder, classifier.head, classifier.classes)
         return Given(path, file, "mpp", own.load_encoder(file).eval())
-    found = foreign.load(files.read(path), facts)
+    found = foreign.read(path, facts)
     encoder, aside, kept = found.encoder.eval(), found.aside, None
     classes: tuple[str, ...] = ()
     if head and found.head is not None:
@@ -230,11 +229,7 @@ def _compare(given: dict[str, Tensor], back: dict[str, Tensor], to: str) -> int:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors are equal, where they are not numbers too."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    bits = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(one, other) or torch.equal(*bits)
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 @torch.no_grad()
@@ -245,7 +240,7 @@ def _difference(given: Given, back: nn.Module, to: str) -> float:
         expected, found = given.model(images), back(images)
         if torch.equal(expected, found):
             continue
-        # Weights that are no numbers give outputs that are none; where one has a number the other must have one.
+        # Very large weights give outputs that are no numbers; where one has a number the other must have one.
         known = expected.isfinite()
         if expected.shape != found.shape or not torch.equal(known, found.isfinite()):
             raise ConvertError(f"{to}: the outputs of what was written are not the model's: please report this")

@@ -32,6 +32,21 @@ class Average(nn.Module):
         return tokens[:, self.prefix :].mean(1)
 
 
+class ClassTokenAndAverage(nn.Module):
+    """The class token's output and behind it the patches' average, as DINOv2's classifiers take them (2304.07193).
+
+    (dinov2/hub/classifiers.py; transformers' Dinov2ForImageClassification.)
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.prefix = config.prefix
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps (b, prefix + n, d) to (b, 2 d)."""
+        return torch.cat([tokens[:, 0], tokens[:, self.prefix :].mean(1)], 1)
+
+
 class AttentionPool(nn.Module):
     """A learned query attends to all patches, and an MLP follows (MAP, arXiv 1810.00825; big_vision's models/vit.py).
 
@@ -67,9 +82,10 @@ class AttentionPool(nn.Module):
             nn.init.zeros_(linear.bias)
 
 
-POOLS: dict[str, type[ClassToken] | type[Average] | type[AttentionPool]] = {
+POOLS: dict[str, type[ClassToken] | type[Average] | type[ClassTokenAndAverage] | type[AttentionPool]] = {
     "cls": ClassToken,
     "avg": Average,
     "avg_norm": Average,
+    "cls_avg": ClassTokenAndAverage,
     "map": AttentionPool,
 }

@@ -28,7 +28,7 @@ class ViT(Encoder, Trunk):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
-        self.width, self.layers = config.width, config.depth
+        self.width, self.layers = config.vector, config.depth
         self.tokens = config.prefix + math.prod(config.grid)
         self.stem = STEMS[config.stem](config)
         self._put_together(config.grid)
@@ -54,7 +54,7 @@ class ViT(Encoder, Trunk):
         return tokens if self.config.pool == "avg_norm" else super().finish(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """Maps encoded tokens (b, prefix + n, d) to one vector an image (b, d), as `config.pool` says."""
+        """Maps encoded tokens (b, prefix + n, d) to one vector an image (b, width), as `config.pool` says."""
         vectors = self.pooling(tokens)
         return self.norm(vectors) if self.config.pool == "avg_norm" else vectors
 

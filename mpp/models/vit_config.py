@@ -7,6 +7,7 @@ from mpp.models.encoder_config import EncoderConfig
 from mpp.models.trunk_config import MIXER_NAMES, Grid, TrunkConfig
 
 OVERLAPPING = ("overlap", "conv", "hybrid")  # stems that show a token pixels of other patches than its own
+OF_CLASS_TOKEN = ("cls", "cls_avg")  # pools that look at it
 RESNET_WIDTH = 64  # channels of the hybrid stem's first convolution; its first stage gives four times as many
 
 
@@ -23,7 +24,8 @@ class ViTConfig(TrunkConfig, EncoderConfig):
     # of stride 2 (2106.14881); hybrid: a ResNet with group norm and weight standardisation (ViT paper, section 3.1)
     stem: Literal["linear", "overlap", "conv", "hybrid"] = "linear"
     stages: tuple[int, ...] = (3, 4, 9)  # units of each stage of the hybrid stem's ResNet: R50 of the paper
-    pool: Literal["cls", "avg", "avg_norm", "map"] = "cls"  # avg: of the normalised patches; avg_norm: then normalised
+    # avg: of the normalised patches; avg_norm: then normalised; cls_avg: class token and average, one behind the other
+    pool: Literal["cls", "avg", "avg_norm", "cls_avg", "map"] = "cls"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,11 +40,11 @@ class ViTConfig(TrunkConfig, EncoderConfig):
         super()._check_mixers()
 
     def _check_attention(self) -> None:
-        if self.pool == "cls" and self.class_token is False:
-            raise ValueError("model.pool cls needs model.class_token")
-        if self.pool == "cls" and not self.attends:
+        if self.pool in OF_CLASS_TOKEN and self.class_token is False:
+            raise ValueError(f"model.pool {self.pool} needs model.class_token")
+        if self.pool in OF_CLASS_TOKEN and not self.attends:
             raise ValueError(
-                f"model.pool cls needs attention in some block; mixer {self.mixer_words} passes it nothing; "
+                f"model.pool {self.pool} needs attention in some block; mixer {self.mixer_words} passes it nothing; "
                 "take model.pool avg"
             )
         super()._check_attention()
@@ -85,7 +87,12 @@ class ViTConfig(TrunkConfig, EncoderConfig):
 
     @property
     def has_class_token(self) -> bool:
-        return self.pool == "cls" if self.class_token is None else self.class_token
+        return self.pool in OF_CLASS_TOKEN if self.class_token is None else self.class_token
+
+    @property
+    def vector(self) -> int:
+        """Numbers of the vector that an image becomes."""
+        return 2 * self.width if self.pool == "cls_avg" else self.width
 
     @property
     def undroppable(self) -> str | None:

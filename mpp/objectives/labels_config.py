@@ -37,7 +37,7 @@ class LabelsConfig(ObjectiveConfig):
 
     @property
     def needs(self) -> Needs:
-        return Needs(labels=True)
+        return Needs(labels=True, classes=self.classes)
 
     def settled(self, index: Index) -> Self:
         """The classes of the images, and with `balance` their weights."""

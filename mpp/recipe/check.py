@@ -31,7 +31,7 @@ def hints_of(config: type[Any]) -> dict[str, Any]:
 
 
 def check(values: dict[str, Any], hints: dict[str, Any], source: str, above: str = "") -> None:
-    """Refuses unknown keys and values of another type; omegaconf alone would read 3 as text."""
+    """Refuses unknown keys and values of another type: 3 is no text."""
     sections = {key: hints_of(_required(hint)) for key, hint in hints.items() if is_dataclass(_required(hint))}
     for key, value in values.items():
         dotted = f"{above}{key}"

@@ -2,20 +2,17 @@
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
-
+from mpp.recipe.build import dotted, merged
 from mpp.recipe.check import RecipeError, leaves, near, quoted
+from mpp.recipe.text import NO_YAML, read_yaml
 
 BUNDLED = Path(str(resources.files("mpp.recipes"))).resolve()
 COMMAND_LINE = "command line"  # the source that errors name for overrides
-ODD_YAML = (AttributeError, KeyError, RecursionError)  # what PyYAML raises beside its own errors: "!!bool a", "[[[..."
 
 
 class Layer(NamedTuple):
@@ -59,7 +56,7 @@ def read_chain(file: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     chain, label = (*above, file), _label(file)
     if file in above:
         raise RecipeError(f"{' -> '.join(map(_label, chain))}: recipes include each other")
-    values = _values(partial(OmegaConf.load, file), label)
+    values = _values(lambda: read_yaml(file.read_text(encoding="utf-8")), label)
     base = values.pop("base", None)
     if base is None:
         return [Layer(label, values)]
@@ -73,23 +70,29 @@ def command_line(overrides: Sequence[str]) -> Layer:
     for override in overrides:
         if not all(part.strip() for part in override.partition("=")):
             raise RecipeError(f"{COMMAND_LINE}: expected KEY=VALUE (null for none), found {quoted(override)}")
-    return Layer(COMMAND_LINE, _values(partial(OmegaConf.from_dotlist, list(overrides)), COMMAND_LINE))
+    return Layer(COMMAND_LINE, _values(lambda: settings_of(overrides), COMMAND_LINE))
+
+
+def settings_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """The values of `train.lr=1e-3` and the like, a later one over those before. Raises one of NO_YAML."""
+    given = (argument.partition("=") for argument in arguments)
+    return reduce(merged, (dotted(key.strip(), read_yaml(value)) for key, _, value in given), dict[str, Any]())
 
 
 def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
     """What is read, as plain values. Nothing is resolved and no tag is obeyed."""
     try:
-        values = OmegaConf.to_container(read())
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError, *ODD_YAML) as error:
+        values = read()
+    except (OSError, *NO_YAML) as error:
         problem = " ".join(re.sub(r'in "[^"]*",', "at", str(error)).split())
         raise RecipeError(f"{source}: expected keys with values in YAML, found an error: {problem}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{source}: expected keys with values, found {quoted(values)}")
-    for key, value in leaves(values):  # type: ignore[arg-type]
-        if "${" in f"{key}{value}":
+    for key, value in leaves(values):
+        if "${" in (key if isinstance(value, list) else f"{key}{value}"):  # lists hold names, such as those of classes
             raise RecipeError(f"{source}: {key}: recipes are plain values and take no ${{...}}, found {quoted(value)}")
     _spell_out(values)
-    return values  # type: ignore[return-value]  # keys that are no strings are unknown keys
+    return values  # keys that are no strings are unknown keys
 
 
 def _spell_out(values: dict[Any, Any]) -> None:

@@ -11,19 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from omegaconf import OmegaConf
-
+from mpp.augment.config import AugmentConfig
 from mpp.data.config import DataConfig
 from mpp.extend import Kind, Table
 from mpp.files import write_atomically
 from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.models.presets import presets
 from mpp.objectives import OBJECTIVES, build_objective
+from mpp.recipe.build import made, merged, missing
 from mpp.recipe.check import RecipeError, check, known, near
 from mpp.recipe.files import COMMAND_LINE, Layer, bundled, command_line, find, name_of, read_chain
 from mpp.recipe.recipe import Recipe, plain
 from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import imports_of
+from mpp.recipe.text import write_yaml
 from mpp.remote.urls import kept_url
 from mpp.train_config import UNITS
 
@@ -81,7 +82,7 @@ def load_section(
     for layer in layers:
         section = layer.values.get(key, {})
         check({key: section}, {key: schema}, layer.source)
-        values = OmegaConf.to_container(OmegaConf.merge(values, section))  # type: ignore[assignment]
+        values = merged(values, section)
     if not values:
         raise RecipeError(f"{layers[-2].source}: {key}: missing; this recipe has nothing to {key}")
     return name_of(file), file.parent, values, layers[-2].source
@@ -93,8 +94,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
     But for URLs, of which only the address is kept: others may read the file.
     """
     path = Path(path)
-    kept = _addresses(plain(recipe))
-    text = f"# {recipe.name}, with every setting.\n" + OmegaConf.to_yaml(OmegaConf.create(kept))
+    text = f"# {recipe.name}, with every setting.\n" + write_yaml(_addresses(plain(recipe)))
     write_atomically(path, text.encode())
 
 
@@ -125,27 +125,26 @@ def _build(layers: Sequence[Layer], file: Path) -> Recipe:
     if objective is None:
         raise RecipeError(f"{layers[-2].source}: objective.name: missing.{near('', OBJECTIVES)}")
     sections = {"data": DataConfig, "objective": OBJECTIVES[objective].config, "model": ENCODERS[model].config}
-    defaults = {"name": name, "out": f"runs/{name}", **{key: OmegaConf.structured(sections[key]) for key in sections}}
-    names = {"objective": {"name": objective}, "model": {"name": model}}
-    config = OmegaConf.merge(OmegaConf.structured(Recipe), defaults, names)
+    values: dict[str, Any] = {"out": f"runs/{name}", "data": {}}
+    values |= {"objective": {"name": objective}, "model": {"name": model}}
     hints = {key: hint for key, hint in {**get_type_hints(Recipe), **sections}.items() if key != "name"}
     for layer in layers:
         if layer.source != COMMAND_LINE:
             layer.values.pop("compare", None)  # not of this run: `load_section` reads it
         check(layer.values, hints, layer.source)
-        _replace_duration(config.train, layer)
-        config = OmegaConf.merge(config, layer.values)
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise RecipeError(f"{layers[-2].source}: {', '.join(missing)}: missing, and without a default")
-    _check_views(config.data.views)
-    return OmegaConf.to_object(config)  # type: ignore[return-value]  # a Recipe, as the config was made from one
+        _replace_duration(values.get("train", {}), layer)
+        values = merged(values, layer.values)
+    if lacking := sorted(key for name, kind in sections.items() for key in missing(kind, values[name], f"{name}.")):
+        raise RecipeError(f"{layers[-2].source}: {', '.join(lacking)}: missing, and without a default")
+    _check_views(values["data"].get("views", {}))
+    return Recipe(name=name, **{key: made(hints[key], value) for key, value in values.items()})
 
 
-def _check_views(views: Any) -> None:
+def _check_views(views: dict[str, Any]) -> None:
     """Refuses an augmentation by the name of the view that it is of: as a section it only knows itself."""
     for name, view in views.items():
         try:
-            OmegaConf.to_object(view.augment) if view is not None and view.augment is not None else None
+            made(AugmentConfig, view["augment"]) if view is not None and view.get("augment") is not None else None
         except ValueError as error:
             raise ValueError(str(error).replace("data.augment.", f"data.views.{name}.augment.")) from None
 
@@ -198,13 +197,13 @@ def _expand_presets(layers: Sequence[Layer]) -> None:
             layer.values["model"] = {key: getattr(preset, key) for key in PRESET_SIZES} | values
 
 
-def _replace_duration(below: Any, layer: Layer) -> None:
+def _replace_duration(below: dict[str, Any], layer: Layer) -> None:
     """Lets a layer's duration take the place of one in another unit below it, whose warm-up then has no meaning."""
     train = layer.values.get("train", {})
     given = [unit for unit in UNITS if train.get(unit) is not None]
     if len(given) == 1:
         for unit in set(UNITS) - {given[0]} - set(train):
             train[unit] = None
-            if below[unit] is not None and below.warmup and "warmup" not in train:
-                found = f"{below.warmup:g} {unit}, the recipe's"
+            if below.get(unit) is not None and below.get("warmup") and "warmup" not in train:
+                found = f"{below['warmup']:g} {unit}, the recipe's"
                 raise RecipeError(f"{layer.source}: train.warmup: give it in {given[0]} as well; found {found}")

@@ -37,6 +37,11 @@ class Recipe:
             raise ValueError(f"train.{unit} must be above 0, got {duration}")
         if self.train.warmup > duration:
             raise ValueError(f"train.warmup ({self.train.warmup} {unit}) must not exceed train.{unit} ({duration})")
+        if self.train.schedule == "wsd" and self.train.warmup / duration + self.train.decay_share > 1:
+            raise ValueError(
+                f"train.warmup ({self.train.warmup:g} of {duration:g} {unit}) and train.decay "
+                f"({self.train.decay_share:g} of the run) must not exceed the run together"
+            )
         if self.train.activation_checkpointing and not isinstance(self.model, ViTConfig):
             kind = self.model.name
             raise ValueError(f"train.activation_checkpointing needs blocks (model.name vit), and model.name is {kind}")

@@ -51,6 +51,12 @@ class Settled:
         if not all(isinstance(found, dict) for found in (self.objective, self.imports)):
             raise ValueError("objective or imports: expected keys with values")
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes by which labels were numbered; none where the objective has none."""
+        names = self.objective.get("classes", ())
+        return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+
     def fill(self, recipe: Recipe) -> Recipe:
         """A recipe in plain values: what it left open is as settled here."""
         settings: dict[str, Any] = {key: tupled(value) for key, value in self.objective.items()}

@@ -14,6 +14,7 @@ from mpp.run.images import RunImages
 from mpp.seeds import seed_of
 from mpp.shards.index import ShardError
 from mpp.train_config import Execution
+from mpp.watch import REMEDIES, TrainingError
 
 EVALUATION = -2  # in the place of a step in seeds
 
@@ -23,7 +24,8 @@ def evaluation(
 ) -> Callable[[Sequence[int]], dict[str, float]] | None:
     """A function that scores the objective: means over the images, for the same draws every time.
 
-    It gives nothing if it is asked to stop before. None where the recipe names no images to score on.
+    It gives nothing if it is asked to stop before. Raises TrainingError if the loss is not finite: whatever else was
+    scored is worth nothing then. None where the recipe names no images to score on.
     """
     # A batch that fits in memory, and is compiled already.
     batches = images.open_scored(min(execution.micro_batch, recipe.eval.images))
@@ -52,6 +54,11 @@ def evaluation(
             return {}
         if not seen:
             raise ShardError(f"{batches.index.origin}: every image to score on is damaged")
+        if not math.isfinite(totals["val/loss"]):
+            raise TrainingError(
+                f"the loss on split {batches.index.split} is {totals['val/loss'] / seen:g}, though that of training is "
+                f"finite; checkpoints are from before. {REMEDIES.format(lr=recipe.train.lr)}"
+            )
         return {name: total / seen for name, total in totals.items()}
 
     return evaluate

@@ -11,14 +11,13 @@ from mpp.data.batches import Batches, faster
 from mpp.data.chosen import chosen
 from mpp.data.config import DataConfig, PrepareName, ShuffleName
 from mpp.data.read import open_batches, windowed
-from mpp.data.subset import lacking
-from mpp.errors import shown
 from mpp.execution import Once
 from mpp.files import BusyError
 from mpp.hardware import device_of
 from mpp.recipe import Recipe
 from mpp.recipe.settled import Settled
 from mpp.remote.urls import is_url
+from mpp.shards.classes import lacking, listed
 from mpp.shards.index import UNFINISHED, Index, ShardError, splits
 from mpp.shards.write import make_shards
 
@@ -59,7 +58,8 @@ def open_images(recipe: Recipe, settled: Settled | None, once: Once) -> RunImage
         recipe = settled.for_machine(recipe)
     make_missing(recipe.data)
     needs = recipe.objective.needs
-    train, scored = chosen(recipe.data, recipe.seed, needs.labels)
+    classes = needs.classes or (settled.classes if settled is not None else ())  # a run keeps the order it began with
+    train, scored = chosen(recipe.data, recipe.seed, needs.labels, classes)
     recipe = replace(recipe, data=replace(recipe.data, prepare=_prepare(recipe, train, once)))
     batches = _open(recipe, train, recipe.train.batch, train=True)
     if needs.labels and scored is not None:
@@ -121,8 +121,7 @@ def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool) 
 def check_classes(train: Index, scored: Index) -> None:
     """Raises ShardError for a class that is scored and that no image to train on has."""
     if names := lacking(train, scored):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ShardError(
-            f"{scored.origin}: split {scored.split} has images of class {', '.join(map(shown, names[:3]))}{more}, "
+            f"{scored.origin}: split {scored.split} has images of class {listed(names)}, "
             f"of which split {train.split} has none to train on"
         )

@@ -1,6 +1,5 @@
 """The start of a run: its objective before the first step or before it goes on, and what is settled with it."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -13,6 +12,7 @@ from mpp import checkpoint
 from mpp.data.subset import digest, label_digest
 from mpp.errors import UserError, cause
 from mpp.execution import Once, choose
+from mpp.jsons import encoded
 from mpp.loop import steps_of
 from mpp.models.encoder import Encoder
 from mpp.models.encoders import ENCODERS, build_encoder
@@ -93,7 +93,7 @@ def _found(asked: ObjectiveConfig, settled: ObjectiveConfig) -> dict[str, Any]:
     values = {field.name: getattr(settled, field.name) for field in fields(settled)}
     found = {name: value for name, value in values.items() if value != getattr(asked, name)}
     try:
-        json.dumps(found, allow_nan=False)
+        encoded(found)
     except (TypeError, ValueError) as error:
         raise RunError(f"objective.name {asked.name}: settled() gave what no file can hold: {cause(error)}") from None
     return found

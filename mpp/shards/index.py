@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mpp import jsons
 from mpp.errors import cause, shown
 from mpp.files import write_atomically
 from mpp.remote.fetch import read_small
@@ -111,7 +112,7 @@ def write_index(index: Index) -> Path:
     facts = {name: getattr(index, name) for name in FACTS}
     path = index.folder / (index.split + SUFFIX)
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
-    write_atomically(path, save(arrays, {"mpp": json.dumps(facts)}))
+    write_atomically(path, save(arrays, {"mpp": jsons.text(facts)}))
     return path
 
 
@@ -119,7 +120,7 @@ def refuse_url(folder: str | Path) -> None:
     """Raises ShardError where a local folder is needed."""
     if is_url(str(folder)):
         raise ShardError(
-            f"{shown_url(str(folder))}: a URL, which training reads, but nothing else; copy the shards to a folder first"
+            f"{shown_url(str(folder))}: a URL, which training reads, but nothing else; copy them to a folder first"
         )
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mpp.errors import cause, shown
+from mpp.shards.classes import look_alikes_line
 from mpp.shards.tar import Labeller, Scan, ShardError
 
 EXPECTED = "expected cls, json:FIELD, name, name:REGEX or none"
@@ -51,7 +52,7 @@ def _of_cls(key: str, content: Callable[[str], bytes]) -> tuple[str, str]:
     """The text of `cls`, and "class" of the json member, with which our own shards name it."""
     facts = _facts(content("json"))
     name = facts.get("class") if isinstance(facts, dict) else None
-    name = _clean(name) if isinstance(name, str) and len(name) <= LONGEST else ""
+    name = _whole(name) if isinstance(name, str) and len(name) <= LONGEST else ""
     return _clean(content("cls").decode("utf-8", "backslashreplace")), name
 
 
@@ -103,10 +104,15 @@ def _facts(data: bytes) -> Any:
 
 def _clean(text: str) -> str:
     """A label as a text that can be printed and stored anywhere; different labels stay different."""
-    text = text.strip().encode("utf-8", "backslashreplace").decode()
+    text = _whole(text.strip())
     if len(text) > LONGEST:
         raise ValueError(f"its label has {len(text)} characters, more than {LONGEST}: no class; use another --labels")
     return text
+
+
+def _whole(text: str) -> str:
+    """The same text but for halves of characters, which no file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def classes_of(scans: Sequence[Scan], choice: str, report: Callable[[str], None]) -> Classes:
@@ -121,6 +127,8 @@ def classes_of(scans: Sequence[Scan], choice: str, report: Callable[[str], None]
     numbers = {text: counts[text] for text in counts if NUMBER.fullmatch(text)}
     if not counts and choice not in ("cls", "none"):
         raise ShardError(f"--labels {shown(choice)}: gives none of {sum(len(s.samples) for s in scans)} images a label")
+    if alike := look_alikes_line(counts):
+        report(alike)
     if not numbers:
         return _named(choice, sorted(counts))
     if len(numbers) == len(counts):

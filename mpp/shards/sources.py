@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from mpp.errors import cause, shown
+from mpp.shards.classes import look_alikes_line
 from mpp.shards.tar import IMAGE_ENDINGS, LARGEST_IMAGE, Bytes, ShardError, walk_tar
 
 T = TypeVar("T")
@@ -301,6 +302,8 @@ def _describe(source: str, pictures: Sequence[Picture], classes: Sequence[str], 
         return
     first = ", ".join(map(shown, classes[:5])) + ", ..." * (len(classes) > 5)
     report(f"labels: {len(classes)} classes, named by folders: {first}")
+    if alike := look_alikes_line(classes):
+        report(alike)
     if unlabelled := sum(picture.label is None for picture in pictures):
         report(f"labels: {unlabelled} images lie in no class folder and get none")
     seen = {split: {picture.label or "" for picture in pictures if picture.split == split} for split in counts}

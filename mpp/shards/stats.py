@@ -1,6 +1,5 @@
 """`mpp shards stats`: what is in a folder of shards."""
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,9 @@ import numpy as np
 
 from mpp.decode import KINDS, DamagedImage, decode
 from mpp.files import write_atomically
+from mpp.jsons import encoded
 from mpp.seeds import mix
+from mpp.shards.classes import relabelled, union
 from mpp.shards.duplicates import Duplicates, find_duplicates
 from mpp.shards.index import Index, no_index, read_index, refuse_url, splits
 from mpp.shards.pictures import Shards
@@ -68,7 +69,7 @@ class Stats:
 
     def save(self, path: Path) -> None:
         """Writes all of it as JSON."""
-        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        write_atomically(path, encoded(asdict(self), indent=1))
 
 
 def folder_stats(folder: str | Path, images: int | None = None, seed: int = 0, progress: bool = True) -> Stats:
@@ -81,10 +82,8 @@ def folder_stats(folder: str | Path, images: int | None = None, seed: int = 0, p
     if not names:
         raise no_index(folder, "train")
     indexes = [read_index(folder, name) for name in names]
-    for index in indexes:
-        if index.classes != indexes[0].classes:
-            words = f"{indexes[0].split} and {index.split} do not number the same classes"
-            raise ShardError(f"{folder}: {words}; run `mpp shards index {folder}`")
+    classes = union([index.classes for index in indexes])
+    indexes = [relabelled(index, classes) for index in indexes]
     parts = {index.split: _split_stats(index, images, seed, progress) for index in indexes}
     return Stats(str(folder), indexes[0].classes, parts, find_duplicates(indexes, progress))
 

@@ -17,8 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
+from mpp import jsons
 from mpp.errors import cause, shown
 from mpp.files import claimed, write_atomically
+from mpp.jsons import encoded
 from mpp.shards.build import build_index, scan_shards
 from mpp.shards.index import UNFINISHED, Index, read_index, write_index
 from mpp.shards.labels import Classes
@@ -145,7 +147,7 @@ def _open_plan(out: Path, fresh: Plan) -> Plan:
 
 def _save_plan(out: Path, plan: Plan) -> None:
     done = {split: [shard._asdict() for shard in shards] for split, shards in plan.done.items()}
-    write_atomically(out / UNFINISHED, json.dumps({**asdict(plan), "done": done}).encode())
+    write_atomically(out / UNFINISHED, encoded({**asdict(plan), "done": done}))
 
 
 def _rename(old: Path, new: Path) -> None:
@@ -214,7 +216,7 @@ class _SplitWriter:
     def _members(self, image: Prepared) -> bytes:
         key, label = _hash(image.picture.name)[:KEY_DIGITS], image.picture.label
         facts = {"source": image.picture.name, "class": label, "width": image.width, "height": image.height}
-        members = {image.ending: image.data, "json": json.dumps(facts).encode()}
+        members = {image.ending: image.data, "json": jsons.text(facts).encode()}
         if label is not None:
             members["cls"] = str(self.labels[label]).encode()
         return b"".join(_member(f"{key}.{ending}", data) for ending, data in members.items())

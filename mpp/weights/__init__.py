@@ -7,7 +7,7 @@ from typing import Any
 from mpp.errors import shown
 from mpp.models.classifier import Classifier
 from mpp.models.encoder import Encoder
-from mpp.weights import files, foreign, own
+from mpp.weights import foreign, own
 from mpp.weights.files import WeightsError
 from mpp.weights.own import fingerprint, save_classifier, save_encoder, save_result
 
@@ -32,7 +32,8 @@ def load_encoder(path: str | Path, **facts: Any) -> Encoder:
 
     path: a run folder, a checkpoint folder, an `encoder.safetensors` or a `classifier.safetensors`; Google's or
         big_vision's `.npz`; a file or folder of timm, Hugging Face, MAE, DINO, DINOv2 or CAPI (docs/weights.md).
-    facts: what another's file can't tell, named as in ViTConfig: `heads=2`, `image=(96, 128)`, `mean=...`.
+    facts: what another's file can't tell, named as in ViTConfig: `heads=2`, `image=(96, 128)`, `mean=...`; and where it
+        holds several models, `prefix=`, what the names of the wanted tensors begin with.
 
     Of a run that is not at its end, the last checkpoint counts, and of one with a running average that average. Nothing
     in a file is run. Raises WeightsError, one line that names the file. Tensors of the file that are no part of the
@@ -59,12 +60,13 @@ def load_classifier(path: str | Path, **facts: Any) -> Classifier:
         raise WeightsError(f"{path}: holds no classifier.safetensors, which a finished run with labels leaves")
     read = _foreign(path, facts)
     if read.head is None:
-        raise WeightsError(f"{path}: {read.format}: holds an encoder without a head for classes")
+        beside = f" (left aside: {', '.join(map(shown, read.aside[:3]))})" if read.aside else ""
+        raise WeightsError(f"{shown(path)}: {read.format}: holds an encoder without a head for classes{beside}")
     return Classifier(read.encoder, read.head, read.classes).eval()
 
 
 def _foreign(path: Path, facts: dict[str, Any]) -> foreign.Foreign:
-    read = foreign.load(files.read(path), facts)
+    read = foreign.read(path, facts)
     if read.aside:
         some = ", ".join(map(shown, read.aside[:3])) + (", ..." if len(read.aside) > 3 else "")
         logger.info("%s: %s: left aside %d of its parts: %s", shown(path), read.format, len(read.aside), some)

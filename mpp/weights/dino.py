@@ -1,7 +1,7 @@
 """DINO's and DINOv2's weights (facebookresearch/dino and dinov2; arXiv 2104.14294, 2304.07193; registers 2309.16588).
 
 A published backbone of DINOv2 is known by its mask token, registers, SwiGLU or blocks in chunks; a checkpoint by what
-it holds beside the backbone (student, heads, loss). A published backbone of DINO, the first, is a state dict of timm's
+it holds beside the backbone (heads, loss). A published backbone of DINO, the first, is a state dict of timm's
 to the last tensor: timm's reader takes it, and gives what DINO's code does with `resize="bicubic_offset",
 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)`.
 """
@@ -12,12 +12,14 @@ from typing import Any
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import timm
 from mpp.weights.files import Source
-from mpp.weights.format import Layout, Part, shape_of, sizes_of
+from mpp.weights.format import Layout, Part, same, shape_of, sizes_of
 
 NAME = "dino"
 BLOCK = re.compile(r"(blocks\.(?:\d+\.)?(\d{1,9}))\.[a-z]")  # in a chunk, blocks.CHUNK.BLOCK, each keeps its own number
-BESIDE = {"student", "teacher", "dino_loss", "dino_head", "ibot_head"}  # parts of a checkpoint other than the backbone
+# Parts of a checkpoint beside the backbone. Others have students and teachers too: they tell nothing.
+BESIDE = {"dino_loss", "dino_head", "ibot_head", "ibot_patch_loss"}
 HEADS = "dino_head.", "ibot_head."
+LINEAR = "linear_head"  # of dinov2_vits14_lc and its like: on class token and average of the last block
 
 
 def recognises(source: Source) -> bool:
@@ -25,6 +27,7 @@ def recognises(source: Source) -> bool:
     return bool(blocks) and (
         ("mask_token" in names and source.tensors["mask_token"].ndim == 2)
         or "register_tokens" in names
+        or f"{LINEAR}.weight" in names
         or any(".mlp.w12." in name for name in names)
         or any(place.count(".") == 2 for place in blocks.values())
         or not BESIDE.isdisjoint(source.aside)
@@ -48,9 +51,16 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         "swiglu": swiglu,
         "layer_scale": 1.0 if any(name.endswith(".ls1.gamma") for name in names) else None,
     }
+    head: dict[str, Part] = {}
+    if f"{LINEAR}.weight" in names:
+        inputs, width = shape_of(source, f"{LINEAR}.weight", 2)[1], given["width"]
+        if inputs == 2 * width and facts.get("pool", "cls_avg") == "cls_avg":
+            given["pool"] = "cls_avg"
+            head = {f"linear.{name}": same(f"{LINEAR}.{name}") for name in ("weight", "bias")}
     config = ViTConfig(**given | facts)
-    aside = [name for name in names if name == "mask_token" or name.startswith(HEADS)]
-    return Layout(config, parts(config, blocks), aside=tuple(aside))
+    other = HEADS if head else (*HEADS, f"{LINEAR}.")  # with four blocks' class tokens it is no head of one vector
+    aside = [name for name in names if name == "mask_token" or name.startswith(other)]
+    return Layout(config, parts(config, blocks), head, aside=tuple(aside))
 
 
 def parts(config: ViTConfig, blocks: dict[int, str]) -> dict[str, Part]:

@@ -8,6 +8,7 @@ import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mpp.errors import UserError, cause, shown
-from mpp.weights import unpickle
+from mpp.weights import prefixes, unpickle
 
 
 class WeightsError(UserError):
@@ -40,6 +41,15 @@ class Source:
     args: dict[str, Any] = field(default_factory=dict)  # plain values of the settings that a checkpoint carries
     preprocessing: dict[str, Any] = field(default_factory=dict)  # preprocessor_config.json (Hugging Face)
     aside: tuple[str, ...] = ()  # parts of the file that are not the model's weights, as 'optimizer'
+    picked: str = ""  # which of several models was taken, and how to take another: to be said
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of torch or safetensors holds, before it is known which tensors are the model's."""
+
+    found: dict[Any, Any]  # tensors by name, in dictionaries and lists of them and of anything else
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 # Of a folder the first that is there counts: safetensors before pickles.
@@ -49,24 +59,40 @@ FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Where checkpoints keep the model. The running average comes first, as in timm's load_checkpoint; the teacher is one
-# too, and what DINO publishes.
-MODELS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "model_state", "module", "student")
+# Where checkpoints keep a model that mpp.weights.prefixes does not know. The running average comes first, as in timm's
+# load_checkpoint; the teacher is one too, and what DINO publishes.
+MODELS = (
+    "state_dict_ema",
+    "model_ema",
+    "teacher",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "model_state",
+    "module",
+    "student",
+)
+WRAPPERS = ("module.", "_orig_mod.", "module.")  # by DistributedDataParallel and compile, in either order
 SETTINGS = ("args", "config", "cfg")
 SCALARS = bool | int | float | str
 
 
-def read(path: str | Path) -> Source:
+def read(path: str | Path, prefix: str | None = None) -> Source:
     """Reads a file of safetensors, npz or torch, known by its content, or a folder of Hugging Face or timm.
+
+    prefix: what the names of the wanted tensors begin with, where a file holds several models: 'student.'; '.' for
+        those that have nothing in front. It is left out of the names, as it is where there is only one model.
 
     Raises WeightsError, one line that names the file. No code in a file is run, and nothing is written.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            source = replace(_folder(path), path=path)
+            source = replace(_folder(path, prefix), path=path)
+        elif path.name.endswith(".index.json") and path.is_file():
+            source = _shards(path, prefix)
         else:
-            source = _shards(path) if path.name.endswith(".index.json") and path.is_file() else _file(path)
+            source = _file(path, prefix)
     except OSError as error:
         raise WeightsError(f"{shown(path)}: cannot be read: {cause(error)}") from error
     if not source.tensors:
@@ -74,15 +100,15 @@ def read(path: str | Path) -> Source:
     return source
 
 
-def _folder(folder: Path) -> Source:
+def _folder(folder: Path, prefix: str | None) -> Source:
     for file in (folder / name for name in FOLDER_FILES):
         if file.exists():
-            return _shards(file) if file.suffix == ".json" else _file(file)
+            return _shards(file, prefix) if file.suffix == ".json" else _file(file, prefix)
     looked = f"neither encoder.safetensors nor a checkpoint of mpp, nor another's {', '.join(FOLDER_FILES)}"
     raise WeightsError(f"{shown(folder)}: holds no weights: {looked}")
 
 
-def _shards(index: Path) -> Source:
+def _shards(index: Path, prefix: str | None) -> Source:
     """Weights cut into several files, by the index that names each tensor's."""
     places = _json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -91,30 +117,46 @@ def _shards(index: Path) -> Source:
     for name in sorted(set(places.values())):
         if re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
             raise WeightsError(f"{shown(index)}: names a file outside its folder: {shown(name)}")
-        found = _file(index.parent / name).tensors
+        shard = index.parent / name
+        with _damage_named(shard):
+            contents = _opened(shard)
+            found = contents.tensors if isinstance(contents, Source) else _all_tensors(contents.found, shard)
         wrong = sorted(found.keys() ^ {key for key, place in places.items() if place == name})
         if wrong:
             some = ", ".join(map(shown, wrong[:3]))
-            raise WeightsError(f"{shown(index.parent / name)}: holds other tensors than {index.name} says: {some}")
+            raise WeightsError(f"{shown(shard)}: holds other tensors than {index.name} says: {some}")
         tensors |= found
-    return _beside(Source(index, tensors))
+    with _damage_named(index):
+        return _beside(_model(Contents(dict(tensors)), index, tensors, prefix))
 
 
-def _file(path: Path) -> Source:
+def _file(path: Path, prefix: str | None) -> Source:
+    with _damage_named(path):
+        contents = _opened(path)
+        if isinstance(contents, Source):  # npz. Google's come without settings: a config.json beside them is another's
+            return contents
+        return _beside(_model(contents, path, _all_tensors(contents.found, path), prefix))
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Bytes that others chose make torch, numpy and safetensors raise anything; it becomes one line."""
+    try:
+        yield
+    except (WeightsError, OSError):
+        raise
+    except Exception as error:
+        raise WeightsError(f"{shown(path)}: not whole, or damaged ({unpickle.reason(error)})") from error
+
+
+def _opened(path: Path) -> Source | Contents:
     if not path.exists():
         raise WeightsError(f"{shown(path)}: is not there")
     if not path.is_file():
         raise WeightsError(f"{shown(path)}: is no file")
     with path.open("rb") as file:
         head = file.read(512)
-    try:
-        reader = _reader(path, head)
-        # Google's npz come without settings: a config.json that lies beside them belongs to something else.
-        return reader(path) if reader is _npz else _beside(reader(path))
-    except WeightsError:
-        raise
-    except Exception as error:  # bytes that others chose make torch, numpy and safetensors raise anything
-        raise WeightsError(f"{shown(path)}: not whole, or damaged ({unpickle.reason(error)})") from error
+    return _reader(path, head)(path)
 
 
 def _beside(source: Source) -> Source:
@@ -123,7 +165,7 @@ def _beside(source: Source) -> Source:
     return replace(source, config=config, preprocessing=preprocessing)
 
 
-def _reader(path: Path, head: bytes) -> Callable[[Path], Source]:
+def _reader(path: Path, head: bytes) -> Callable[[Path], Source | Contents]:
     """Who reads a file, by its first bytes."""
     text = head.lstrip().lower()
     if head.startswith(b"PK\3\4"):
@@ -147,10 +189,10 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], Source]:
     raise WeightsError(f"{shown(path)}: expected weights as safetensors, npz or a checkpoint of torch, found {found}")
 
 
-def _safetensors(path: Path) -> Source:
+def _safetensors(path: Path) -> Contents:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Source(path, _in_float32(tensors, path), metadata=dict(file.metadata() or {}))
+        return Contents(tensors, dict(file.metadata() or {}))
 
 
 # npz
@@ -197,7 +239,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Ten
 # torch
 
 
-def _torch_zip(path: Path) -> Source:
+def _torch_zip(path: Path) -> Contents:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         pickles = [member for member in members if member.filename.split("/", 1)[-1] == "data.pkl"]
@@ -210,53 +252,112 @@ def _torch_zip(path: Path) -> Source:
         # take this one for safetensors.
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         found = _unpickled(path, stored and path.suffix != ".safetensors", lambda: archive.read(pickles[0]))
-    return _checkpoint(found, path)
+    return Contents(found)
 
 
-def _torch_legacy(path: Path) -> Source:
+def _torch_legacy(path: Path) -> Contents:
     """As torch wrote files before 1.6: pickles one after another, then the numbers."""
 
     def beginning() -> bytes:
         with path.open("rb") as file:
             return file.read(1 << 24)
 
-    return _checkpoint(_unpickled(path, False, beginning), path)
+    return Contents(_unpickled(path, False, beginning))
 
 
-def _unpickled(path: Path, mapped: bool, pickles: Callable[[], bytes]) -> Any:
+def _unpickled(path: Path, mapped: bool, pickles: Callable[[], bytes]) -> dict[Any, Any]:
     try:
-        return unpickle.load(path, mapped, pickles)
+        found = unpickle.load(path, mapped, pickles)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{shown(path)}: {error}") from error
-
-
-def _checkpoint(found: Any, path: Path) -> Source:
-    """The model's tensors of a checkpoint, and the settings beside it."""
     if not isinstance(found, dict):
         raise WeightsError(f"{shown(path)}: expected tensors by name, found {type(found).__name__}")
-    limit = _Limit(path)
-    args: dict[str, Any] = {}
-    aside: list[str] = []
+    return found
+
+
+# The model's tensors
+
+
+def _all_tensors(found: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file by its name, those of nested dictionaries joined by '.'."""
+    tensors: dict[str, Tensor] = {}
+    twice = set()
+    for name, tensor in _flat(found, "", _Limit(path)):
+        if name in tensors:
+            twice.add(name)
+        tensors[name] = tensor
+    if twice:
+        raise WeightsError(f"{shown(path)}: holds two tensors of the name {shown(min(twice))}")
+    _refuse_bomb(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path)
+    return tensors
+
+
+def _model(contents: Contents, path: Path, tensors: dict[str, Tensor], wanted: str | None) -> Source:
+    """Those tensors of a file that are the model's, without what stands in front of their names, and the settings."""
+
+    def same(one: str, other: str) -> bool:
+        inside = [name.removeprefix(one) for name in tensors if name.startswith(one)]
+        return all(other + name in tensors and tensors[one + name].equal(tensors[other + name]) for name in inside)
+
+    try:
+        choice = prefixes.choose(tensors, wanted, same) or prefixes.Choice(_usual(contents.found, tensors, path))
+    except prefixes.Ambiguous as error:
+        raise WeightsError(f"{shown(path)}: {error}") from error
+    prefix = choice.prefix
+    longer = tuple(other for other in choice.others if other.startswith(prefix))
+    kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix) and not n.startswith(longer)}
+    args, aside = _around(contents.found, tensors, prefix, path)
+    if prefix.endswith("backbone."):
+        beside = prefix.removesuffix("backbone.")
+        heads = [name for name in tensors if name.startswith(beside + prefixes.HEADS_BESIDE)]
+        kept |= {name.removeprefix(beside): tensors[name] for name in heads}
+        aside = [name for name in aside if not heads or f"{name}." != prefixes.HEADS_BESIDE]
+    picked = ""
+    if choice.picked:
+        others = ", ".join(shown(other or ".") for other in choice.others)
+        picked = f"took the model under {shown(prefix or '.')} and left aside {others}; prefix= takes another"
+    aside += sorted({shown(other.rstrip(".")) for other in longer})
+    return Source(
+        path, _in_float32(kept, path), metadata=contents.metadata, args=args, aside=tuple(aside), picked=picked
+    )
+
+
+def _usual(found: dict[Any, Any], tensors: dict[str, Tensor], path: Path) -> str:
+    """What stands in front of the tensors of a model that no format has an anchor for, by the names of usual places."""
+    prefix, limit = "", _Limit(path)
     for depth in itertools.count():
         limit.enter(found, depth)
-        args = args or next((plain for key in SETTINGS if (plain := _settings(found.get(key), limit))), {})
         model = next((key for key in MODELS if isinstance(found.get(key), dict) and found[key]), None)
         if model is None:
             break
-        aside += [shown(key) for key, value in found.items() if key != model and isinstance(value, dict | Tensor)]
-        found = found[model]
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in _flat(found, "", limit):
-        if name in tensors:
-            raise WeightsError(f"{shown(path)}: holds two tensors of the name {shown(name)}")
-        tensors[name] = tensor
-    for prefix in ("module.", "_orig_mod.", "module."):  # by DistributedDataParallel and compile, in either order
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    backbone = {name[9:]: tensor for name, tensor in tensors.items() if name.startswith("backbone.")}
-    if backbone:  # DINO, DINOv2, CAPI: the encoder beside its heads
-        aside += sorted({shown(name.split(".")[0]) for name in tensors} - {"backbone"})
-    return Source(path, _in_float32(backbone or tensors, path), args=args, aside=tuple(aside))
+        prefix, found = f"{prefix}{model}.", found[model]
+    for wrapper in WRAPPERS:
+        if all(name.startswith(prefix + wrapper) for name in tensors if name.startswith(prefix)):
+            prefix += wrapper
+    return f"{prefix}backbone." if any(name.startswith(f"{prefix}backbone.") for name in tensors) else prefix
+
+
+def _around(
+    found: dict[Any, Any], tensors: dict[str, Tensor], prefix: str, path: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings beside the model that a prefix leads to, and what else is there that holds tensors."""
+    args: dict[str, Any] = {}
+    aside: list[str] = []
+    limit, rest, above = _Limit(path), prefix, ""
+    for depth in itertools.count():
+        limit.enter(found, depth)
+        args = args or next((plain for key in SETTINGS if (plain := _settings(found.get(key), limit))), {})
+        key = next((k for k, value in found.items() if isinstance(value, dict) and rest.startswith(f"{k}.")), None)
+        if key is None:
+            break
+        aside += [shown(k) for k, value in found.items() if k != key and isinstance(value, dict | Tensor)]
+        found, rest, above = found[key], rest.removeprefix(f"{key}."), f"{above}{key}."
+    parts: set[str] = set()
+    for name in tensors:
+        if name.startswith(above) and not name.startswith(prefix):
+            inside, of = name.removeprefix(above).split("."), rest.split(".")
+            parts.add(next(theirs for theirs, ours in zip(inside, of, strict=False) if theirs != ours))
+    return args, aside + sorted(map(shown, parts))
 
 
 class _Limit:
@@ -271,13 +372,18 @@ class _Limit:
             raise WeightsError(f"{shown(self.path)}: holds dictionaries in dictionaries without end")
 
 
+def _nests(value: Any) -> bool:
+    """Whether a list that begins so is one of tensors, and not of plain values, of which there may be very many."""
+    return isinstance(value, dict | list | tuple | Tensor)
+
+
 def _flat(found: Any, prefix: str, limit: _Limit, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested dictionaries and lists by their names, joined by '.'; what is no tensor is left out."""
     limit.enter(found, depth)
     for name, value in found.items() if isinstance(found, dict) else enumerate(found):
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value
-        elif isinstance(value, dict | list | tuple):
+        elif isinstance(value, dict) or (isinstance(value, list | tuple) and any(map(_nests, value[:1]))):
             yield from _flat(value, f"{prefix}{name}.", limit, depth + 1)
 
 
@@ -301,7 +407,6 @@ def _settings(found: Any, limit: _Limit, depth: int = 0) -> dict[str, Any]:
 
 
 def _in_float32(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    _refuse_bomb(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path)
     result = {}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":

@@ -1,7 +1,9 @@
 """Weights that others published: which format a file has, and from it an encoder, and a head if it holds one."""
 
+import logging
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -9,17 +11,21 @@ import torch
 from torch import Tensor
 
 from mpp.errors import cause, shown
+from mpp.finite import all_finite, broken
 from mpp.models.classifier import Head
 from mpp.models.encoder import fill
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
-from mpp.weights import big_vision, capi, dino, google, huggingface, mae, timm
+from mpp.weights import big_vision, capi, dino, files, google, huggingface, mae, timm
 from mpp.weights.files import Source, WeightsError
 from mpp.weights.format import Layout, Part
 
 # The first that recognises a file reads it: those that others' names could be taken for come last.
 FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, capi, mae, dino, timm)
 SHOWN = 6  # names of tensors in an error
+PREFIX = "prefix"  # a fact about the file and not about its encoder: where in it the model is
+
+logger = logging.getLogger("mpp.weights")
 MISFITS = (KeyError, RuntimeError, ValueError, IndexError, TypeError)  # what tensors of another shape cause, or none
 
 
@@ -32,6 +38,17 @@ class Foreign:
     head: Head | None
     classes: tuple[str, ...]
     aside: tuple[str, ...]  # tensors of the file that are no part of encoder or head
+
+
+def read(path: Path, facts: dict[str, Any]) -> Foreign:
+    """What a file or folder holds. facts: as in `load`, and `prefix` as in `mpp.weights.files.read`."""
+    prefix = facts.get(PREFIX)
+    if prefix is not None and not isinstance(prefix, str):
+        raise WeightsError(f"{shown(path)}: prefix must be text that names of tensors begin with, got {prefix!r}")
+    source = files.read(path, prefix)
+    if source.picked:
+        logger.warning("%s: %s", shown(path), source.picked)
+    return load(source, {name: value for name, value in facts.items() if name != PREFIX})
 
 
 def load(source: Source, facts: dict[str, Any]) -> Foreign:
@@ -79,8 +96,19 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
+    for module, parts in ((encoder, layout.encoder), (head, layout.head)):
+        _refuse_not_finite(place, module, parts, source)
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
+
+
+def _refuse_not_finite(place: str, module: ViT | Head | None, parts: dict[str, Part], source: Source) -> None:
+    """Raises WeightsError for the first tensor that is not finite: the file's, or ours if it is so only here."""
+    for name, tensor in module.state_dict().items() if module is not None else ():
+        if not all_finite(tensor):
+            pieces = [piece for piece in parts[name].names if not all_finite(source.tensors[piece])]
+            which, found = (pieces[0], source.tensors[pieces[0]]) if pieces else (name, tensor)
+            raise WeightsError(f"{place}: {shown(which)}: {broken(found)}; restore the file, or take an earlier one")
 
 
 def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:

@@ -1,10 +1,9 @@
 """Folders of Hugging Face's transformers: ViT, ViTMAE, DINOv2 without and with registers; written as ViT.
 
 Pooler (`pooler.dense`, a tanh layer behind the class token: Google's pre-logits), mask token and decoders are left
-aside. So is DINOv2's classifier, which also takes the mean of the patches: ours maps the encoder's vector alone.
+aside. DINOv2's classifier takes class token and average of the patches, our pool `cls_avg`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from mpp.jsons import encoded
 from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
@@ -70,10 +70,12 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     head: dict[str, Part] = {}
     classes: tuple[str, ...] = ()
     rows = [len(tensors[f"classifier.{w}"]) for w in BOTH if f"classifier.{w}" in tensors]
-    if rows and not family.dinov2:
+    if rows and family.dinov2:
+        config = replace(config, pool=facts.get("pool", "cls_avg"))
+    if rows and (config.pool == "cls_avg" or not family.dinov2):
         head, classes = _head(), classes_of(source.config, rows[0])
     known = {f"{names.prefix}pooler.dense.{w}" for w in BOTH} | {f"{names.prefix}embeddings.mask_token"}
-    known |= {f"classifier.{w}" for w in BOTH if family.dinov2}
+    known |= {f"classifier.{w}" for w in BOTH if not head}
     aside = tuple(name for name in tensors if name in known or name.startswith("decoder."))
     return Layout(config, parts(config, names), head, classes, aside)
 
@@ -198,7 +200,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
 
 
 def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return encoded(values, indent=2, ensure_ascii=False)
 
 
 def _refuse(config: ViTConfig, head: Head | None) -> None:

@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mpp import checkpoint
+from mpp import checkpoint, jsons
 from mpp.errors import shown
 from mpp.files import write_atomically
+from mpp.finite import all_finite, broken
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder, fill
 from mpp.models.encoders import ENCODERS, build_encoder, facts_of
@@ -41,7 +42,7 @@ def save_result(module: nn.Module, path: Path) -> None:
 
 def save_encoder(encoder: Encoder, path: Path) -> None:
     """Writes an encoder with its config, whole or not at all; FileError on a full disk."""
-    _save(encoder, path, {"encoder": json.dumps(facts_of(encoder.config))})
+    _save(encoder, path, {"encoder": jsons.text(facts_of(encoder.config))})
 
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
@@ -49,9 +50,8 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
 
     In one entry of metadata: safetensors writes several in random order, and equal runs are to leave equal files.
     """
-    _save(
-        classifier, path, {"encoder": json.dumps(facts_of(classifier.encoder.config) | {"classes": classifier.classes})}
-    )
+    facts = facts_of(classifier.encoder.config) | {"classes": classifier.classes}
+    _save(classifier, path, {"encoder": jsons.text(facts)})
 
 
 def _save(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
@@ -147,3 +147,6 @@ def _fill(module: nn.Module, found: dict[str, Tensor], path: Path) -> None:
     if wrong:
         raise WeightsError(f"{path}: {', '.join(wrong[:5])} missing, unexpected or of another shape")
     fill(module, found)
+    for name, tensor in module.state_dict().items():  # in float32, which has no room for some numbers of float64
+        if not all_finite(tensor):
+            raise WeightsError(f"{path}: {name}: {broken(tensor)}; restore the file, or take an earlier one")

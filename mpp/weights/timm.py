@@ -3,7 +3,6 @@
 Names and numbers are those of timm 1.0.31, models/vision_transformer.py. timm itself is not needed.
 """
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from mpp.jsons import encoded
 from mpp.models.classifier import Head
 from mpp.models.trunk_config import Grid
 from mpp.models.vit import ViT
@@ -236,7 +236,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
         written |= {f"head.{name}": value.detach().cpu() for name, value in head.linear.state_dict().items()}
     told = about(config, 0 if head is None else len(head.linear.weight), classes, placed)
     return {
-        "config.json": (json.dumps(told, indent=2) + "\n").encode(),
+        "config.json": encoded(told, indent=2),
         "model.safetensors": save(written, {"format": "pt"}),
     }
 
@@ -254,6 +254,7 @@ def _refuse(config: ViTConfig, head: Head | None) -> None:
         f"mixer {'/'.join(config.mixer)}": set(config.mixer) != {"attention"},
         f"positions {config.positions}": config.positions in ("relative", "rope", "rope_capi"),
         f"norm_eps {config.norm_eps}": config.norm_eps != EPS,
+        "pool cls_avg": config.pool == "cls_avg",
         "pool map with swiglu": pooled and config.swiglu,
         "pool map with norm rms": pooled and config.norm == "rms",
         "pool map without bias": pooled and not config.bias,

@@ -1,0 +1,36 @@
+"""JSON as every reader takes it, without the NaN and Infinity that Python adds to it; and files of JSON lines."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def text(value: Any, **options: Any) -> str:
+    """A value as JSON; options are those of `json.dumps`. ValueError for a number that is not finite."""
+    return json.dumps(value, allow_nan=False, **options)
+
+
+def encoded(value: Any, **options: Any) -> bytes:
+    """A value as a file of JSON, or a line of one."""
+    return (text(value, **options) + "\n").encode()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without values that are no numbers, as earlier versions wrote them.
+
+    A line that was cut by a kill or a power cut, or that is not of this kind, is left out.
+    """
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            values = json.loads(line) if line.endswith("\n") else None
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict):
+            found.append({name: value for name, value in values.items() if _is_json(value)})
+    return found
+
+
+def _is_json(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -163,6 +163,26 @@ def test_transformers_gives_the_same_numbers(with_head, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("with_head", [True, False])
+def test_transformers_dinov2_gives_the_same_numbers(with_head, tmp_path):
+    """From an encoder trained here with LayerScale and registers: written, read back, its card followed."""
+    transformers = pytest.importorskip("transformers")
+    pool = "cls_avg" if with_head else "cls"
+    encoder = tiny(image=(32, 32), layer_scale=0.1, registers=2, swiglu=True, pool=pool)
+    given = classifier(encoder) if with_head else encoder
+    written = convert(saved(given, tmp_path), tmp_path / "out", "huggingface")
+    assert written.difference < 1e-6
+    images = pictures(2, 32, 32)
+    kind = "Dinov2WithRegistersForImageClassification" if with_head else "Dinov2WithRegistersModel"
+    model = getattr(transformers, kind).from_pretrained(tmp_path / "out").eval()
+    outputs = model(encoder.normalise(images))
+    assert near(outputs.logits if with_head else outputs.last_hidden_state[:, 0], given(images))
+    assert f"import AutoImageProcessor, {kind}" in (tmp_path / "out/README.md").read_text()
+    back = load_classifier(tmp_path / "out") if with_head else load_encoder(tmp_path / "out")
+    assert equal(back, given)
+
+
+@torch.no_grad()
 def test_a_plain_numpy_forward_of_googles_file_gives_the_same_numbers(tmp_path):
     given = classifier(holding("google"), hidden=6)
     convert(saved(given, tmp_path), tmp_path / "out", "google")

@@ -410,6 +410,37 @@ def test_transformers_loads_what_is_written_and_computes_the_same(tmp_path: Path
     assert near(head(encoder(images)), model(images, interpolate_pos_encoding=True).logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"swiglu": True},
+        {"swiglu": True, "mlp": 64, "width": 48},
+        {"mlp": 64, "gelu": "tanh", "norm_eps": 1e-12, "qkv_bias": False, "channels": 1},
+        {"positions": "sincos2d"},
+    ],
+)
+def test_transformers_loads_dinov2_as_it_is_written_and_computes_the_same(
+    tmp_path: Path, changes: dict[str, Any], registers: int
+) -> None:
+    resize: Any = "bicubic_antialias" if registers else "bicubic"
+    encoder = ours(layer_scale=0.5, registers=registers, resize=resize, **changes)
+    sizes = [(32, 32), LARGER] if encoder.config.positions == "learned" else [(32, 32)]
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    assert same_tokens(encoder, theirs(f"{kind}Model", written(tmp_path / "encoder", encoder)), *sizes)
+    both = ViT(replace(encoder.config, pool="cls_avg")).eval()
+    both.load_state_dict(encoder.state_dict())
+    head = Head(both.width, 3)
+    nn.init.normal_(head.linear.weight)
+    model = theirs(f"{kind}ForImageClassification", written(tmp_path / "head", both, head, ("b", "a", "ü")))
+    assert model.config.id2label == {0: "b", 1: "a", 2: "ü"}
+    for size in sizes:
+        images = torch.randn(2, encoder.config.channels, *size)
+        assert near(head(both(images)), model(images).logits)
+
+
 @pytest.mark.parametrize("positions", ["learned", "learned2d", "sincos2d", "sincos2d_mae", "sincos2d_timm", "none"])
 def test_positions_that_are_added_become_a_table(tmp_path: Path, positions: Any) -> None:
     encoder = ours(positions=positions, resize="bilinear", image=(16, 40))
@@ -454,7 +485,6 @@ def test_what_transformers_wrote_goes_back_bit_for_bit(tmp_path: Path, kind: str
         ({"registers": 2}, "registers 2"),
         ({"mixer": ("pool", "attention")}, "mixer pool/attention"),
         ({"stem": "overlap"}, "stem overlap"),
-        ({"layer_scale": 1e-5}, "layer_scale 1e-05"),
         ({"swiglu": True, "norm": "rms"}, "norm rms, swiglu True"),
         ({"positions": "rope"}, "positions rope"),
         ({"positions": "relative"}, "positions relative"),
@@ -467,19 +497,66 @@ def test_what_vit_has_no_place_for_is_refused_by_name(changes: dict[str, Any], w
         huggingface.write(ours(**changes), None, ())
 
 
+@pytest.mark.parametrize(
+    ("changes", "head", "words"),
+    [
+        ({"pool": "avg"}, None, r"pool avg without a head \(it has cls\)"),
+        ({"pool": "cls_avg"}, None, r"pool cls_avg without a head \(it has cls\)"),
+        ({"pool": "cls"}, Head(32, 3), r"pool cls with a head \(it has cls_avg\)"),
+        ({"pool": "cls_avg", "layer_scale": None}, Head(64, 3), "layer_scale None"),
+        ({"image": (16, 40)}, None, r"image \(16, 40\), which is not square"),
+        ({"mlp": 48}, None, "mlp 48, which is not a whole multiple of the width"),
+        ({"mlp": 41, "swiglu": True}, None, "mlp 41, which is not a whole multiple of the width times two thirds"),
+        ({"norm": "rms", "bias": False, "qk_norm": True}, None, "norm rms, bias False, qk_norm True"),
+        ({"positions": "rope"}, None, "positions rope"),
+    ],
+)
+def test_what_dinov2_has_no_place_for_is_refused_by_name(changes: dict[str, Any], head: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^transformers' DINOv2 cannot hold {words}$"):
+        huggingface.write(ours(**{"layer_scale": 1e-5} | changes), head, ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Dinov2ForImageClassification", {}),
+        ("Dinov2Model", {"use_swiglu_ffn": True}),
+        ("Dinov2WithRegistersModel", {"num_register_tokens": 3, "mlp_ratio": 2}),
+        ("Dinov2WithRegistersForImageClassification", {"use_swiglu_ffn": True}),
+    ],
+)
+def test_dinov2_of_transformers_goes_back_bit_for_bit(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    model = made(kind, SIZES | settings)
+    found = loaded(saved(model, tmp_path / "theirs"))
+    written(tmp_path / "ours", found.encoder, found.head, found.classes)
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], value) for name, value in after.items() if not name.endswith("mask_token"))
+    again = loaded(tmp_path / "ours")
+    assert again.encoder.config == replace(found.encoder.config, layer_scale=1.0)
+    assert again.classes == found.classes
+
+
 def test_a_head_with_a_hidden_layer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"head\.hidden 8"):
         huggingface.write(ours(), Head(32, 3, hidden=8), ("a", "b", "c"))
 
 
 @pytest.mark.parametrize("with_head", [False, True])
-@pytest.mark.parametrize(("image", "channels"), [((32, 32), 3), ((16, 40), 3), ((32, 32), 1)])
+@pytest.mark.parametrize(
+    ("image", "channels", "dinov2"),
+    [((32, 32), 3, False), ((16, 40), 3, False), ((32, 32), 1, False), ((32, 32), 3, True)],
+)
 def test_the_snippet_gives_the_same_numbers_of_a_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_head: bool, image: tuple[int, int], channels: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_head: bool, image: Any, channels: int, dinov2: bool
 ) -> None:
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     encoder = ours(image=image, channels=channels, mean=mean[:channels], std=std[:channels])
     head = a_head() if with_head else None
+    if dinov2:
+        pool: Any = "cls_avg" if with_head else "cls"
+        encoder = ours(mean=mean, std=std, layer_scale=0.1, registers=2, pool=pool)
+        head = Head(encoder.width, 3) if with_head else None
     written(tmp_path, encoder, head, ("a", "b", "c") if head else ())
     pixels = torch.randint(0, 256, (1, channels, *image), dtype=torch.uint8)
     Image.fromarray(pixels[0].permute(1, 2, 0).squeeze(2).numpy()).save(tmp_path / "picture.png")

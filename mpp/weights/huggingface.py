@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's transformers: ViT, ViTMAE, DINOv2 without and with registers; written as ViT.
+"""Folders of Hugging Face's transformers: ViT, ViTMAE, DINOv2 without and with registers; written as ViT or DINOv2.
 
 Pooler (`pooler.dense`, a tanh layer behind the class token: Google's pre-logits), mask token and decoders are left
 aside. DINOv2's classifier takes class token and average of the patches, our pool `cls_avg`.
@@ -18,7 +18,15 @@ from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
 from mpp.weights.format import Layout, Part, patch_convolution, row, same, stacked
-from mpp.weights.huggingface_config import FAMILIES, Told, classes_of, config_of, preprocessing_of, settings_of
+from mpp.weights.huggingface_config import (
+    FAMILIES,
+    Told,
+    classes_of,
+    config_of,
+    mlp_ratio,
+    preprocessing_of,
+    settings_of,
+)
 
 NAME = "huggingface"
 CLASS_TOKEN, TABLE = "embeddings.cls_token", "embeddings.position_embeddings"
@@ -175,15 +183,17 @@ def _told(tensors: Mapping[str, Tensor], names: Names) -> Told:
 def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str, bytes]:
     """The files of a folder: of a ViTForImageClassification with a head, of a ViTModel without pooler otherwise.
 
-    ValueError names what transformers' ViT cannot hold. Positions that are added to the tokens become a learned table.
-    transformers resizes that bicubically, which gives our numbers for `resize: bicubic`; of others, and of fixed
-    positions, the numbers are ours for images of the encoder's own size.
+    An encoder with LayerScale or the pool `cls_avg` is written as a Dinov2ForImageClassification or Dinov2Model, with
+    registers where it has some. ValueError names what transformers' cannot hold. Positions that are added to the tokens
+    become a learned table. transformers resizes that bicubically, with registers with antialias, which gives our
+    numbers for `resize: bicubic` or `bicubic_antialias`; of others, and of fixed positions, the numbers are ours for
+    images of the encoder's own size.
     """
-    _refuse(encoder.config, head)
+    family = _refuse(encoder.config, head)
     positions, patches = encoder.positions, encoder.tokens - encoder.prefix
     table = [positions.class_token()[None], positions.patches(encoder.config.grid).expand(patches, -1)]
     ours = {**encoder.state_dict(), "positions.table": torch.cat(table).detach()}
-    found, labels = parts(encoder.config, Names("" if head is None else "vit.")), None
+    found, labels = parts(encoder.config, _names_of(family, encoder.config, head)), None
     if head is not None:
         labels = classes or classes_of({}, head.linear.out_features)
         ours |= {f"head.{name}": value for name, value in head.state_dict().items()}
@@ -192,8 +202,10 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
     for name, part in found.items():
         pieces = (piece.float().cpu().clone(memory_format=torch.contiguous_format) for piece in part.write(ours[name]))
         tensors |= dict(zip(part.names, pieces, strict=True))
+    if family != "vit":  # only pretraining uses it, but without one transformers draws it anew and warns
+        tensors[f"{_prefix(family, head)}embeddings.mask_token"] = torch.zeros(1, encoder.config.width)
     return {
-        "config.json": _json(settings_of(encoder.config, labels)),
+        "config.json": _json(settings_of(family, encoder.config, labels)),
         "preprocessor_config.json": _json(preprocessing_of(encoder.config)),
         "model.safetensors": save(tensors, {"format": "pt"}),  # release 4 asks for it
     }
@@ -203,11 +215,46 @@ def _json(values: dict[str, Any]) -> bytes:
     return encoded(values, indent=2, ensure_ascii=False)
 
 
-def _refuse(config: ViTConfig, head: Head | None) -> None:
-    """Raises ValueError with all that transformers' ViT has no place for."""
-    plain = ViTConfig()
-    fields = ("stem", "pool", "registers", "norm", "swiglu", "bias", "qk_norm", "layer_scale")
+def family_of(config: ViTConfig) -> str:
+    """The `model_type` that an encoder is written as, if it can be."""
+    if config.layer_scale is None and config.pool != "cls_avg":
+        return "vit"
+    return "dinov2_with_registers" if config.registers else "dinov2"
+
+
+def _prefix(family: str, head: Head | None) -> str:
+    return "" if head is None else f"{family}."
+
+
+def _names_of(family: str, config: ViTConfig, head: Head | None) -> Names:
+    """The names in the files of a family, as transformers itself writes them."""
+    if family == "vit":
+        return Names(_prefix(family, head))
+    mlp = (
+        {"expand": WHOLE, "contract": "mlp.weights_out"}
+        if config.swiglu
+        else {"expand": "mlp.fc1", "contract": "mlp.fc2"}
+    )
+    return Names(_prefix(family, head), parts={**Names().parts, "norm1": "norm1", "norm2": "norm2", **mlp})
+
+
+def _refuse(config: ViTConfig, head: Head | None) -> str:
+    """The family that an encoder is written as. Raises ValueError with all that this one has no place for."""
+    family, plain = family_of(config), ViTConfig()
+    dinov2 = family != "vit"
+    fields = ["stem", "norm", "bias", "qk_norm"] + ([] if dinov2 else ["pool", "registers", "swiglu"])
     wrong = [f"{name} {value}" for name in fields if (value := getattr(config, name)) != getattr(plain, name)]
+    if dinov2:
+        pool = "cls" if head is None else "cls_avg"
+        if config.pool != pool:
+            wrong.append(f"pool {config.pool} {'without' if head is None else 'with'} a head (it has {pool})")
+        if config.layer_scale is None:
+            wrong.append("layer_scale None")
+        if config.image[0] != config.image[1]:
+            wrong.append(f"image {config.image}, which is not square")
+        if mlp_ratio(config) is None:
+            whole = "a whole multiple of the width" + (" times two thirds" if config.swiglu else "")
+            wrong.append(f"mlp {config.hidden}, which is not {whole}")
     if set(config.mixer) != {"attention"}:
         wrong.append(f"mixer {'/'.join(config.mixer)}")
     if config.positions not in ADDED:
@@ -215,7 +262,8 @@ def _refuse(config: ViTConfig, head: Head | None) -> None:
     if head is not None and head.hidden is not None:
         wrong.append(f"head.hidden {head.hidden.out_features}")
     if wrong:
-        raise ValueError(f"transformers' ViT cannot hold {', '.join(wrong)}")
+        raise ValueError(f"transformers' {'DINOv2' if dinov2 else 'ViT'} cannot hold {', '.join(wrong)}")
+    return family
 
 
 def usage(encoder: ViT, head: Head | None) -> str:
@@ -224,11 +272,17 @@ def usage(encoder: ViT, head: Head | None) -> str:
     size = f"{config.image[0]}x{config.image[1]}"
     mode = {1: '.convert("L")', 3: '.convert("RGB")'}.get(config.channels, "")
     kind, options, output = "ViTModel", ", add_pooling_layer=False", "last_hidden_state[:, 0]  # (1, width)"
+    family = family_of(config)
+    if family != "vit":
+        kind, options = "Dinov2WithRegistersModel" if config.registers else "Dinov2Model", ""
     if head is not None:
-        kind, options, output = "ViTForImageClassification", "", "logits  # (1, classes)"
-    if config.image[0] != config.image[1]:
+        kind, options = kind.replace("Model", "ForImageClassification"), ""
+        output = "logits  # (1, classes)"
+    if family != "vit" and config.positions == "learned" and config.resize == FAMILIES[family].resize:
+        other = "# Other sizes, multiples of the patch, need nothing else."
+    elif config.image[0] != config.image[1]:
         other = f"# It takes pictures of {size} alone: transformers resizes positions of square ones only."
-    elif config.positions == "learned" and config.resize == "bicubic":
+    elif family == "vit" and config.positions == "learned" and config.resize == "bicubic":
         other = "# Other sizes, multiples of the patch: model(pixels, interpolate_pos_encoding=True)."
     else:
         other = f"# Elsewhere than at {size} transformers resizes positions in its own way: other numbers than mpp's."

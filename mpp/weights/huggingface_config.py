@@ -40,6 +40,9 @@ FAMILIES = {
 }
 
 
+ARCHITECTURES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}  # that are written
+
+
 def config_of(source: Source, family: Family, told: Told, swiglu: bool, facts: dict[str, Any]) -> ViTConfig:
     """The encoder's config.
 
@@ -133,11 +136,21 @@ def classes_of(settings: dict[str, Any], count: int) -> tuple[str, ...]:
     return tuple(str(labels[str(number)]) for number in range(count))
 
 
-def settings_of(config: ViTConfig, classes: Sequence[str] | None) -> dict[str, Any]:
-    """config.json of a ViTForImageClassification, or without classes of a ViTModel."""
+def mlp_ratio(config: ViTConfig) -> int | None:
+    """DINOv2's `mlp_ratio`, a whole number, or None if none gives these hidden units (modeling_dinov2.py)."""
+    if not config.swiglu:
+        return config.hidden // config.width if config.hidden % config.width == 0 else None
+    near = round(1.5 * config.hidden / config.width)
+    return next(
+        (n for n in (near, near + 1, near - 1) if (config.width * n * 2 // 3 + 7) // 8 * 8 == config.hidden), None
+    )
+
+
+def settings_of(family: str, config: ViTConfig, classes: Sequence[str] | None) -> dict[str, Any]:
+    """config.json of a family's ...ForImageClassification, or without classes of its ...Model."""
     settings: dict[str, Any] = {
-        "architectures": ["ViTModel" if classes is None else "ViTForImageClassification"],
-        "model_type": "vit",
+        "architectures": [ARCHITECTURES[family] + ("Model" if classes is None else "ForImageClassification")],
+        "model_type": family,
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads,
@@ -149,6 +162,12 @@ def settings_of(config: ViTConfig, classes: Sequence[str] | None) -> dict[str, A
         "num_channels": config.channels,
         "qkv_bias": config.qkv_bias,
     }
+    if family != "vit":
+        del settings["intermediate_size"]
+        settings |= {"mlp_ratio": mlp_ratio(config), "use_swiglu_ffn": config.swiglu}
+        settings |= {"layerscale_value": config.layer_scale}
+    if config.registers:
+        settings["num_register_tokens"] = config.registers
     if classes is not None:
         settings["id2label"] = {str(number): name for number, name in enumerate(classes)}
         settings["label2id"] = {name: number for number, name in enumerate(classes)}

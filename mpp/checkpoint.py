@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mpp import jsons
 from mpp.errors import UserError, cause, shown
 from mpp.files import sealed, sync, unsealed
 
@@ -98,6 +99,15 @@ def load(path: Path) -> tuple[int, State]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
+        raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
+
+
+def digest(path: Path) -> str:
+    """A digest of what one checkpoint holds, by what it says of its files; CheckpointError if it does not say it."""
+    try:
+        digests = unsealed(path / STATE)["sha256"]
+        return hashlib.sha256(jsons.text(digests, sort_keys=True).encode()).hexdigest()[:32]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
 
 

@@ -86,6 +86,6 @@ def bare_address(url: str) -> str:
     return f"{scheme}{slashes}{place}{mark}{'...' if behind else ''}"
 
 
-def counted(number: int, thing: str) -> str:
-    """1 shard, 2 shards."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, thing: str, things: str = "") -> str:
+    """1 shard, 2 shards. things: where several have a name of their own, 2 classes."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"

@@ -85,8 +85,9 @@ def train(
             look(start, scores and not logger.scored(start), shows and not logger.pictured(start))
         read, step = clock.waits(batches.iterate(start, signals), signals), start
         for step, batch in zip(range(start + 1, steps + 1), read, strict=False):
+            batch = checked_batch(objective, batch, step).to(device)
             loss, norm, metrics = update(
-                forward, objective, optimizer, batch.to(device), config, execution.micro_batch, seed, step
+                forward, objective, optimizer, batch, config, execution.micro_batch, seed, step
             )
             objective.progress.fill_(step / steps)
             objective.after_step(step / steps)
@@ -159,17 +160,28 @@ def update(
     """One optimizer step: the loss, the norm of the gradient, and what the objective reports, all on the device."""
     set_rates(optimizer, rate_at(step, config), (step - 1) / steps_of(config))
     totals: dict[str, Tensor] = {}
+    whole = objective.batch_weight(batch)
     for place, part in enumerate(batch.split(micro_batch)):
         torch.manual_seed(seed_of(seed, step, place))
         loss, metrics = forward(part)
+        loss = loss * (objective.batch_weight(part) / whole)
+        loss.backward()
         share = len(part) / len(batch)
-        (loss * share).backward()
-        for name, value in {"loss": loss.detach(), **metrics}.items():
-            totals[name] = totals.get(name, 0) + value * share
+        for name, value in {"loss": loss.detach(), **{name: value * share for name, value in metrics.items()}}.items():
+            totals[name] = totals.get(name, 0) + value
     norm = gradient_norm(objective.parameters(), config.clip)
     optimizer.step()
     optimizer.zero_grad()
     return totals.pop("loss"), norm, totals
+
+
+def checked_batch(objective: Objective, batch: Batch, step: int) -> Batch:
+    """The batch of a step, if the objective can learn from it; TrainingError, one line, if not."""
+    try:
+        objective.check_batch(batch)
+    except ValueError as error:
+        raise TrainingError(f"step {step}: {objective.config.name}: {error}") from None
+    return batch
 
 
 def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Optimizer:

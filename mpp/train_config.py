@@ -38,7 +38,8 @@ class TrainConfig:
     activation_checkpointing: bool = False  # keep only what goes into each block, and compute the rest again: slower
     deterministic: bool = False  # bit-equal runs on CUDA too, at some cost; on the CPU they always are
     save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # checkpoints kept, beside that before the decay of wsd
+    keep_state: bool = True  # keep them after the end of a run too; false: once its results are written, these alone
 
     def __post_init__(self) -> None:
         for name in ("batch", "save_every", "keep"):

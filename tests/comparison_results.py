@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
+from mpp.eval.compare.confusion import confusions
+
 ARMS = ("scratch", "mpp", "labels", "scratch_total", "cnn")
 TITLES = {
     "scratch": "From scratch",
@@ -79,6 +81,7 @@ def comparison(
         "per_class": [
             _classes(random, arm, seed, f, len(classes)) for arm in arms for seed in range(seeds) for f in fractions
         ],
+        "confusion": _confusion(arms, seeds, fractions, classes),
         "costs": [run for arm in arms for seed in range(seeds) for run in _costs(arm, seed, fractions)],
         "chosen": [_chosen(arm, fraction) for arm in arms for fraction in fractions],
         "captions": {arm: _captions(arm) for arm in arms},
@@ -89,6 +92,19 @@ def comparison(
         "failures": [],
         "unfinished": [],
     } | changes
+
+
+def _confusion(arms: Any, seeds: int, fractions: Any, classes: Any) -> list[dict[str, Any]]:
+    """As `mpp compare` gathers it of the scores of runs, which here are draws."""
+    random, scored = np.random.default_rng(1), []
+    for arm in arms:
+        for fraction in fractions:
+            for _ in range(seeds if classes else 0):
+                pairs = np.unique(random.integers(0, len(classes), (60, 2)), axis=0)
+                images = random.integers(1, 50, len(pairs)).tolist()
+                found = {"true": pairs[:, 0].tolist(), "predicted": pairs[:, 1].tolist(), "images": images}
+                scored.append((arm, fraction, {"classes": list(classes), "confusion": found}))
+    return confusions(scored, classes)
 
 
 def _arm(name: str) -> dict[str, Any]:

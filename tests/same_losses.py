@@ -67,7 +67,7 @@ base: common.yaml
 model: {patch: 4, width: 48, depth: 2, heads: 3, stem: conv, positions: learned2d, pool: avg, drop_path: 0.1}
 """
 LABELS = """\
-objective: {name: labels, mixup: 0.4, cutmix: 0.5, smoothing: 0.1, balance: true}
+objective: {name: labels, mixup: 0.4, cutmix: 0.5, smoothing: 0.1}
 train: {batch: 64, micro_batch: 32, lr: 1e-2, weight_decay: 0.05, layer_decay: 0.75, clip: 0.8}
 """
 COLOUR_GRID = """\

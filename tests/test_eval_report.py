@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import re
 import shutil
@@ -7,10 +8,12 @@ from html import escape, unescape
 from html.parser import HTMLParser
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 from comparison_results import comparison
 
 from mpp.errors import UserError
+from mpp.eval.compare.confusion import confusions
 from mpp.eval.report.report import report, write_report
 
 VOID = {"meta", "img", "br"}
@@ -190,6 +193,78 @@ def test_of_1000_classes_the_15_best_and_worst_are_shown():
     order = sorted(range(1000), key=lambda number: gains["scratch"][number] - gains["mpp"][number])
     rows = [row for row in Page(report(results)).all("tr") if row["attributes"].get("data-metric") == "class"]
     assert [int(row["attributes"]["data-class"]) for row in rows] == order[:15] + order[-15:]
+
+
+def slow_confusion(scored, arm, fraction, classes) -> np.ndarray:
+    """The table of all pairs of an arm, summed over its runs."""
+    table = np.zeros((len(classes), len(classes)), np.int64)
+    for name, share, scores in scored:
+        if (name, share) == (arm, fraction):
+            found, numbers = scores["confusion"], [list(classes).index(one) for one in scores["classes"]]
+            for true, predicted, images in zip(found["true"], found["predicted"], found["images"], strict=True):
+                table[numbers[true], numbers[predicted]] += images
+    return table
+
+
+def drawn_scores(classes, runs=3) -> list:
+    """Scores of runs that each number their classes in another order."""
+    random, scored = np.random.default_rng(5), []
+    for arm in ("scratch", "mpp"):
+        for fraction in (0.1, 1.0):
+            for _ in range(runs):
+                own = [classes[i] for i in random.permutation(len(classes))]
+                pairs = np.unique(random.integers(0, len(classes), (200, 2)), axis=0)
+                images = random.integers(1, 50, len(pairs)).tolist()
+                found = {"true": pairs[:, 0].tolist(), "predicted": pairs[:, 1].tolist(), "images": images}
+                scored.append((arm, fraction, {"classes": own, "confusion": found}))
+    return scored
+
+
+@pytest.mark.parametrize("count", [3, 12, 13, 1000])
+def test_what_classes_are_taken_for_is_summed_by_name_and_shown_in_bounds(count):
+    classes = HUNDREDS[:count]
+    scored = drawn_scores(classes)
+    confusion = json.loads(json.dumps(confusions(scored, classes)))
+    page = Page(report(comparison(arms=("scratch", "mpp"), classes=classes, confusion=confusion)))
+    for arm in ("scratch", "mpp"):
+        table = slow_confusion(scored, arm, 1.0, classes)
+        cells = {
+            (int(cell["attributes"]["data-true"]), int(cell["attributes"]["data-predicted"])): cell
+            for cell in page.all("td")
+            if cell["attributes"].get("data-metric") == "confusion" and cell["attributes"]["data-arm"] == arm
+        }
+        for (true, predicted), cell in cells.items():
+            assert int(cell["attributes"]["data-value"]) == table[true, predicted] == int(cell["text"].replace(",", ""))
+        mistakes = table * (1 - np.eye(count, dtype=np.int64))
+        shown = sum(mistakes[pair] for pair in cells)
+        words = f"{mistakes.sum():,} mistakes on {table.sum():,} images of 3 seeds"
+        [caption] = [one["text"] for one in page.all("caption") if words in one["text"]]
+        if count <= 12:
+            assert len(cells) == (table > 0).sum()
+        else:
+            assert len(cells) == 30
+            assert sorted(mistakes[pair] for pair in cells) == sorted(mistakes[mistakes > 0])[-30:]
+            left = f"left out: {(mistakes > 0).sum() - 30:,} more pairs with {mistakes.sum() - shown:,} images"
+            assert left in caption
+
+
+def test_a_long_recipe_is_cut_on_the_page():
+    results = comparison() | {"recipes": {"finetune": "a" * 20_000 + "b" * 1_234_567}}
+    html = report(results)
+    assert "a" * 20_000 + "\n... and 1,234,567 more characters" in html
+    assert "b" * 50 not in html
+
+
+def test_names_of_classes_stand_where_they_belong_whatever_they_are():
+    names = ("<b>", "caf\u00e9", "cafe\u0301", "a\u202eb", "\ud800", "${x}", " ", "x\n", "\U0001f408", "w" * 256)
+    results = comparison(arms=("scratch", "mpp"), classes=names)
+    page = Page(report(results).encode().decode())
+    shown = [row["text"] for row in page.all("tr") if row["attributes"].get("data-metric") == "class"]
+    escaped = ("'caf\\xe9'", "'cafe\\u0301'", "'a\\u202eb'", "'\\ud800'")
+    expected = ("<b>", *escaped, "${x}", "' '", "'x\\n'", *names[8:])
+    for name in expected:
+        assert [line for line in shown if line.startswith(name)], name
+        assert [head for head in page.all("th") if head["text"] == name], name
 
 
 @pytest.mark.parametrize("odd", ODD)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
-from mpp.eval.labelled.scores import calibration_error, scores
+from mpp.eval.labelled.scores import Confusion, answers, calibration_error, scored, scores
 
 
 def drawn(n: int = 400, classes: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,6 +15,14 @@ def drawn(n: int = 400, classes: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     logits = torch.randn(n, classes)
     logits[torch.arange(n), labels] += 1.5
     return logits, labels
+
+
+def whole(confusion: Confusion, classes: int) -> np.ndarray:
+    """The table of all pairs (classes, classes)."""
+    table = np.zeros((classes, classes), np.int64)
+    for true, predicted, images in zip(confusion.true, confusion.predicted, confusion.images, strict=True):
+        table[true, predicted] += images
+    return table
 
 
 def slow_calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -38,7 +46,10 @@ def test_figures_are_scikit_learns():
     assert found.top5 == pytest.approx(top_k_accuracy_score(truth, shares, k=5, labels=every))
     assert found.loss == pytest.approx(log_loss(truth, shares, labels=every), rel=1e-5)
     matrix = confusion_matrix(truth, shares.argmax(1), labels=every)
-    assert np.array_equal(found.confusion, matrix)
+    assert np.array_equal(whole(found.confusion, 8), matrix)
+    pairs = list(zip(found.confusion.true, found.confusion.predicted, strict=True))
+    assert pairs == sorted(pairs)
+    assert min(found.confusion.images) > 0
     assert found.per_class[3] is None
     for label in set(every) - {3}:
         assert found.per_class[label] == pytest.approx(matrix[label, label] / matrix[label].sum())
@@ -56,6 +67,17 @@ def test_a_sure_and_right_classifier_is_calibrated_and_a_sure_and_wrong_one_is_n
     ones = torch.ones(10)
     assert calibration_error(ones, torch.ones(10, dtype=torch.bool)) == pytest.approx(0)
     assert calibration_error(ones, torch.zeros(10, dtype=torch.bool)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 399, 400])
+def test_scores_do_not_depend_on_how_images_are_batched(size):
+    logits, labels = drawn()
+    labels[5:20] = -1
+    found = scored([answers(*both) for both in zip(logits.split(size), labels.split(size), strict=True)])
+    expected = scores(logits, labels)
+    assert (found.n, found.top1, found.top5) == (expected.n, expected.top1, expected.top5)
+    assert (found.per_class, found.confusion) == (expected.per_class, expected.confusion)
+    assert (found.loss, found.ece) == (pytest.approx(expected.loss), pytest.approx(expected.ece, rel=1e-6))
 
 
 def test_images_without_a_label_are_not_counted():
@@ -85,7 +107,7 @@ def test_json_holds_all_figures():
     found = scores(logits, labels)
     values = json.loads(json.dumps(found.to_json()))
     assert values.keys() == {"n", "top1", "top5", "loss", "ece", "per_class", "confusion"}
-    assert values["confusion"] == found.confusion
+    assert whole(Confusion(**values["confusion"]), 8).sum() == found.n == 400
 
 
 def test_the_table_puts_the_worst_class_first_with_what_it_is_taken_for():

@@ -1,6 +1,7 @@
-"""Training gives the losses that tests/losses.json holds, of commit 487b4cb; and tests/same_losses.py sees a last bit.
+"""Training gives the losses that tests/losses.json holds, and tests/same_losses.py sees a last bit.
 
-A change that is meant to alter them records them anew: `python tests/same_losses.py --record tests/losses.json`.
+When they were recorded they were those of commit a576596, bit for bit. A change that is meant to alter them
+records them anew: `python tests/same_losses.py --record tests/losses.json`.
 """
 
 import json

@@ -201,4 +201,10 @@ def _config(values: dict[str, Any]) -> CompareConfig:
 def _recipe(name: str, folder: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe by its path beside the comparison's file, or by its bundled name."""
     beside = [folder / name, folder / f"{name}.yaml"]
-    return load_recipe(next((path for path in beside if path.is_file()), name), overrides)
+    recipe = load_recipe(next((path for path in beside if path.is_file()), name), overrides)
+    if recipe.continues is not None:
+        raise RecipeError(
+            f"{name}: continues ({recipe.continues}): a comparison trains each seed from its start; give "
+            "its encoder as compare.arms.NAME.weights instead"
+        )
+    return recipe

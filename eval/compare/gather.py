@@ -24,12 +24,14 @@ from mpp.recipe import load_recipe
 from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import RunError, load_settled
 from mpp.remote.urls import kept_url
+from mpp.shards.classes import translation, union
 from mpp.shards.index import read_index
 
 from ..probes.protocols import PROTOCOLS
 from ..report.report import FORMAT
 from .arms import FINETUNE, ArmConfig, Comparison
 from .chains import Asked, Chains, Job, read_rows, read_scores
+from .confusion import confusions
 from .summary import Figure, conclusions, summarise
 
 PACKAGES = ("mpp", "torch", "torchvision", "numpy", "scikit-learn")
@@ -40,6 +42,9 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
     comparison, config = chains.comparison, chains.config
     done = [job for job in jobs if job.done and job.name not in failures]  # one that failed may hold other content
     rows = [row for job in done for row in _rows(job)]
+    scored = {job: scores for job in done if job.stage == "finetune" and (scores := read_scores(job.result))}
+    data = _data(comparison, [scores.get("classes", ()) for scores in scored.values()])
+    classes = data["classes"]
     titles, known = {arm: comparison.title(arm) for arm in config.arms}, dict[Any, int]()
     return {
         "format": FORMAT,
@@ -48,7 +53,7 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "hardware": _hardware(),
-        "data": _data(comparison),
+        "data": data,
         "baseline": config.baseline,
         "compare": {**asdict(config), "arms": {arm: _settings(own) for arm, own in config.arms.items()}},
         "protocols": [_protocol(name) for name in config.frozen],
@@ -57,7 +62,10 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
         "rows": [row._asdict() for row in rows],
         "summary": summarise(rows, config.baseline),
         "conclusions": conclusions(rows, titles, config.arms, config.baseline),
-        "per_class": [_per_class(job) for job in done if job.stage == "finetune"],
+        "per_class": [_per_class(job, scores, classes) for job, scores in scored.items()],
+        "confusion": confusions(
+            [(job.arm, job.fraction, scores) for job, scores in scored.items() if job.fraction is not None], classes
+        ),
         "costs": [entry for arm in config.arms for entry in _costs(chains, arm, known, {job.name for job in done})],
         "chosen": _chosen(chains, {job.name for job in done}),
         "captions": {arm: _captions(comparison, arm) for arm in config.arms},
@@ -104,14 +112,13 @@ def _captions(comparison: Comparison, arm: str) -> dict[str, Any]:
     }
 
 
-def _per_class(job: Job) -> dict[str, Any]:
-    scores = read_scores(job.result)
-    return {
-        "arm": job.arm,
-        "seed": job.seed,
-        "fraction": job.fraction,
-        "accuracy": scores["per_class"] if scores else [],
-    }
+def _per_class(job: Job, scores: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """A run's accuracy on each class, in the order of `classes`, whatever its own is."""
+    accuracy: list[float | None] = [None] * len(classes)
+    for number, value in zip(translation(scores.get("classes", classes), classes), scores["per_class"], strict=False):
+        if number >= 0:
+            accuracy[number] = value
+    return {"arm": job.arm, "seed": job.seed, "fraction": job.fraction, "accuracy": accuracy}
 
 
 def _arm(comparison: Comparison, arm: str) -> dict[str, Any]:
@@ -228,11 +235,17 @@ def _text(path: Path) -> str:
         raise RunError(f"{path}: cannot be read: {cause(error)}; restore it, or delete {path.parent}") from None
 
 
-def _data(comparison: Comparison) -> dict[str, Any]:
+def _data(comparison: Comparison, named: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What was fine-tuned and tested on. named: the classes of each run's scores, which may name more of them."""
     shards, train, test = comparison.data
     index, scored = read_index(shards, train), read_index(shards, test)
     sizes = {"train_images": len(index), "test_images": len(scored)}
-    return {"path": kept_url(shards), **sizes, "test_split": test, "classes": list(index.classes)}
+    return {
+        "path": kept_url(shards),
+        **sizes,
+        "test_split": test,
+        "classes": list(union([index.classes, *named])),
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -31,6 +31,7 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
     out = run(recipe, once)
     if recipe.data.val is None:
         return out, None
-    scores = score_split(load_classifier(out), recipe.data.path, recipe.data.val, augment=recipe.data.augment)
-    write_atomically(out / "scores.json", sealed(scores.to_json(), indent=None))
+    classifier = load_classifier(out)
+    scores = score_split(classifier, recipe.data.path, recipe.data.val, augment=recipe.data.augment)
+    write_atomically(out / "scores.json", sealed({"classes": classifier.classes, **scores.to_json()}, indent=None))
     return out, scores

@@ -3,7 +3,7 @@
 import csv
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mpp.shards.classes import listed, remark, translation
 from mpp.weights import load_classifier
 
 from .images import Images, open_images, outputs
-from .scores import Scores, scores
+from .scores import Answers, Scores, answers, scored
 
 logger = logging.getLogger("mpp.eval")
 
@@ -74,13 +74,13 @@ def predict(
         if scores_out is not None and not labelled:
             raise PredictError(f"{images.place}: no image has a label, so there are no scores for {scores_out}")
         made: list[Prediction] = []
-        seen: list[tuple[Tensor, Tensor]] = []  # logits and labels, which only scores need
+        seen: list[Answers] = []
         for logits, labels, keys in outputs(classifier, images, "predictions", progress=out is not None):
             truth = _renumbered(labels, numbers, len(keys))
             for prediction in _predictions(logits, truth, keys, classifier.classes, top):
                 made.append(prediction) if out is not None else report(str(prediction))
             if labelled:
-                seen.append((logits, truth))
+                seen.append(answers(logits, truth))
     if out is not None:
         write_atomically(out, FORMATS[out.suffix](made).encode("utf-8", "surrogateescape"))
         report(f"{out}: the predictions for {len(made)} images")
@@ -88,13 +88,12 @@ def predict(
 
 
 def _scored(
-    seen: Sequence[tuple[Tensor, Tensor]], classes: Sequence[str], out: Path | None, report: Callable[[str], None]
+    seen: Sequence[Answers], classes: Sequence[str], out: Path | None, report: Callable[[str], None]
 ) -> Scores | None:
     """Scores what was seen, says so and writes it; None if all images with labels were damaged."""
-    logits, labels = (torch.cat(part) for part in zip(*seen, strict=True))
-    if not (labels >= 0).any():
+    if not any(len(part.labels) for part in seen):
         return None
-    found = scores(logits, labels)
+    found = scored(seen)
     report(found.table(classes))
     if out is not None:
         write_atomically(out, encoded({"classes": list(classes), **found.to_json()}))
@@ -108,24 +107,29 @@ def logits_of(
 
     Images are centred and in the shards' order; those without a label have -1.
     """
-    with open_images(shards, classifier.encoder.config, split, augment) as images:
-        numbers = label_numbers(images, classifier.classes)
-        found = [
-            (logits, _renumbered(labels, numbers, len(keys)))
-            for logits, labels, keys in outputs(classifier, images, f"predictions for {split}")
-        ]
+    found = _judged(classifier, shards, split, augment)
     logits, labels = (torch.cat(part) for part in zip(*found, strict=True))
     return logits, labels
+
+
+def _judged(
+    classifier: Classifier, shards: str | Path, split: str, augment: AugmentConfig | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same, batch by batch."""
+    with open_images(shards, classifier.encoder.config, split, augment) as images:
+        numbers = label_numbers(images, classifier.classes)
+        for logits, labels, keys in outputs(classifier, images, f"predictions for {split}"):
+            yield logits, _renumbered(labels, numbers, len(keys))
 
 
 def score_split(
     classifier: Classifier, shards: str | Path, split: str, *, augment: AugmentConfig | None = None
 ) -> Scores:
     """Scores a classifier on the images of a split that have labels."""
-    logits, labels = logits_of(classifier, shards, split, augment=augment)
-    if not (labels >= 0).any():
+    found = [answers(logits, labels) for logits, labels in _judged(classifier, shards, split, augment)]
+    if not any(len(part.labels) for part in found):
         raise PredictError(f"{shards}: split {split} holds no image with a label; scores need some")
-    return scores(logits, labels)
+    return scored(found)
 
 
 def label_numbers(images: Images, classes: Sequence[str]) -> Tensor:

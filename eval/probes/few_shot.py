@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mpp.seeds import permutation
 
+from .given import by_label, check_above, check_given
 from .task import Row, Task
 
 BIAS = 100.0  # the constant feature
@@ -24,6 +25,7 @@ EPSILON = 1e-5  # added to the standard deviation
 L2 = 2.0**10  # the evaluator's default
 SHOTS = (1, 5, 10, 25)  # images a class; configs/common_fewshot.py
 DRAWS = 3
+BLOCK = 2**24  # scores computed at a time, for each test image and class: 128 MiB
 SEED = 0
 
 logger = logging.getLogger("mpp.eval")
@@ -57,7 +59,12 @@ def rows(task: Task) -> list[Row]:
 
 
 def few_shot_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, l2: float) -> float:
-    """The accuracy on `test` of least squares on all of `train`; features (n, d), labels (n,)."""
+    """The accuracy on `test` of least squares on all of `train`; features (n, d), labels (n,).
+
+    Raises ValueError for features that are not finite or of another shape, and for labels that number no class.
+    """
+    check_given(train, train_labels, test, test_labels)
+    check_above("l2", l2)
     [guess] = few_shot_predictions(train, train_labels, test, [l2])
     return (guess == test_labels).double().mean().item()
 
@@ -71,18 +78,26 @@ def few_shot_predictions(train: Tensor, train_labels: Tensor, test: Tensor, l2s:
         return F.pad((features.double().cpu() - mean) / (std + EPSILON), (0, 1), value=BIAS)
 
     x = whitened(train)
-    classes = int(train_labels.max()) + 1
-    target = 2 * F.one_hot(train_labels, classes).double() - 1  # (n, classes)
+    present, labels = train_labels.cpu().unique(return_inverse=True)
     images, width = x.shape
+
+    def onto_targets(rows: Tensor) -> Tensor:
+        """rows' @ targets for rows (n, r), with targets (n, classes) of 1 and -1 that are never in memory."""
+        sums = rows.new_zeros(len(present), rows.shape[1]).index_add_(0, labels, rows)  # (classes, r)
+        return (2 * sums - rows.sum(0)).T
+
     if images >= width:  # (x'x + l2)^-1 x'y
         values, left = torch.linalg.eigh(x.T @ x)
-        right = left.T @ (x.T @ target)
+        right = left.T @ onto_targets(x)
     else:  # x' (xx' + l2)^-1 y, the same with a smaller matrix
         values, vectors = torch.linalg.eigh(x @ x.T)
-        left, right = x.T @ vectors, vectors.T @ target
+        left, right = x.T @ vectors, onto_targets(vectors)
     weights = [(left / (values + l2)) @ right for l2 in l2s]
-    seen = whitened(test)
-    return torch.stack([(seen @ weight).argmax(1) for weight in weights])
+    guesses = []
+    for some in test.split(max(1, BLOCK // len(present))):
+        seen = whitened(some)
+        guesses.append(torch.stack([present[(seen @ weight).argmax(1)] for weight in weights]))
+    return torch.cat(guesses, dim=1)
 
 
 def few_shot(
@@ -113,7 +128,6 @@ def few_shot(
 
 def drawn(labels: Tensor, shots: int, draw: int) -> Tensor:
     """The rows of `shots` images of each class."""
-    members = {label: np.flatnonzero(labels.numpy() == label) for label in labels.unique().tolist()}
     return torch.from_numpy(
-        np.concatenate([rows[permutation(len(rows), SEED, draw, label)[:shots]] for label, rows in members.items()])
+        np.concatenate([rows[permutation(len(rows), SEED, draw, label)[:shots]] for label, rows in by_label(labels)])
     )

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .given import check_above, check_given
 from .task import Row, Task
 
 KS = (10, 20, 100, 200)
 TOP1_K = 20  # neighbours of the headline figure: DINO's choice
 TEMPERATURE = 0.07
 TEST_BLOCK, TRAIN_BLOCK = 1024, 16384  # images; 64 MiB of similarities
+VOTES = 2**24  # counted at a time, for each test image and class: 128 MiB
 SPARE = 16  # neighbours kept beyond k while float32 finds them; float64 then ranks them
 SHORTEST = 1e-12  # features shorter than this are no direction: F.normalize's eps
 
@@ -37,7 +39,13 @@ def rows(task: Task) -> list[Row]:
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int, temperature: float = TEMPERATURE
 ) -> float:
-    """The share of test images whose k nearest training images vote for their label; features (n, d), labels (n,)."""
+    """The share of test images whose k nearest training images vote for their label; features (n, d), labels (n,).
+
+    Raises ValueError for features that are not finite or of another shape, and for labels that number no class.
+    """
+    check_given(train, train_labels, test, test_labels)
+    check_above("k", k)
+    check_above("temperature", temperature)
     [guess] = knn_predictions(train, train_labels, test, [k], temperature=temperature)
     return (guess == test_labels).double().mean().item()
 
@@ -47,10 +55,9 @@ def knn_predictions(
 ) -> Tensor:
     """The labels (k, m) of test features (m, d) for each number of neighbours; where there are fewer, all vote."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # with float64, which mps lacks
-    labels = train_labels.to(device)
-    classes = int(labels.max()) + 1
-    guesses = []
-    for queries in test.split(TEST_BLOCK):
+    present, labels = train_labels.to(device).unique(return_inverse=True)
+    classes, guesses = len(present), []
+    for queries in test.split(max(1, min(TEST_BLOCK, VOTES // classes))):
         queries = queries.to(device)
         similarity, rows = neighbours(train, queries, max(ks))
         weights = ((similarity - similarity[:, :1]) / temperature).exp()  # over the nearest's: no vote overflows
@@ -58,7 +65,7 @@ def knn_predictions(
         done, of_k = 0, {}
         for k in sorted(set(ks)):
             votes.scatter_add_(1, labels[rows[:, done:k]], weights[:, done:k])
-            done, of_k[k] = k, votes.argmax(1)
+            done, of_k[k] = k, present[votes.argmax(1)]
         guesses.append(torch.stack([of_k[k] for k in ks]).cpu())
     return torch.cat(guesses, dim=1)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from mpp.seeds import permutation
 
 from ..features.extract import LAST, ProbeError
-from .logistic import fit, principal_axes
+from .given import by_label, check_given
+from .logistic import BLOCK, fit, principal_axes
 from .task import Row, Task
 
 L2 = tuple(10.0**exponent for exponent in range(1, -7, -1))  # of mean cross-entropy + l2 / 2 * |W|^2; strong ones first
@@ -87,7 +88,10 @@ def linear_probe(
     train, test: one tensor, or choice -> parts (n, d_i) that stand side by side. Features and l2 are chosen on a tenth
     of the training images, the same share of each class (several tenths in turn if those are few); then all are
     fitted. Beside the features it needs one float32 copy of the widest choice.
+
+    Raises ValueError for features that are not finite or of another shape, and for labels that number no class.
     """
+    check_given(train, train_labels, test, test_labels)
     train = {"features": [train]} if isinstance(train, Tensor) else train
     test = {"features": [test]} if isinstance(test, Tensor) else test
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # with float64, which mps lacks
@@ -119,8 +123,7 @@ def tenths(labels: Tensor) -> list[Tensor]:
     A class of one image is never held out, so that every class is always fitted.
     """
     fold = np.full(len(labels), -1)
-    for label in labels.unique().tolist():
-        members = np.flatnonzero(labels.numpy() == label)
+    for label, members in by_label(labels):
         if len(members) > 1:
             order = members[permutation(len(members), SEED, label)]
             fold[order] = (np.arange(len(order)) + label) % HOLD_OUT  # small classes take part in different tenths
@@ -162,4 +165,5 @@ def _predict(
     truth = labels[rows].to(device)
     weights = fit(axes.coordinates(train, rows), truth, int(labels.max()) + 1, axes.curvature, l2s)
     seen = axes.coordinates(test, test_rows)
-    return torch.stack([(seen @ weight.float()).argmax(1) for weight in weights]).cpu()
+    blocks = seen.split(max(1, BLOCK // weights.shape[2]))
+    return torch.stack([torch.cat([(some @ weight.float()).argmax(1) for some in blocks]) for weight in weights]).cpu()

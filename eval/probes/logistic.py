@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 TOLERANCE = 5e-4  # of the gradient's norm where curvature is one: the objective is within about its square of the least
@@ -81,7 +80,7 @@ def fit(x: Tensor, labels: Tensor, classes: int, curvature: Tensor, l2s: Sequenc
 
     Each of the classes must have an image: the best intercept of one that has none is minus infinity.
     """
-    share = F.one_hot(labels, classes).double().mean(0)  # (classes,)
+    share = torch.bincount(labels, minlength=classes).double() / len(labels)  # (classes,)
     start = share.new_zeros(x.shape[1], classes)
     start[-1] = share.log()
     # The Hessian's diagonal where all that is known of an image is the classes' shares: there coordinates do not mix.

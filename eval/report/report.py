@@ -10,6 +10,7 @@ from mpp import jsons
 from mpp.errors import UserError
 from mpp.files import write_atomically
 
+from .confusion import confusion_tables
 from .report_charts import class_charts, fraction_chart, gain_chart, learning_curves, pictures, unlabelled
 from .tables import (
     TOTAL_BUDGET,
@@ -25,6 +26,7 @@ from .tables import (
 )
 
 FORMAT = 2  # of the results
+MOST_TEXT = 20_000  # characters of a recipe
 STYLE = Path(__file__).with_name("report.css")
 # Nothing is loaded and no script runs, whatever stands in class names or error texts.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -252,11 +254,11 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _classes(results: Results) -> str:
-    charts = class_charts(results, _fractions(results))
-    if not charts:
-        return _paragraph("No accuracies of single classes to compare with the baseline.")
+    charts, confusion = class_charts(results, _fractions(results)), confusion_tables(results)
     text = "Which classes gain and which lose against the baseline, by accuracy after fine-tuning."
-    return _paragraph(text) + charts
+    none = "No accuracies of single classes to compare with the baseline."
+    taken = f"<h3>What classes are taken for</h3>{confusion}" if confusion else ""
+    return _paragraph(text if charts else none) + charts + taken
 
 
 def _pictures(results: Results) -> str:
@@ -278,13 +280,19 @@ def _rates(results: Results) -> str:
     return _paragraph(text) + table
 
 
+def _shortened(text: str) -> str:
+    """A recipe that names many classes, cut for a page that people read."""
+    left = len(text) - MOST_TEXT
+    return text if left <= 0 else f"{text[:MOST_TEXT]}\n... and {left:,} more characters, which stand in results.json"
+
+
 def _repeat(results: Results) -> str:
     facts = ""
     for name, value in {**results["versions"], **results["hardware"]}.items():
         shown = "none" if value is None else str(value)
         facts += f"<div><dt>{escape(name.replace('_gib', ', GiB'))}</dt><dd>{escape(shown)}</dd></div>"
     recipes = "".join(
-        _details(f"Recipe: {escape(name)}", f'<pre tabindex="0">{escape(text)}</pre>')
+        _details(f"Recipe: {escape(name)}", f'<pre tabindex="0">{escape(_shortened(text))}</pre>')
         for name, text in results["recipes"].items()
     )
     settings = f'<pre tabindex="0">{escape(jsons.text(results["compare"], indent=1, ensure_ascii=False))}</pre>'

@@ -9,6 +9,8 @@ from math import inf
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from mpp.shards.classes import displayed
+
 from .charts import MOST_LABELS, Bar, Line, Point, bar_rows, finite, legend, line_chart, plain, powers
 from .tables import (
     SHARE,
@@ -217,8 +219,9 @@ def class_charts(results: Results, fractions: Sequence[float]) -> str:
     """For each unlabelled arm the classes' gains, at the fraction where its whole gain is largest; the rest folded."""
     found = index(results)
     parts = []
+    names = displayed(list(map(str, results["data"]["classes"])))
     for arm in unlabelled(results):
-        charts = {fraction: _class_chart(results, arm, fraction) for fraction in fractions}
+        charts = {fraction: _class_chart(results, arm, fraction, names) for fraction in fractions}
         charts = {fraction: chart for fraction, chart in charts.items() if chart}
         if charts:
             gains = {fraction: _gain(found.get((arm["name"], "finetune", fraction, "top1"))) for fraction in charts}
@@ -246,7 +249,7 @@ def class_gains(results: Results, arm: str, fraction: float) -> dict[int, list[f
     return gains
 
 
-def _class_chart(results: Results, arm: Mapping[str, Any], fraction: float) -> str:
+def _class_chart(results: Results, arm: Mapping[str, Any], fraction: float, names: Sequence[str]) -> str:
     gains = class_gains(results, arm["name"], fraction)
     order = sorted(gains, key=lambda number: -fmean(gains[number]))
     if arm["name"] == results["baseline"] or not order:
@@ -258,17 +261,20 @@ def _class_chart(results: Results, arm: Mapping[str, Any], fraction: float) -> s
     look = looks(results)[arm["name"]]
     groups = []
     for head, some in shown:
-        groups.append((head, [_class_bar(results, arm, fraction, one, gains[one], look) for one in some]))
+        bars = [_class_bar(arm, fraction, one, names[one], gains[one], look) for one in some]
+        groups.append((head, bars))
     several = any(len(values) > 1 for values in gains.values())
     caption = (
         f"At {share(fraction)} of the labels: difference to the baseline in percentage points, mean"
         f"{' ± standard deviation over seeds' if several else ' (one seed)'}"
+        + f"; the {len(order) - MOST_CLASSES:,} classes between these are left out"
+        * (len(order) > MOST_CLASSES)
     )
     return bar_rows(caption, ("Class", "Points"), groups, solid=True)
 
 
 def _class_bar(
-    results: Results, arm: Mapping[str, Any], fraction: float, number: int, values: Sequence[float], look: int
+    arm: Mapping[str, Any], fraction: float, number: int, name: str, values: Sequence[float], look: int
 ) -> Bar:
     mean, sd = fmean(values), stdev(values) if len(values) > 1 else None
     words = figure("mean", mean, SHARE(mean, signed=True))
@@ -276,7 +282,7 @@ def _class_bar(
     if sd is not None:
         words += f" <small>± {figure('sd', sd, SHARE(sd))}</small>"
     keys = {"arm": arm["name"], "fraction": fraction, "metric": "class", "class": number}
-    return Bar(str(results["data"]["classes"][number]), 100 * mean, low, high, words, look, attributes(**keys))
+    return Bar(name, 100 * mean, low, high, words, look, attributes(**keys))
 
 
 def pictures(results: Results) -> str:

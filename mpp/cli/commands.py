@@ -83,10 +83,14 @@ def finetune(options: argparse.Namespace) -> None:
 
 def recipe_of(options: argparse.Namespace) -> "Recipe":
     """The recipe that a command names, with its settings from the command line."""
-    from mpp.recipe import load_recipe
+    from mpp.recipe import RecipeError, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    return replace(recipe, weights=str(options.weights)) if options.weights else recipe
+    weights, continues = (str(path) if path else None for path in (options.weights, options.continues))
+    try:
+        return replace(recipe, weights=weights or recipe.weights, continues=continues or recipe.continues)
+    except ValueError as error:
+        raise RecipeError(f"command line: {error}") from None
 
 
 def stoppable(work: Callable[[], T]) -> T:

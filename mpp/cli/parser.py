@@ -119,6 +119,8 @@ def _training(verbs: Group) -> None:
         added.add_argument("overrides", metavar="key=value", nargs="*", help="settings that differ from the recipe's")
     for added in (pretrain, finetune):
         added.add_argument("--from", dest="weights", type=Path, metavar="WEIGHTS", help="start from this encoder")
+        help = "go on from the whole state of this run, or of a checkpoint of it: longer, or with another rate"
+        added.add_argument("--continue", dest="continues", type=Path, metavar="RUN", help=help)
     plan.add_argument("--measure", action="store_true", help="time a few steps on this machine")
 
 

@@ -136,6 +136,23 @@ def batches_of(images: int, batch: int, last: str) -> int:
     return images // batch if last == "dropped" else math.ceil(images / batch)
 
 
+def position_of(step: int, images: int, batch: int, last: str) -> int:
+    """The position at which a step of training begins, of epochs of so many images."""
+    if last == "chained":
+        return step * batch
+    epoch, place = divmod(step, batches_of(images, batch, last))
+    return epoch * images + place * batch
+
+
+def step_from(position: int, images: int, batch: int, last: str) -> int:
+    """The first step of training that begins at a position or after it."""
+    if last == "chained":
+        return math.ceil(position / batch)
+    epoch, place = divmod(position, images)
+    each = batches_of(images, batch, last)
+    return epoch * each + min(math.ceil(place / batch), each)
+
+
 def _check_view(name: str, view: ViewConfig) -> None:
     if not 1 <= view.count <= MOST_VIEWS:
         raise ValueError(f"{name}.count must be at least 1 and at most {MOST_VIEWS}, got {view.count}")

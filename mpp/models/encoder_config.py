@@ -1,6 +1,7 @@
 """What every encoder is told: the images that it takes. No torch: recipes are checked without it."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from mpp.models.settings import Settings
 
@@ -10,6 +11,8 @@ MOST_PIXELS = 2**16  # a side
 @dataclass(frozen=True)
 class EncoderConfig(Settings):
     """What images an encoder takes, and the name of its kind."""
+
+    adjustable: ClassVar[tuple[str, ...]] = ("dropout", "drop_path")  # settings of training that may change in it
 
     name: str
     image: tuple[int, int] = (224, 224)  # (h, w) pixels

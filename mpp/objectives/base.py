@@ -38,6 +38,15 @@ class Objective(nn.Module):
         """Gives the loss, a float32 scalar, and detached scalars to log."""
         raise NotImplementedError
 
+    def check_batch(self, batch: Batch) -> None:
+        """Raises ValueError for a batch that it can't learn from; called before that goes to the device, with its parts
+        still on the CPU, if they come so. It looks at nothing that lies on another device, for that would wait."""
+
+    def batch_weight(self, batch: Batch) -> float | Tensor:
+        """What the mean that is a batch's loss was divided by: where parts of a batch go through one by one, the loss
+        of the whole is the mean of theirs by these weights. Its images, unless the objective weighs them."""
+        return len(batch)
+
     def after_step(self, progress: float) -> None:
         """Called after each optimizer step with the share of the run that is done, in (0, 1]: teachers."""
 

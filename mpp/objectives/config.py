@@ -34,6 +34,9 @@ class ObjectiveConfig:
     name: str
 
     results: ClassVar[tuple[str, ...]] = ("encoder",)  # names of `Objective.results()`, each a file of the run folder
+    adjustable: ClassVar[
+        tuple[str, ...]
+    ] = ()  # settings that a run may change in going on: no parameter depends on them
     metrics: ClassVar[Mapping[str, Metric]] = {}  # beside the loss; the first one is shown while training
     pictures: ClassVar[Mapping[str, str]] = {}  # what each row of `Objective.pictures()` shows
 

@@ -1,5 +1,6 @@
 """The settings of training with labels."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -18,11 +19,12 @@ class LabelsConfig(ObjectiveConfig):
     smoothing: float = 0.0  # share of the target spread over all classes (arXiv 1512.00567)
     mixup: float = 0.0  # both parameters of the Beta distribution of the share (arXiv 1710.09412); 0 for none
     cutmix: float = 0.0  # the same (arXiv 1905.04899); with both, each is as likely
-    balance: bool = False  # weight classes by the inverse of their number of images
-    weights: tuple[float, ...] = ()  # of the classes in the loss; by the images of each where `balance` asks for it
+    balance: bool = False  # weigh classes by the inverse of their number of images, as scikit-learn's "balanced" does
+    weights: tuple[float, ...] = ()  # of the classes in the loss, as torch's cross_entropy takes them; of any scale
     hidden: bool = False  # a tanh layer before the last: the paper's head for pretraining
 
     results = ("encoder", "classifier")
+    adjustable = ("smoothing", "mixup", "cutmix", "balance", "weights")
     metrics: ClassVar = {"accuracy": Metric("Accuracy", share=True), "top5": Metric("Top-5 accuracy", share=True)}
 
     def __post_init__(self) -> None:
@@ -32,15 +34,15 @@ class LabelsConfig(ObjectiveConfig):
             raise ValueError(f"objective.mixup and cutmix must be at least 0, got {self.mixup} and {self.cutmix}")
         if self.weights and self.classes and len(self.weights) != len(self.classes):
             raise ValueError(f"objective.weights needs {len(self.classes)} numbers, got {len(self.weights)}")
-        if min(self.weights, default=1) < 0 or max(self.weights, default=1) <= 0:
-            raise ValueError("objective.weights must be at least 0, and one of them above 0")
+        if not all(0 <= weight < math.inf for weight in self.weights) or max(self.weights, default=1) <= 0:
+            raise ValueError("objective.weights must be at least 0 and finite, and one of them above 0")
 
     @property
     def needs(self) -> Needs:
         return Needs(labels=True, classes=self.classes)
 
     def settled(self, index: Index) -> Self:
-        """The classes of the images, and with `balance` their weights."""
+        """The classes of the images, and with `balance` their weights: 0 for a class without an image."""
         if self.classes and self.classes != index.classes:
             raise ValueError(
                 f"{index.origin}: has {len(index.classes)} classes ({', '.join(index.classes)[:60]}), "
@@ -50,8 +52,9 @@ class LabelsConfig(ObjectiveConfig):
         if weights and len(weights) != len(index.classes):
             raise ValueError(f"objective.weights needs {len(index.classes)} numbers, one a class, got {len(weights)}")
         if self.balance and not weights:
-            counts = np.bincount(index.label, minlength=len(index.classes))
-            weights = tuple(round(float(len(index) / count), 6) if count else 0.0 for count in counts)
+            counts = np.bincount(index.label[index.label >= 0], minlength=len(index.classes))
+            images, present = int(counts.sum()), int((counts > 0).sum())
+            weights = tuple(images / (present * count) if count else 0.0 for count in counts.tolist())
         return replace(self, classes=index.classes, weights=weights)
 
     def counted(self) -> Self:

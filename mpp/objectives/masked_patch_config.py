@@ -17,6 +17,7 @@ class MaskedPatchConfig(ObjectiveConfig):
     bits: int = 3  # a colour channel
     grid: int = 4  # cells a side, of colour_grid
 
+    adjustable = ("share", "split")
     metrics: ClassVar = {
         "accuracy": Metric("Accuracy", share=True),
         "nearest": Metric("Guess without learning: the nearest visible patch", share=True, guess=True),

@@ -1,6 +1,7 @@
 """A recipe: what its user asked for. What a run then finds and chooses is another object (mpp/run/settled.py)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +23,7 @@ class Recipe:
     out: str | None = field(default=None, compare=False)  # run folder; runs/NAME where not given
     seed: int = 0
     weights: str | None = None  # encoder to start from: what `mpp pretrain --from` sets; random weights where not given
+    continues: str | None = None  # run, or checkpoint of one, from whose whole state this goes on: what --continue sets
     model: EncoderConfig
     objective: ObjectiveConfig
     data: DataConfig
@@ -45,6 +47,11 @@ class Recipe:
         if self.train.activation_checkpointing and not isinstance(self.model, ViTConfig):
             kind = self.model.name
             raise ValueError(f"train.activation_checkpointing needs blocks (model.name vit), and model.name is {kind}")
+        if self.weights is not None and self.continues is not None:
+            raise ValueError(
+                f"weights ({self.weights}) and continues ({self.continues}): a run that goes on has its weights "
+                "from the other one; give weights=null"
+            )
         self._check_needs()
 
     def _check_needs(self) -> None:
@@ -111,7 +118,16 @@ class Recipe:
 # Settings that change how a run goes, but not what it computes.
 FREE = ("out", "log.", "train.save_every", "train.keep", *(f"data.{name}" for name in ("threads", "reader", "memory")))
 FETCHING = ("data.cache", "data.cache_gib", "data.allow")
-BY_CONTENT = ("weights", "data.path", "data.source")  # known by what lies there, which may lie elsewhere next time
+BY_CONTENT = (
+    "weights",
+    "continues",
+    "data.path",
+    "data.source",
+)  # known by what lies there, which may lie elsewhere next time
+
+# Settings with which a run can go on otherwise, beside those that its encoder and objective call adjustable.
+ADJUSTABLE = ("train.", "eval.", "data.val", "data.augment.", "data.views", "data.last_batch", "data.prepare")
+ADAMS = {'"adam"', '"adamw"'}  # whose state is the same
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -124,10 +140,16 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
     Whatever the old recipe chose agrees with "auto" in the new one; null is filled in before (`Settled.for_machine`).
     """
-    there, here = (dict(leaves(plain(recipe))) | {"data.views": _order(recipe)} for recipe in (old, new))
-    keys = [key for key in {**there, **here} if not key.startswith((*FREE, *FETCHING))]
+    there, here = computed(old), computed(new)
+    keys = list({**there, **here})
     keys = [key for key in keys if there.get(key) != here.get(key) != "auto"]
     return [f"{key}: {quoted(there.get(key))} there, {quoted(here.get(key))} here" for key in keys]
+
+
+def computed(recipe: Recipe) -> dict[str, Any]:
+    """What decides what a run computes, by dotted key."""
+    settings = dict(leaves(plain(recipe))) | {"data.views": _order(recipe)}
+    return {key: value for key, value in settings.items() if not key.startswith((*FREE, *FETCHING))}
 
 
 def _order(recipe: Recipe) -> str:
@@ -139,3 +161,18 @@ def changes(old: Recipe, new: Recipe) -> list[str]:
     """The same, but for places of data and weights: whether these are the same is told by their content."""
     moved = {f"data.mix.{name}.path" for name in old.data.mixed.keys() & new.data.mixed.keys()} | {*BY_CONTENT}
     return [line for line in differences(old, new) if line.partition(":")[0] not in moved]
+
+
+def lasting(changes: Sequence[str], recipe: Recipe) -> list[str]:
+    """Those of the changes to a run's recipe with which it can't go on from the state that it has."""
+    return [line for line in changes if not _adjustable(line, recipe)]
+
+
+def _adjustable(change: str, recipe: Recipe) -> bool:
+    key, _, values = change.partition(": ")
+    section, _, name = key.partition(".")
+    if section in ("model", "objective"):
+        return name in (recipe.model if section == "model" else recipe.objective).adjustable
+    if key == "train.optimizer":
+        return {value.split()[0] for value in values.split(", ")} <= ADAMS
+    return key.startswith(ADJUSTABLE)

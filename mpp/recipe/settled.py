@@ -25,6 +25,23 @@ class RunError(UserError):
 
 
 @dataclass(frozen=True)
+class Continued:
+    """From which state of another run one goes on."""
+
+    step: int  # of the checkpoint, there
+    at: int  # the same place in the data in steps of this run: another number where `train.batch` changed
+    state: str  # a digest of the checkpoint
+    run: str  # a digest of what that run computes
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no start can have settled: the values may come from a file."""
+        if not all(type(number) is int and number >= 1 for number in (self.step, self.at)):
+            raise ValueError(f"continued: step {self.step!r} or at {self.at!r}")
+        if not all(isinstance(text, str) for text in (self.state, self.run)):
+            raise ValueError("continued: expected texts")
+
+
+@dataclass(frozen=True)
 class Settled:
     """What a recipe left open, as the first start of its run found or chose it."""
 
@@ -38,6 +55,7 @@ class Settled:
     prepare: PrepareName  # where pictures are made: cpu or device
     execution: Execution
     imports: dict[str, str]  # key of the recipe, such as objective.name -> what `--import` its part came by
+    continued: Continued | None = None  # the state of another run that it goes on from
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no start can have settled: the values may come from a file."""
@@ -91,8 +109,10 @@ def load_settled(folder: Path) -> Settled:
         if (found := json.loads(path.read_text(encoding="utf-8"))["format"]) != FORMAT:
             raise RunError(f"{path}: has format {found}, this version of mpp reads {FORMAT}")
         facts = unsealed(path)
-        values = {field.name: facts[field.name] for field in fields(Settled)}
-        return Settled(**{**values, "execution": Execution(**values["execution"])})
+        values = {field.name: facts[field.name] for field in fields(Settled) if field.name != "continued"}
+        state = facts.get("continued")
+        continued = None if state is None else Continued(**state)
+        return Settled(**{**values, "execution": Execution(**values["execution"]), "continued": continued})
     except RunError:
         raise
     except NOT_OURS as error:

@@ -8,7 +8,9 @@ from mpp.files import claimed
 from mpp.loop import train
 from mpp.recipe import Recipe
 from mpp.run.evaluation import evaluation
+from mpp.run.finished import drop_state, is_finished
 from mpp.run.images import open_images
+from mpp.run.onward import go_on_from, open_source, same_source
 from mpp.run.start import begin, earlier, go_on
 from mpp.weights import save_result
 
@@ -23,9 +25,21 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
     out = recipe.folder
     with claimed(out, BUSY), ExitStack() as stack:
         before = earlier(out)
-        images = open_images(recipe, before and before.settled, once)
+        source = None
+        if before is not None:
+            same_source(before, recipe)
+        elif recipe.continues is not None:
+            source = open_source(recipe.continues)
+        images = open_images(source.chosen(recipe) if source else recipe, before and before.settled, once)
         stack.callback(images.close)
-        objective, settled = begin(recipe, images, once) if before is None else go_on(before, recipe, images)
+        if before is not None:
+            objective, settled = go_on(before, recipe, images)
+        elif source is not None:
+            objective, settled = go_on_from(source, recipe, images, once)
+        else:
+            objective, settled = begin(recipe, images, once)
+        if is_finished(out):
+            return out
         settings = settled.fill(recipe)
         train(
             objective,
@@ -40,4 +54,6 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
         )
         for name, result in objective.results().items():
             save_result(result, out / f"{name}.safetensors")
+        if not recipe.train.keep_state:
+            drop_state(out, [f"{name}.safetensors" for name in objective.results()])
     return out

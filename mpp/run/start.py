@@ -20,8 +20,9 @@ from mpp.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from mpp.objectives.base import Objective
 from mpp.recipe import Recipe, load_recipe, save_recipe
 from mpp.recipe.check import quoted
-from mpp.recipe.recipe import changes
+from mpp.recipe.recipe import changes, lasting
 from mpp.recipe.settled import FILE, RunError, Settled, load_settled
+from mpp.run.finished import FILE as FINISHED
 from mpp.run.images import RunImages
 from mpp.seeds import seed_of
 from mpp.shards.index import Index
@@ -43,7 +44,7 @@ class Earlier(NamedTuple):
 def earlier(out: Path) -> Earlier | None:
     """The run that a folder goes on with; one that never saved is none to go on with."""
     path = out / "recipe.yaml"
-    if not checkpoint.steps(out / "checkpoints"):
+    if not checkpoint.steps(out / "checkpoints") and not (out / FINISHED).exists():
         return None
     if not path.exists():
         raise RunError(
@@ -70,25 +71,30 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
         return once(what + kind if what == "micro_batch" else what, choose)
 
     execution = choose(objective, images.batches, settings.train, once_a_kind)
-    _check_last_batch(recipe, objective, epoch, execution.micro_batch)
+    check_last_batch(recipe, objective, epoch, execution.micro_batch)
     settled = Settled(
         images=digest(index),
         labels=label_digest(index) if recipe.objective.needs.labels else None,
         weights=None if given is None else fingerprint(given),
-        objective=_found(recipe.objective, settings.objective),
+        objective=found_settings(recipe.objective, settings.objective),
         steps=steps_of(settings.train),
         warmup=int(settings.train.warmup),
         shuffle=images.shuffle,
         prepare=images.batches.prepared,
         execution=execution,
-        imports=_imports(recipe),
+        imports=imports_of_parts(recipe),
     )
-    save_recipe(recipe, recipe.folder / "recipe.yaml")
-    settled.save(recipe.folder)
+    save_start(recipe, settled)
     return objective, settled
 
 
-def _found(asked: ObjectiveConfig, settled: ObjectiveConfig) -> dict[str, Any]:
+def save_start(recipe: Recipe, settled: Settled) -> None:
+    """Writes recipe.yaml, and settled.json beside it."""
+    save_recipe(recipe, recipe.folder / "recipe.yaml")
+    settled.save(recipe.folder)
+
+
+def found_settings(asked: ObjectiveConfig, settled: ObjectiveConfig) -> dict[str, Any]:
     """The settings of an objective that follow from the images."""
     values = {field.name: getattr(settled, field.name) for field in fields(settled)}
     found = {name: value for name, value in values.items() if value != getattr(asked, name)}
@@ -109,22 +115,26 @@ def same_run(before: Earlier, recipe: Recipe, images: RunImages) -> Recipe:
     folder, settled = before.folder, before.settled
     settings = with_index(recipe, images.batches.index).in_steps(images.batches.epoch)
     if changed := changes(settled.fill(before.recipe), settled.for_machine(settings)):
-        raise RunError(
-            f"{folder}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out="
+        onward = (
+            "" if lasting(changed, settings) else f", there with --continue {folder} to go on from this one's state"
         )
-    _refuse_other_images(folder, settled, images.batches.index)
+        raise RunError(
+            f"{folder}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out={onward}"
+        )
+    if found := other_images(settled, images.batches.index):
+        raise RunError(
+            f"{folder}: holds a run on other images ({found}); restore them, or choose another folder with out="
+        )
     return settings
 
 
-def _refuse_other_images(folder: Path, settled: Settled, index: Index) -> None:
-    """Raises RunError unless these are the images, and the labels, that a run began with; wherever they lie now."""
+def other_images(settled: Settled, index: Index) -> str | None:
+    """What tells these from the images and labels that a run began with, wherever they lie now; None if nothing."""
     if (found := digest(index)) != settled.images:
-        what = f"it began with {settled.images}, now there are {found}"
-    elif settled.labels not in (None, label_digest(index)):
-        what = f"{settled.images} as it began with, but with other labels"
-    else:
-        return
-    raise RunError(f"{folder}: holds a run on other images ({what}); restore them, or choose another folder with out=")
+        return f"it began with {settled.images}, now there are {found}"
+    if settled.labels not in (None, label_digest(index)):
+        return f"{settled.images} as it began with, but with other labels"
+    return None
 
 
 def same_weights(before: Earlier, recipe: Recipe) -> Encoder | None:
@@ -139,6 +149,8 @@ def same_weights(before: Earlier, recipe: Recipe) -> Encoder | None:
     if recipe.weights is None:
         return None
     if not Path(recipe.weights).exists() and recipe.weights == before.recipe.weights:
+        if (folder / FINISHED).exists():
+            return None
         if checkpoint.load_latest(folder / "checkpoints") is None:
             raise RunError(f"{recipe.weights}: gone, and {folder} holds no whole checkpoint to go on from; restore it")
         logger.info("%s: gone; the run goes on from its checkpoint, which holds all that it needs", recipe.weights)
@@ -182,7 +194,7 @@ def at_start(recipe: Recipe) -> Objective:
     return build(recipe, load_encoder(recipe.weights) if recipe.weights else None)
 
 
-def _imports(recipe: Recipe) -> dict[str, str]:
+def imports_of_parts(recipe: Recipe) -> dict[str, str]:
     """By which imports the recipe has parts that are not mpp's."""
     origins = {
         "objective.name": OBJECTIVES.origin(recipe.objective.name),
@@ -191,7 +203,7 @@ def _imports(recipe: Recipe) -> dict[str, str]:
     return {key: origin for key, origin in origins.items() if origin is not None}
 
 
-def _check_last_batch(recipe: Recipe, objective: Objective, epoch: int, micro_batch: int) -> None:
+def check_last_batch(recipe: Recipe, objective: Objective, epoch: int, micro_batch: int) -> None:
     """Raises RunError where batch norm, or an objective that compares images, would get a single one."""
     across = objective.encoder.looks_across_batch or objective.needs.whole_batch
     if recipe.data.last_batch == "kept" and across and epoch % recipe.train.batch % micro_batch == 1:

@@ -195,6 +195,7 @@ def loaded(path: Path, split: str) -> Index:
         raise ValueError("its parts do not fit together")
     if not all(isinstance(name, str) for name in (*shards, *classes, labels)):
         raise ValueError("its shards and classes are not all named by texts")
+    "\0".join(classes).encode("utf-8", "surrogateescape")  # a ValueError for halves of characters
     if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise ValueError("its shards have impossible sizes")
     _check_arrays(index)

@@ -33,6 +33,7 @@ setup(
     ],
     extras_require={
         "remote": ["fsspec[http]>=2024.12", "s3fs>=2024.12"],
+        "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "test": [
             "pytest>=8",
             "ruff>=0.12",
@@ -44,6 +45,9 @@ setup(
             "fsspec[http]>=2024.12",
             "s3fs>=2024.12",
             "moto[server]>=5",
+            "onnx>=1.23",
+            "onnxscript>=0.7",
+            "onnxruntime>=1.32",
         ],
         "bench": ["timm>=1.0", "vit-pytorch>=1.11", "webdataset>=1.0"],
     },

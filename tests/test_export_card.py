@@ -173,23 +173,23 @@ def test_secrets_of_urls_stay_at_home(runs, tmp_path):
 # How to load
 
 
-@pytest.mark.parametrize("to", CHOICES)
+@pytest.mark.parametrize("to", [pytest.param(to, marks=pytest.mark.slow) if to == "onnx" else to for to in CHOICES])
 def test_each_library_has_a_snippet_a_command_or_a_reason(to, tmp_path):
     encoder = tiny(gelu="tanh") if to == "google" else tiny()
     save_encoder(encoder, tmp_path / "given.safetensors")
     text = card_of(tmp_path / "given.safetensors", tmp_path / "out", to)
-    for title in ("timm", "transformers", "Plain torch"):
+    for title in ("timm", "transformers", "Plain torch", "onnxruntime"):
         assert f"### {title}\n" in text
     for snippet in blocks(text, "python"):
         compile(snippet, "README.md", "exec")
     if to in WRITERS:
         assert WRITERS[to].usage(encoder, None).strip() in text
     commands = re.findall(r"`mpp convert (\S+) OUT --to (\w+) ?([^`]*)` writes", text)
-    assert {name for _, name, _ in commands} == {"timm", "huggingface", "export"} - {to}
-    source = {"export": tmp_path / "given.safetensors"}
+    assert {name for _, name, _ in commands} == {"timm", "huggingface", "export", "onnx"} - {to}
+    source = dict.fromkeys(("export", "onnx"), tmp_path / "given.safetensors")
     for place, name, facts in commands:
-        if name == "export" and to != "google":
-            continue  # takes a second, and is alike
+        if name == "onnx" or (name == "export" and to != "google"):
+            continue  # takes seconds, and is alike
         weights = source.get(to, tmp_path / "out" / place)
         assert run("convert", weights, tmp_path / f"to-{name}", "--to", name, *facts.split()).code == 0
 
@@ -276,7 +276,7 @@ def test_hostile_names_change_nothing_but_their_own_spans(runs, tmp_path):
         tokens = parsed(body(text))
         titles = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
         assert titles[1:5] == ["Where the weights come from", "Results", "How to load them", "timm"]
-        assert len(titles) == 9
+        assert len(titles) == 10
         kinds = {token.type for token in tokens} | {child.type for token in tokens for child in token.children or ()}
         assert not kinds & {"html_block", "html_inline", "link_open", "image", "hr"}
         spans = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]

@@ -182,6 +182,9 @@ def test_a_class_token_can_not_be_made_up():
         ({"layer_scale": 0.1}, "layer_scale False there, True here"),
         ({"width": 32}, "width 64 there, 32 here; mlp 256 there, 128 here"),
         ({"depth": 3}, "depth 2 there, 3 here"),
+        ({"pre_norm": True}, "pre_norm False there, True here"),
+        ({"stem_bias": False}, "stem_bias True there, False here"),
+        ({"gelu": "quick"}, "gelu erf there, quick here"),
         ({"heads": 4}, "heads 2 there, 4 here"),
         ({"mlp": 32}, "mlp 256 there, 32 here"),
         ({"channels": 1}, "channels 3 there, 1 here"),
@@ -232,7 +235,7 @@ def test_one_kind_does_not_take_anothers_weights():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"gelu": "relu"}, "model.gelu must be one of erf, tanh, got 'relu'"),
+        ({"gelu": "relu"}, "model.gelu must be one of erf, tanh, quick, got 'relu'"),
         ({"resize": "nearest"}, "model.resize must be one of bilinear, .*, got 'nearest'"),
         ({"width": 64.0}, "model.width must be int, got 64.0"),
         ({"mixer": (["pool"],)}, r"model.mixer must be tuple\[str, ...\], got \(\['pool'\],\)"),

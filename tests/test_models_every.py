@@ -45,6 +45,9 @@ BY_TABLE = [  # each value of each table once
     *(("linear", "attention", "learned", pool) for pool in POOLS),
 ]
 
+CLIPS = {"pre_norm": True, "stem_bias": False, "gelu": "quick"}
+CHOSEN = [choice for choice in ALLOWED[::11] if choice not in BY_TABLE]
+
 
 def test_most_choices_are_allowed():
     assert len(CHOICES) == 4 * 6 * 9 * 5
@@ -123,6 +126,28 @@ def test_bfloat16_is_near_float32(choice):
     found = encoder.bfloat16()(images)
     assert found.dtype == torch.bfloat16
     assert (found - exact).abs().max() < 0.08 * exact.abs().max()
+
+
+@pytest.mark.parametrize("choice", [*BY_TABLE, *CHOSEN], ids="-".join)
+def test_a_norm_before_the_blocks_and_a_stem_without_bias_go_with_each(choice):
+    encoder = shaken(ViT(config_of(*choice, **CLIPS)))
+    assert encoder.stem.project.bias is None
+    images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    encoder(images).square().mean().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), f"{name} does not matter to the output"
+    loss, _ = MaskedPatchPrediction(encoder)(Batch(images))
+    loss.backward()
+    assert loss.isfinite()
+    # It norms what goes into the blocks, tokens and positions: scaled by one factor they give the same.
+    encoder.norm_pre.eps = 0.0
+    tokens, before = encoder.embed(images), encoder.state_dict()
+    scaled = {name: 3 * value for name, value in before.items() if name in ("class_token", "positions.table")}
+    if encoder.config.positions == "learned":
+        expected = encoder.encode(tokens)
+        encoder.load_state_dict(before | scaled)
+        torch.testing.assert_close(encoder.encode(3 * tokens), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("choice", BY_TABLE, ids="-".join)

@@ -302,7 +302,7 @@ def test_in_bfloat16_it_is_near_float32_and_compiled_the_same(positions):
         ({"mixer": "pool", "positions": "rope"}, "trunk.positions rope work inside attention, and trunk.mixer is pool"),
         ({"mixer": "pool", "class_token": True}, "a class token needs attention in some block; mixer pool"),
         ({"mixer": "pool", "registers": 1}, "registers needs attention in some block; mixer pool"),
-        ({"gelu": "relu"}, "trunk.gelu must be one of erf, tanh, got 'relu'"),
+        ({"gelu": "relu"}, "trunk.gelu must be one of erf, tanh, quick, got 'relu'"),
         ({"dropout": 1.0}, r"trunk.dropout must be in \[0, 1\), got 1.0"),
         ({"width": 62, "positions": "sincos2d_mae"}, "trunk.positions sincos2d_mae needs a trunk.width that 4 divides"),
     ],

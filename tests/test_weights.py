@@ -279,7 +279,7 @@ def foreign_file(tiny_vit, tmp_path):
         ({"image": "x\n"}, "model.image must be tuple[int, int], got 'x\\n'"),
         ({"image": (16,)}, "model.image must be tuple[int, int], got (16,)"),
         ({"mean": (float("nan"),)}, "model.mean must be tuple[float, ...], got (nan,)"),
-        ({"gelu": "relu"}, "model.gelu must be one of erf, tanh, got 'relu'"),
+        ({"gelu": "relu"}, "model.gelu must be one of erf, tanh, quick, got 'relu'"),
         ({"pool": "max"}, "model.pool must be one of cls, avg, avg_norm, cls_avg, map, got 'max'"),
         ({"width": 10**6}, "where (1000000,) for class_token was expected"),
         # What the file holds is not left out because a fact has no place for it.

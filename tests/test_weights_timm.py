@@ -242,9 +242,10 @@ def test_attention_pooling_may_be_left_aside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [start for start, _ in IMPLIED])
 def test_names_of_architectures_imply_what_timm_builds(start: str) -> None:
-    name = timm.list_models(f"{start}*", exclude_filters=["*clip*", "*rope*"])[0]
+    names = timm.list_models(f"{start}*", exclude_filters=["*rope*"])
+    name = min(names, key=lambda name: "_clip_" in name)  # the first, of CLIPs alone where there are no others
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name, num_classes=0)
     source = files.Source(Path("here"), model.state_dict(), {"architecture": f"{name}.tag"})
     config = format.layout(source, {}).config
     block = model.blocks[0]
@@ -256,7 +257,7 @@ def test_names_of_architectures_imply_what_timm_builds(start: str) -> None:
     ("arguments", "facts", "reason"),
     [
         ({}, {}, "no published model has width 32 and depth 2"),
-        ({"pre_norm": True}, HEADS, "norm_pre.weight unexpected"),
+        ({"embed_norm_layer": "layernorm"}, HEADS, "patch_embed.norm.weight unexpected"),
         ({"global_pool": "avg"}, HEADS | {"pool": "cls"}, "fc_norm is of the patches' average"),
         ({}, HEADS | {"pool": "avg_norm"}, "norm is of each token"),
         ({}, HEADS | {"image": (32, 48)}, r"pos_embed has 17 rows, expected 25 or 24 for image=\(32, 48\)"),
@@ -295,7 +296,7 @@ def test_each_wrong_tensor_is_named(tmp_path: Path) -> None:
     [
         ({"global_pool": "max"}, "global_pool 'max', expected token, avg, map"),
         ({"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True}, "pool_include_prefix"),
-        ({"act_layer": "quick_gelu"}, "act_layer 'quick_gelu'"),
+        ({"act_layer": "relu"}, "act_layer 'relu'"),
         ({"norm_layer": "simplenorm"}, "norm_layer 'simplenorm'"),
         ({"name": "vit_base_patch16_rpn_224"}, "vit_base_patch16_rpn_224 has norms after the branches"),
     ],
@@ -357,7 +358,7 @@ def test_every_width_of_an_mlp_can_be_written(tmp_path: Path) -> None:
     [
         ({"stem": "overlap"}, "stem overlap"),
         ({"mixer": ("pool", "attention"), "pool": "avg"}, "mixer pool/attention"),
-        ({"positions": "rope", "norm_eps": 1e-5}, "positions rope, norm_eps 1e-05"),
+        ({"positions": "rope", "norm_eps": 1e-4}, "positions rope, norm_eps 0.0001"),
         ({"positions": "relative"}, "positions relative"),
         ({"pool": "map", "swiglu": True}, "pool map with swiglu"),
         ({"pool": "map", "norm": "rms"}, "pool map with norm rms"),

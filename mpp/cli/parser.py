@@ -12,7 +12,7 @@ from mpp.eval.probes.protocols import PROTOCOLS, cheap
 Group = Any  # what `add_subparsers` gives
 Command = Callable[[argparse.Namespace], None]
 
-FORMATS = "timm, huggingface, google (.npz), safetensors (mpp's own) or export (torch.export)"
+FORMATS = "timm, huggingface, google (.npz), safetensors (mpp's own), export (torch.export) or onnx"
 # Taken out before anything else is parsed, as it adds to what can be chosen: this is for the help alone.
 IMPORT: dict[str, Any] = {
     "metavar": "FILE.py",

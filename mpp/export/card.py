@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from mpp.errors import counted
+from mpp.export import onnx
 from mpp.export.markdown import block, code
 from mpp.export.origin import Given, origin, results
 from mpp.models.encoder import Encoder
@@ -20,13 +21,14 @@ from mpp.weights import google, huggingface, timm
 
 WRITERS: dict[str, ModuleType] = {format.NAME: format for format in (timm, huggingface, google)}
 TITLES = {"timm": "timm", "huggingface": "transformers", "google": "vit_jax"}  # of the libraries that load them
-LIBRARIES = TITLES | {"safetensors": "mpp", "export": "torch"}
+LIBRARIES = TITLES | {"safetensors": "mpp", "export": "torch", "onnx": "onnx"}
+GRAPHS = ("export", "onnx")  # which nothing here reads again
 MOST_CLASSES = 50  # named in a card
 
 
 def card(given: Given, to: str) -> str:
     """The model card, in Markdown, of weights that were written in the format `to`."""
-    task = "image-feature-extraction" if given.head is None else "image-classification"
+    task = "image-feature-extraction" if given.head is None or given.projects else "image-classification"
     head = [
         "---",
         "# license: not chosen yet; add for instance license: apache-2.0",
@@ -65,7 +67,10 @@ def _model(given: Given) -> Iterator[str]:
     lines = [f"Encoder: {config.describe()}; {count:,} parameters."]
     if isinstance(config, ViTConfig):
         lines.append(_details(config))
-    if given.head is not None:
+    if given.head is not None and given.projects:
+        places = counted(given.head.linear.out_features, "number")
+        lines.append(f"Head: CLIP's projection, {places} in the space of images and texts, not of length 1.")
+    elif given.head is not None:
         hidden = "" if given.head.hidden is None else f", behind {given.head.hidden.out_features} tanh units"
         lines.append(f"Head: linear, {counted(given.head.linear.out_features, 'logit')}{hidden}.")
     else:
@@ -74,7 +79,7 @@ def _model(given: Given) -> Iterator[str]:
     size = f"{config.channels} x {config.image[0]} x {config.image[1]} (channels, height, width)"
     lines.append(f"Input: images of {size}; pixels on [0, 1] minus mean ({mean}), over standard deviation ({std}).")
     yield "\n".join(f"- {line}" for line in lines)
-    if given.classes:
+    if given.classes and not given.projects:
         names = ", ".join(code(name) for name in given.classes[:MOST_CLASSES])
         more = len(given.classes) - MOST_CLASSES
         yield f"Classes, in the order of the logits: {names}{f' and {more} more' if more > 0 else ''}."
@@ -99,6 +104,8 @@ def _details(config: ViTConfig) -> str:
         "normed queries and keys": config.qk_norm,
         "queries, keys and values without bias": not config.qkv_bias,
         "no bias in its other linear layers": not config.bias,
+        "no bias in its stem": not config.stem_bias,
+        "a norm before the blocks": config.pre_norm,
     }
     return "; ".join([*words, *(name for name, there in extra.items() if there)]) + "."
 
@@ -122,7 +129,9 @@ def _usages(given: Given, to: str) -> Iterator[str]:
             yield block(format.usage(given.encoder, given.head), "python") if name == to else _hint(given, to, name)
     yield "### Plain torch"
     yield _exported(given) if to == "export" else _hint(given, to, "export")
-    if to != "export":
+    yield "### onnxruntime"
+    yield block(onnx.usage(given), "python") if to == "onnx" else _hint(given, to, "onnx")
+    if to not in GRAPHS:
         yield "### mpp"
         yield _mpp(given, to)
 
@@ -131,10 +140,10 @@ def _hint(given: Given, to: str, other: str) -> str:
     """How to get the weights for another library, or why there is no way."""
     if other in WRITERS and (reason := refusal(given, other)):
         return f"Not possible: {reason}."
-    source = {"export": "WEIGHTS", "google": "model.npz"}.get(to, ".")
+    source = "WEIGHTS" if to in GRAPHS else "model.npz" if to == "google" else "."
     facts = [f"{name}={str(value).replace(' ', '')}" for name, value in facts_needed(to, given.encoder).items()]
     command = " ".join(["mpp convert", source, "OUT --to", other, *facts]).replace("(", "[").replace(")", "]")
-    made = ", with WEIGHTS what this was made from" if to == "export" else ""
+    made = ", with WEIGHTS what this was made from" if to in GRAPHS else ""
     return f"`{command}` writes them so{made}."
 
 
@@ -159,7 +168,8 @@ def _images(given: Given) -> str:
 def _outputs(given: Given) -> str:
     if given.head is None:
         return f"outputs = model(images)  # (1, {given.encoder.width}), one vector an image"
-    return f"outputs = model(images)  # (1, {given.head.linear.out_features}), logits"
+    what = "projected" if given.projects else "logits"
+    return f"outputs = model(images)  # (1, {given.head.linear.out_features}), {what}"
 
 
 def _exported(given: Given) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mpp.errors import UserError, cause, counted, shown
+from mpp.export import onnx
 from mpp.export.card import WRITERS, card, facts_needed
 from mpp.export.origin import Given
 from mpp.files import FileError, claimed, sync, write_atomically
@@ -29,7 +30,7 @@ from mpp.recipe.files import settings_of
 from mpp.recipe.text import NO_YAML
 from mpp.weights import CLASSIFIER, ENCODER, files, foreign, own
 
-CHOICES = (*WRITERS, "safetensors", "export")
+CHOICES = (*WRITERS, "safetensors", "export", "onnx")
 EXPORTED = "model.pt2"
 CLOSE = 1e-5  # of the largest magnitude: what one forward pass may differ by, tensors being equal bit for bit
 ASIDE = 6  # names of tensors on the command line
@@ -66,8 +67,8 @@ def convert(weights: str | Path, out: str | Path, to: str, *, head: bool = True,
     """Writes weights as a new folder `out` that another library loads, with a README.md, the model card.
 
     weights, facts: as `mpp.load_encoder` takes them; a classifier is written with its head unless `head` is False.
-    to: timm, huggingface, google (.npz), safetensors (mpp's own) or export (`torch.export`: uint8 images of the
-        encoder's size in, any number at once; logits or vectors out).
+    to: timm, huggingface, google (.npz), safetensors (mpp's own), export (`torch.export`) or onnx (the extra `onnx`):
+        of these two, uint8 images of the encoder's size go in, any number at once, and logits or vectors come out.
 
     The folder is there as a whole or not at all. What was written is read back first: all tensors must be equal bit for
     bit. Raises a UserError, one line, if the folder is not empty, or the format has no place for the model.
@@ -76,6 +77,8 @@ def convert(weights: str | Path, out: str | Path, to: str, *, head: bool = True,
         near = get_close_matches(to.lower(), CHOICES)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(CHOICES)}"
         raise ConvertError(f"--to {shown(to)}: no format; {hint}")
+    if to == "onnx":
+        onnx.check_packages()
     target = Path(out).resolve()
     if target == Path.cwd():  # it is replaced, and a shell would be left in the old one
         raise ConvertError(f"{shown(out)}: is the working directory; choose a new folder")
@@ -157,6 +160,8 @@ def write(given: Given, folder: Path, to: str) -> None:
         own.save_encoder(given.encoder, folder / ENCODER[0])
     elif to == "export":
         write_atomically(folder / EXPORTED, exported(given.model, given.encoder))
+    elif to == "onnx":
+        onnx.write(given, _pictures(given.encoder, 2), folder)
     else:
         if not isinstance(given.encoder, ViT):
             kind = given.encoder.config.name
@@ -193,6 +198,9 @@ def check(given: Given, folder: Path, to: str) -> tuple[int, float]:
             program = torch.export.load(folder / EXPORTED)
         count = _compare(given.model.state_dict(), dict(program.state_dict), to)
         return count, _difference(given, program.module(), to)
+    if to == "onnx":
+        count = _compare(*onnx.pairs(given, folder), to)
+        return count, _difference(given, onnx.Session(folder), to, onnx.BATCHES, onnx.CLOSE)
     if to == "safetensors":
         back = load(folder, given.head is not None, {})
         count = _compare(given.model.state_dict(), back.model.state_dict(), to)
@@ -233,9 +241,9 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _difference(given: Given, back: nn.Module, to: str) -> float:
+def _difference(given: Given, back: nn.Module, to: str, counts: Sequence[int] = (1, 3), close: float = CLOSE) -> float:
     worst = 0.0
-    for count in (1, 3):
+    for count in counts:
         images = _pictures(given.encoder, count)
         expected, found = given.model(images), back(images)
         if torch.equal(expected, found):
@@ -247,7 +255,7 @@ def _difference(given: Given, back: nn.Module, to: str) -> float:
         if known.any():
             largest = max(expected[known].abs().max().item(), torch.finfo(expected.dtype).tiny)
             worst = max(worst, (expected - found)[known].abs().max().item() / largest)
-    if worst > CLOSE:
+    if worst > close:
         raise ConvertError(f"{to}: outputs differ by {worst:.0e} from the model's: please report this")
     return worst
 

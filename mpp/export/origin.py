@@ -16,6 +16,7 @@ from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder
 from mpp.recipe import Recipe, load_recipe
 from mpp.recipe.settled import Settled, load_settled
+from mpp.weights.format import joint
 
 NO_RESULTS = {"step", "lr", "norm", "images/s", "waiting", "memory"}  # of metrics.jsonl: how training went
 MOST_JSON = 1 << 24  # bytes of a file of results that is looked at
@@ -38,9 +39,16 @@ class Given:
         """What maps uint8 images to logits or, without a head, to vectors."""
         return self.encoder if self.head is None else Classifier(self.encoder, self.head, self.classes).eval()
 
+    @property
+    def projects(self) -> bool:
+        """Whether the head is no head for classes but CLIP's projection."""
+        return self.head is not None and self.classes == joint(self.head.linear.out_features)
+
     def describe(self) -> str:
         parameters = f"{sum(parameter.numel() for parameter in self.encoder.parameters()):,} parameters"
         head = "" if self.head is None else f", and a head for {self.head.linear.out_features} classes"
+        if self.head is not None and self.projects:
+            head = f", and a projection to {self.head.linear.out_features} numbers"
         return f"{self.encoder.config.describe()}, {parameters}{head}"
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from mpp.models.trunk_config import TrunkConfig
 
+QUICK = 1.702  # of the GELU by a sigmoid (arXiv 1606.08415, section 2), as in CLIP's model.py
+
 
 @runtime_checkable
 class Initialised(Protocol):
@@ -32,6 +34,13 @@ def norm_of(config: TrunkConfig, size: int) -> nn.Module:
     return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(size, config.norm_eps)
 
 
+def gelu(hidden: Tensor, kind: str) -> Tensor:
+    """The GELU (arXiv 1606.08415), or what stands for it: `gelu` of a config."""
+    if kind == "quick":
+        return hidden * torch.sigmoid(QUICK * hidden)
+    return F.gelu(hidden, approximate="tanh" if kind == "tanh" else "none")
+
+
 class MLP(nn.Module):
     """Two linear maps with a GELU between them; with swiglu, silu(gate) * value, the gate's rows first."""
 
@@ -39,7 +48,7 @@ class MLP(nn.Module):
         super().__init__()
         self.swiglu = config.swiglu
         self.dropout = dropout_of(config.dropout)
-        self.approximate = "tanh" if config.gelu == "tanh" else "none"
+        self.gelu = config.gelu
         self.expand = nn.Linear(config.width, config.hidden * (2 if config.swiglu else 1), bias=config.bias)
         self.contract = nn.Linear(config.hidden, config.width, bias=config.bias)
 
@@ -49,7 +58,7 @@ class MLP(nn.Module):
             gate, value = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * value
         else:
-            hidden = F.gelu(hidden, approximate=self.approximate)
+            hidden = gelu(hidden, self.gelu)
         return self.contract(self.dropout(hidden))
 
     def initialise(self) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mpp.models.layers import norm_of, take
+from mpp.models.layers import gelu, norm_of, take
 from mpp.models.positions import turn
 from mpp.models.trunk_config import Grid, TrunkConfig
 
@@ -165,7 +165,7 @@ class TokenMLP(OnGrid):
     def __init__(self, config: TrunkConfig, grid: Grid, context: int) -> None:
         super().__init__(config, grid, context)
         self.section, self.grid, patches = config.section, grid, math.prod(grid)
-        self.approximate = "tanh" if config.gelu == "tanh" else "none"
+        self.gelu = config.gelu
         self.expand = nn.Linear(patches, max(1, config.width // 2), bias=config.bias)
         self.contract = nn.Linear(max(1, config.width // 2), patches, bias=config.bias)
 
@@ -175,7 +175,7 @@ class TokenMLP(OnGrid):
             raise ValueError(
                 f"{self.section}.mixer mlp has weights for a grid of {have} patches only, got images of {got}"
             )
-        hidden = F.gelu(self.expand(patches.transpose(1, 2)), approximate=self.approximate)  # (b, d, hidden)
+        hidden = gelu(self.expand(patches.transpose(1, 2)), self.gelu)  # (b, d, hidden)
         return self.contract(hidden).transpose(1, 2)
 
     def initialise(self) -> None:

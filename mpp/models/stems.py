@@ -45,7 +45,7 @@ class LinearStem(Stem):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
-        self.project = nn.Linear(config.patch**2 * config.channels, config.width)
+        self.project = nn.Linear(config.patch**2 * config.channels, config.width, bias=config.stem_bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps (b, c, h, w) to (b, n, d), patches in row-major order."""
@@ -87,7 +87,9 @@ class OverlapStem(Stem):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         p = config.patch
-        self.project = nn.Conv2d(config.channels, config.width, 2 * p - 1, stride=p, padding=p - 1)
+        self.project = nn.Conv2d(
+            config.channels, config.width, 2 * p - 1, stride=p, padding=p - 1, bias=config.stem_bias
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps (b, c, h, w) to (b, n, d), patches in row-major order."""
@@ -114,7 +116,7 @@ class ConvStem(Stem):
         # The paper has batch norm. With group norm an image's tokens do not depend on the others of its batch: masked
         # pretraining, micro-batches and exact resumption need that.
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(GROUPS, channels), channels) for channels in widths)
-        self.project = nn.Conv2d(config.width, config.width, 1)
+        self.project = nn.Conv2d(config.width, config.width, 1, bias=config.stem_bias)
 
     def initialise(self) -> None:
         super().initialise()
@@ -150,7 +152,7 @@ class HybridStem(Stem):
                 channels = width * Unit.expansion
             self.stages.append(units)
         side = config.patch // config.resnet_stride
-        self.project = nn.Conv2d(channels, config.width, side, stride=side)
+        self.project = nn.Conv2d(channels, config.width, side, stride=side, bias=config.stem_bias)
 
     def initialise(self) -> None:
         super().initialise()

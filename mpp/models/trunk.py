@@ -67,6 +67,7 @@ class Trunk(nn.Module):
         self.class_token = nn.Parameter(torch.empty(config.width)) if config.has_class_token else None
         self.registers = nn.Parameter(torch.empty(config.registers, config.width)) if config.registers else None
         self.dropout = dropout_of(config.dropout)
+        self.norm_pre = norm_of(config, config.width) if config.pre_norm else None
         self.blocks = nn.ModuleList()
         for number, mixer in enumerate(config.mixers):
             drop_path = config.drop_path * number / max(1, config.depth - 1)
@@ -150,6 +151,8 @@ class Trunk(nn.Module):
         if self.prefix:
             tokens = torch.cat([self._front().to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = self.dropout(tokens)
+        if self.norm_pre is not None:
+            tokens = self.norm_pre(tokens)
         places = self._places(grid, index, None if context is None else context.to(tokens.dtype), context_at)
         if layers is not None:
             return self._outputs(tokens, places, layers)

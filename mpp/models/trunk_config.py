@@ -33,9 +33,11 @@ class TrunkConfig(Settings):
     resize: Literal["bilinear", "bicubic", "bicubic_antialias", "bicubic_offset"] = "bilinear"  # of learned positions
     class_token: bool | None = None  # whether there is one; where not given, if a ViT's `pool` needs it
     registers: int = 0  # further tokens without a place (arXiv 2309.16588)
+    pre_norm: bool = False  # a norm of the tokens with their positions, before the blocks (CLIP, arXiv 2103.00020)
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-6  # flax's default, hence the paper's
-    gelu: Literal["erf", "tanh"] = "erf"  # the paper's code computes tanh, which costs 3 times as much on a CPU
+    # erf: exact; tanh: the paper's code, which costs 3 times as much on a CPU; quick: x * sigmoid(1.702 x), of CLIP
+    gelu: Literal["erf", "tanh", "quick"] = "erf"
     swiglu: bool = False  # silu(gate) * value in the place of gelu (arXiv 2002.05202)
     qkv_bias: bool = True
     bias: bool = True  # of the blocks' other linear layers

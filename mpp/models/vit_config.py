@@ -23,6 +23,7 @@ class ViTConfig(TrunkConfig, EncoderConfig):
     # linear: one map of a patch's pixels; overlap: of a window of 2 * patch - 1 (arXiv 2106.13797); conv: convolutions
     # of stride 2 (2106.14881); hybrid: a ResNet with group norm and weight standardisation (ViT paper, section 3.1)
     stem: Literal["linear", "overlap", "conv", "hybrid"] = "linear"
+    stem_bias: bool = True  # of the stem's last map; CLIP has none, as its norm before the blocks (pre_norm) follows
     stages: tuple[int, ...] = (3, 4, 9)  # units of each stage of the hybrid stem's ResNet: R50 of the paper
     # avg: of the normalised patches; avg_norm: then normalised; cls_avg: class token and average, one behind the other
     pool: Literal["cls", "avg", "avg_norm", "cls_avg", "map"] = "cls"

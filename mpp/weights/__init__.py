@@ -9,6 +9,7 @@ from mpp.models.classifier import Classifier
 from mpp.models.encoder import Encoder
 from mpp.weights import foreign, own
 from mpp.weights.files import WeightsError
+from mpp.weights.format import joint
 from mpp.weights.own import fingerprint, save_classifier, save_encoder, save_result
 
 __all__ = [
@@ -62,6 +63,9 @@ def load_classifier(path: str | Path, **facts: Any) -> Classifier:
     if read.head is None:
         beside = f" (left aside: {', '.join(map(shown, read.aside[:3]))})" if read.aside else ""
         raise WeightsError(f"{shown(path)}: {read.format}: holds an encoder without a head for classes{beside}")
+    if read.classes == joint(len(read.classes)):
+        what = "CLIP's projection to the space of images and texts: its numbers are no scores of classes"
+        logger.info("%s: %s: the head is %s", shown(path), read.format, what)
     return Classifier(read.encoder, read.head, read.classes).eval()
 
 

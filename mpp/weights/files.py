@@ -58,6 +58,8 @@ FOLDER_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
 # Where checkpoints keep a model that mpp.weights.prefixes does not know. The running average comes first, as in timm's
 # load_checkpoint; the teacher is one too, and what DINO publishes.
@@ -161,7 +163,9 @@ def _opened(path: Path) -> Source | Contents:
 
 def _beside(source: Source) -> Source:
     folder = source.path.parent
-    config, preprocessing = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
+    of_open_clip = source.path.name.startswith("open_clip_")  # beside which transformers' config may lie as well
+    config = _json(folder / ("open_clip_config.json" if of_open_clip else "config.json"))
+    preprocessing = {} if of_open_clip else _json(folder / "preprocessor_config.json")
     return replace(source, config=config, preprocessing=preprocessing)
 
 
@@ -244,7 +248,9 @@ def _torch_zip(path: Path) -> Contents:
         members = archive.infolist()
         pickles = [member for member in members if member.filename.split("/", 1)[-1] == "data.pkl"]
         if any(member.filename.split("/", 1)[-1] == "constants.pkl" for member in members):
-            raise WeightsError(f"{shown(path)}: expected weights, found TorchScript, which is code; nothing was run")
+            way = "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+            what = f"TorchScript, which is code; nothing was run. Where you trust it, `{way}` takes its weights out"
+            raise WeightsError(f"{shown(path)}: expected weights, found {what}")
         if not pickles:
             raise WeightsError(f"{shown(path)}: a zip archive without arrays of numpy and without torch's data.pkl")
         _refuse_bomb(sum(member.file_size for member in members), path)

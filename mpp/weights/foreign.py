@@ -16,12 +16,12 @@ from mpp.models.classifier import Head
 from mpp.models.encoder import fill
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
-from mpp.weights import big_vision, capi, dino, files, google, huggingface, mae, timm
+from mpp.weights import big_vision, capi, clip, dino, files, google, huggingface, huggingface_clip, mae, timm
 from mpp.weights.files import Source, WeightsError
 from mpp.weights.format import Layout, Part
 
 # The first that recognises a file reads it: those that others' names could be taken for come last.
-FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, capi, mae, dino, timm)
+FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, huggingface_clip, clip, capi, mae, dino, timm)
 SHOWN = 6  # names of tensors in an error
 PREFIX = "prefix"  # a fact about the file and not about its encoder: where in it the model is
 
@@ -98,6 +98,8 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
     for module, parts in ((encoder, layout.encoder), (head, layout.head)):
         _refuse_not_finite(place, module, parts, source)
+    if unsure := [f"{name}={getattr(encoder.config, name)}" for name in layout.guessed if name not in facts]:
+        logger.info("%s: nothing in it tells %s, which are assumed", place, ", ".join(unsure))
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
 

@@ -33,6 +33,7 @@ class Layout:
     head: dict[str, Part] = field(default_factory=dict)  # of Head: linear.*, hidden.*; none where the file has no head
     classes: tuple[str, ...] = ()  # names of the head's classes
     aside: tuple[str, ...] = ()  # tensors of the file that belong to something else, such as a decoder
+    guessed: tuple[str, ...] = ()  # fields of the config that nothing in the file tells, and on which models differ
 
 
 def shape_of(source: Source, name: str, axes: int) -> tuple[int, ...]:
@@ -69,6 +70,13 @@ def patch_convolution(name: str, patch: int) -> Part:
     )
 
 
+def joint(count: int) -> tuple[str, ...]:
+    """Names of what CLIP's projection gives, as a head: no classes, but places in the space of images and texts."""
+    return tuple(f"joint {number}" for number in range(count))
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP, clip.py
+CLIP_EPS = 1e-5  # of its norms, torch's default
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of MAE, DINO and CAPI too
 
 # Heads of the published models by (width, depth): ViT paper, table 1; DeiT and AugReg (Ti, S); DINOv2's giant;

@@ -169,6 +169,8 @@ def refuse(config: ViTConfig) -> None:
         "qk_norm": False,
         "layer_scale": None,
         "registers": 0,
+        "stem_bias": True,
+        "pre_norm": False,
     }
     for name, value in theirs.items():
         if (ours := getattr(config, name)) != value:

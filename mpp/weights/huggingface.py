@@ -1,5 +1,7 @@
 """Folders of Hugging Face's transformers: ViT, ViTMAE, DINOv2 without and with registers; written as ViT or DINOv2.
 
+The image towers of CLIP stand in huggingface_clip.py.
+
 Pooler (`pooler.dense`, a tanh layer behind the class token: Google's pre-logits), mask token and decoders are left
 aside. DINOv2's classifier takes class token and average of the patches, our pool `cls_avg`.
 """
@@ -16,13 +18,16 @@ from mpp.jsons import encoded
 from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
+from mpp.weights import huggingface_clip
 from mpp.weights.files import Source
 from mpp.weights.format import Layout, Part, patch_convolution, row, same, stacked
 from mpp.weights.huggingface_config import (
+    ADDED,
     FAMILIES,
     Told,
     classes_of,
     config_of,
+    depth_told,
     mlp_ratio,
     preprocessing_of,
     settings_of,
@@ -47,8 +52,6 @@ NAMES = {
     "contract": ("output.dense", "mlp.fc2", "mlp.weights_out", "mlp.down_proj"),
 }
 WHOLE, GATE, VALUE = "mlp.weights_in", "mlp.gate_proj", "mlp.up_proj"  # of SwiGLU: one map, or its halves
-# Positions that are added to the tokens, which a table can stand for.
-ADDED = ("learned", "learned2d", "sincos2d", "sincos2d_mae", "sincos2d_timm", "none")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     """What the folder holds. Without config.json, sizes are the tensors' and all else is the published models'."""
     tensors, kind, names = source.tensors, _kind(source), _names(source.tensors)
     family, told = FAMILIES[kind], _told(source.tensors, names)
-    config = config_of(source, family, told, names.swiglu, facts)
+    config = config_of(source, source.config, family, told, names.swiglu, facts)
     head: dict[str, Part] = {}
     classes: tuple[str, ...] = ()
     rows = [len(tensors[f"classifier.{w}"]) for w in BOTH if f"classifier.{w}" in tensors]
@@ -159,11 +162,8 @@ def _names(tensors: Mapping[str, Tensor]) -> Names:
 
 def _told(tensors: Mapping[str, Tensor], names: Names) -> Told:
     """What the tensors show of sizes, as far as they are there."""
-    start, told = f"{names.prefix}{names.blocks}.", Told()
-    blocks = {number: name for name in tensors if (number := name.removeprefix(start).partition(".")[0]).isdecimal()}
-    if blocks:
-        last = max(blocks, key=int)
-        told["num_hidden_layers"] = int(last) + 1, blocks[last]
+    start = f"{names.prefix}{names.blocks}."
+    told = depth_told(tensors, start)
     expand = names.parts["expand"]
     for name, axes in {
         f"{names.prefix}{PROJECTION}.weight": {0: "hidden_size", 1: "num_channels", 2: "patch_size"},
@@ -187,8 +187,10 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
     registers where it has some. ValueError names what transformers' cannot hold. Positions that are added to the tokens
     become a learned table. transformers resizes that bicubically, with registers with antialias, which gives our
     numbers for `resize: bicubic` or `bicubic_antialias`; of others, and of fixed positions, the numbers are ours for
-    images of the encoder's own size.
+    images of the encoder's own size. With a norm before the blocks it is a CLIP (huggingface_clip.py).
     """
+    if encoder.config.pre_norm:
+        return huggingface_clip.write(encoder, head, classes)
     family = _refuse(encoder.config, head)
     positions, patches = encoder.positions, encoder.tokens - encoder.prefix
     table = [positions.class_token()[None], positions.patches(encoder.config.grid).expand(patches, -1)]
@@ -242,7 +244,7 @@ def _refuse(config: ViTConfig, head: Head | None) -> str:
     """The family that an encoder is written as. Raises ValueError with all that this one has no place for."""
     family, plain = family_of(config), ViTConfig()
     dinov2 = family != "vit"
-    fields = ["stem", "norm", "bias", "qk_norm"] + ([] if dinov2 else ["pool", "registers", "swiglu"])
+    fields = ["stem", "stem_bias", "norm", "bias", "qk_norm"] + ([] if dinov2 else ["pool", "registers", "swiglu"])
     wrong = [f"{name} {value}" for name in fields if (value := getattr(config, name)) != getattr(plain, name)]
     if dinov2:
         pool = "cls" if head is None else "cls_avg"
@@ -269,6 +271,8 @@ def _refuse(config: ViTConfig, head: Head | None) -> str:
 def usage(encoder: ViT, head: Head | None) -> str:
     """Python that loads the folder in transformers and computes what our encoder, or classifier, does."""
     config = encoder.config
+    if config.pre_norm:
+        return huggingface_clip.usage(encoder, head)
     size = f"{config.image[0]}x{config.image[1]}"
     mode = {1: '.convert("L")', 3: '.convert("RGB")'}.get(config.channels, "")
     kind, options, output = "ViTModel", ", add_pooling_layer=False", "last_hidden_state[:, 0]  # (1, width)"

@@ -1,19 +1,23 @@
 """transformers' config.json and preprocessor_config.json as a ViTConfig, and the other way round."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from torch import Tensor
 
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
 from mpp.weights.format import IMAGENET_MEAN, IMAGENET_STD, heads_of, image_of
 
+# Positions that are added to the tokens, which a table can stand for.
+ADDED = ("learned", "learned2d", "sincos2d", "sincos2d_mae", "sincos2d_timm", "none")
 HALF = (0.5,)  # mean and std of Google's weights
-IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
 # transformers' activations.py. The first of each is what we write.
-GELUS: dict[Literal["erf", "tanh"], tuple[str, ...]] = {
+GELUS: dict[Literal["erf", "tanh", "quick"], tuple[str, ...]] = {
     "erf": ("gelu", "gelu_python"),
     "tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+    "quick": ("quick_gelu",),
 }
 BILINEAR = 2  # PIL's number of the triangle filter, by which our evaluation resizes
 
@@ -28,12 +32,15 @@ class Family:
 
     norm_eps: float
     resize: Literal["bicubic", "bicubic_antialias"]
-    imagenet: bool = True  # whether mean and std of the published weights are ImageNet's
+    mean: tuple[float, ...] = IMAGENET_MEAN  # and std: of the published weights, whose images have three channels
+    std: tuple[float, ...] = IMAGENET_STD
+    hidden_act: str = "gelu"
     dinov2: bool = False
+    clip: bool = False
 
 
 FAMILIES = {
-    "vit": Family(1e-12, "bicubic", imagenet=False),
+    "vit": Family(1e-12, "bicubic", HALF, HALF),
     "vit_mae": Family(1e-12, "bicubic"),
     "dinov2": Family(1e-6, "bicubic", dinov2=True),
     "dinov2_with_registers": Family(1e-6, "bicubic_antialias", dinov2=True),
@@ -43,13 +50,14 @@ FAMILIES = {
 ARCHITECTURES = {"vit": "ViT", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}  # that are written
 
 
-def config_of(source: Source, family: Family, told: Told, swiglu: bool, facts: dict[str, Any]) -> ViTConfig:
-    """The encoder's config.
+def config_of(
+    source: Source, settings: dict[str, Any], family: Family, told: Told, swiglu: bool, facts: dict[str, Any]
+) -> ViTConfig:
+    """The encoder's config. settings: config.json, or the section of it that is the encoder's.
 
     Raises ValueError where config.json contradicts the tensors, or asks for what our encoder has not. Where it is
     silent, or not there, sizes are theirs, and heads those of the published model of that size.
     """
-    settings = source.config
 
     def size(key: str) -> int:
         value, place = told.get(key, (None, ""))
@@ -86,12 +94,23 @@ def config_of(source: Source, family: Family, told: Told, swiglu: bool, facts: d
         class_token=True,
         registers=told.get("num_register_tokens", (0, ""))[0],
         resize=family.resize,
+        stem_bias=not family.clip,
+        pre_norm=family.clip,
         norm_eps=settings.get("layer_norm_eps", family.norm_eps),
-        gelu=_gelu(settings.get("hidden_act", "gelu")),
+        gelu=_gelu(settings.get("hidden_act", family.hidden_act)),
         swiglu=swiglu,
         qkv_bias=bool(settings.get("qkv_bias", True)),
         layer_scale=1.0 if family.dinov2 else None,  # only a first value: the file has what came of it
     )
+
+
+def depth_told(tensors: Mapping[str, Tensor], start: str) -> Told:
+    """The number of blocks, whose names begin so and go on with the block's number."""
+    blocks = {number: name for name in tensors if (number := name.removeprefix(start).partition(".")[0]).isdecimal()}
+    if not blocks:
+        return {}
+    last = max(blocks, key=int)
+    return {"num_hidden_layers": (int(last) + 1, blocks[last])}
 
 
 def _pair(value: Any, key: str) -> tuple[int, int]:
@@ -102,7 +121,7 @@ def _pair(value: Any, key: str) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _gelu(name: Any) -> Literal["erf", "tanh"]:
+def _gelu(name: Any) -> Literal["erf", "tanh", "quick"]:
     for gelu, names in GELUS.items():
         if name in names:
             return gelu
@@ -120,8 +139,8 @@ def _normalisation(
         raise ValueError("preprocessor_config.json: expected pixels times 1/255; give mean= and std= of [0, 1]")
     if not says.get("do_normalize", True):
         return (0.0,), (1.0,)
-    usual = IMAGENET if family.imagenet and channels == 3 else dict.fromkeys(IMAGENET, HALF)
-    found = (says.get(key, usual[key]) for key in IMAGENET)
+    usual = {"image_mean": family.mean, "image_std": family.std}
+    found = (says.get(key, value if channels == 3 else HALF) for key, value in usual.items())
     mean, std = (tuple(map(float, value if isinstance(value, list | tuple) else [value])) for value in found)
     return mean, std
 

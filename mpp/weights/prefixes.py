@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from mpp.errors import shown
 
-# The stem's weight by its name in each format that torch and safetensors files hold, and the names that the format
-# itself may put in front of it, beside which its heads stand.
+# A tensor of each format that torch and safetensors files hold, the stem's weight where that has a name of its own,
+# and what the format itself may put in front of it, beside which its heads stand.
 ANCHORS: dict[str, tuple[str, ...]] = {
     "patch_embed.proj.weight": (),  # timm, MAE, DINO
     "patch_embed.weight": (),  # CAPI
     "embeddings.patch_embeddings.projection.weight": ("vit.", "dinov2.", "dinov2_with_registers."),  # transformers
+    "embeddings.patch_embedding.weight": ("vision_model.",),  # transformers' CLIP
+    "ln_post.weight": ("visual.",),  # OpenAI's and open_clip's
 }
 # Words of a prefix that tell which of several models others use: DINO's teacher and running averages are published
 # (timm's load_checkpoint too takes the average), of MoCo, BYOL and I-JEPA the other one of a pair.

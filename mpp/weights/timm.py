@@ -18,8 +18,22 @@ from mpp.models.trunk_config import Grid
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
-from mpp.weights.format import Layout, Part, heads_of, image_of, patch_convolution, row, same, shape_of, stacked
-from mpp.weights.timm_config import Told, about
+from mpp.weights.format import (
+    CLIP_EPS,
+    CLIP_MEAN,
+    CLIP_STD,
+    Layout,
+    Part,
+    heads_of,
+    image_of,
+    joint,
+    patch_convolution,
+    row,
+    same,
+    shape_of,
+    stacked,
+)
+from mpp.weights.timm_config import HALF, Told, about, of_clip
 
 NAME = "timm"
 EPS = 1e-6  # of timm's norms
@@ -42,9 +56,12 @@ def parts(config: ViTConfig, placed: int | None = None, split: bool = False) -> 
     norm = ("weight",) if config.norm == "rms" else ("weight", "bias")
     found = {
         "stem.project.weight": patch_convolution("patch_embed.proj.weight", config.patch),
-        "stem.project.bias": same("patch_embed.proj.bias"),
         **_pairs("norm", "fc_norm" if config.pool == "avg_norm" else "norm", norm),
     }
+    if config.stem_bias:
+        found["stem.project.bias"] = same("patch_embed.proj.bias")
+    if config.pre_norm:
+        found |= _pairs("norm_pre", "norm_pre", norm)
     if config.has_class_token:
         found["class_token"] = row("cls_token")
     if config.registers:
@@ -119,6 +136,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
 
     A bare file cannot tell the heads of sizes that nobody published, a grid that is not square, GELU by tanh, and that
     the normed patches of a model with a class token are averaged: `facts` do (heads=, image=, gelu="tanh", pool="avg").
+    One with a norm before the blocks and no bias in its stem is taken for CLIP's, of timm's models without QuickGELU.
     Nor can it tell timm's two models with "rpn" in their names, whose norms stand elsewhere, from others. ValueError
     says what is missing or cannot be had.
     """
@@ -135,11 +153,13 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     registers = shape_of(source, "reg_token", 3)[1] if "reg_token" in tensors else 0
     pool = _pool(tensors, told, facts, class_token + registers)
     image, placed = _places(source, told, facts, patch, class_token + registers)
+    stem_bias, pre_norm = "patch_embed.proj.bias" in tensors, "norm_pre.weight" in tensors
+    clip = pre_norm and not stem_bias and channels == 3
     config = ViTConfig(
         image=image,
         channels=channels,
-        mean=told.numbers("mean"),
-        std=told.numbers("std"),
+        mean=told.numbers("mean", CLIP_MEAN if clip else HALF),
+        std=told.numbers("std", CLIP_STD if clip else HALF),
         patch=patch,
         width=width,
         depth=depth,
@@ -150,8 +170,10 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         pool=pool,  # type: ignore[arg-type]  # or the user's
         class_token=class_token,
         registers=registers,
+        stem_bias=stem_bias,
+        pre_norm=pre_norm,
         norm=told.norm("layer" if "blocks.0.norm1.bias" in tensors else "rms"),
-        norm_eps=EPS,
+        norm_eps=told.norm_eps(EPS, CLIP_EPS, clip),
         gelu=told.gelu(swiglu),
         swiglu=swiglu,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
@@ -162,7 +184,15 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     head = _pairs("linear", "head") if tensors.keys() & {"head.weight", "head.bias"} else {}
     aside = () if pool == "map" else tuple(name for name in tensors if name.startswith("attn_pool."))
     classes = told.classes(shape_of(source, "head.weight", 2)[0]) if "head.weight" in tensors else ()
-    return Layout(config, parts(config, placed, split), head, classes, aside)
+    if clip and not classes and _projects(tensors):
+        classes = joint(len(tensors["head.weight"]))
+    return Layout(config, parts(config, placed, split), head, classes, aside, told.guessed(swiglu) if clip else ())
+
+
+def _projects(tensors: dict[str, Tensor]) -> bool:
+    """Whether a CLIP's head is its projection, which has no bias and which timm gives one of zeros."""
+    weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
+    return weight is not None and bias is not None and weight.ndim == 2 and bool(weight.any()) and not bias.any()
 
 
 def _pool(tensors: dict[str, Tensor], told: Told, facts: dict[str, Any], prefix: int) -> str:
@@ -253,7 +283,8 @@ def _refuse(config: ViTConfig, head: Head | None) -> None:
         f"stem {config.stem}": config.stem != "linear",
         f"mixer {'/'.join(config.mixer)}": set(config.mixer) != {"attention"},
         f"positions {config.positions}": config.positions in ("relative", "rope", "rope_capi"),
-        f"norm_eps {config.norm_eps}": config.norm_eps != EPS,
+        f"norm_eps {config.norm_eps}": not (config.norm_eps == EPS or of_clip(config)),
+        f"stem_bias {config.stem_bias} with pre_norm {config.pre_norm}": config.stem_bias == config.pre_norm,
         "pool cls_avg": config.pool == "cls_avg",
         "pool map with swiglu": pooled and config.swiglu,
         "pool map with norm rms": pooled and config.norm == "rms",

@@ -4,12 +4,15 @@ from typing import Any
 
 from mpp.models.trunk_config import Grid
 from mpp.models.vit_config import ViTConfig
+from mpp.weights.format import CLIP_EPS
 
 POOLS = {"token": "cls", "avg": "avg", "map": "map"}  # timm's names to ours
-GELU = {"gelu": "erf", "gelu_tanh": "tanh"}
+GELU = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
+HALF = (0.5,)  # mean and std of most of its models
 # Published models are written as a plain ViT with all its sizes given. SwiGLU can't be asked for in JSON, but this
 # architecture has it, and the sizes given replace all the rest of it.
-PLAIN, SWIGLU = "vit_base_patch16_224", "vit_giant_patch14_dinov2"
+# Nor can epsilons, of which a third has CLIP's.
+PLAIN, SWIGLU, CLIP = "vit_base_patch16_224", "vit_giant_patch14_dinov2", "vit_base_patch32_clip_224"
 # What the name of an architecture says and neither tensors nor `heads_of` do: the first part of the name that fits.
 IMPLIED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vit_base_patch16_gap_224", {"heads": 16}),
@@ -27,6 +30,7 @@ IMPLIED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vit_so150m_", {"heads": 14}),
     ("vit_so400m_patch16_siglip_", {"gelu": "tanh"}),
     ("vit_wee_", {"heads": 4}),
+    ("vit_xsmall_", {"heads": 4}),
 )
 
 
@@ -56,6 +60,8 @@ class Told:
 
     def gelu(self, swiglu: bool) -> Any:
         name = self.args.get("act_layer")
+        if name is None and "_quickgelu_" in self.name:
+            return "quick"
         if name is None or (swiglu and name in ("silu", "swish")):
             return self.implied("gelu").get("gelu", "erf")
         if swiglu or name not in GELU:
@@ -68,6 +74,21 @@ class Told:
         if str(name).lower().replace("_", "").removesuffix("fp32").removesuffix("norm") != found:
             raise ValueError(f"norm_layer {name!r}, expected layernorm or rmsnorm")
         return found
+
+    def norm_eps(self, plain: float, clips: float, clip: bool) -> float:
+        """Of the norms: that of the architecture, unless an argument names the plain layer; bare files as they look."""
+        if self.args.get("norm_layer") is not None:
+            return plain
+        return clips if "_clip_" in self.name or (clip and not self.name) else plain
+
+    def guessed(self, swiglu: bool) -> tuple[str, ...]:
+        """The fields of a CLIP's config that are not told, and on which published models of the same tensors differ."""
+        numbers = tuple(name for name in ("mean", "std") if not self.pretrained.get(name))
+        if not self.name:
+            return ("norm_eps", "gelu", *numbers)
+        # timm's weights of OpenAI and others were trained with QuickGELU, which its plain architecture does not have.
+        native = "QuickGELU" in str(self.pretrained.get("notes")) and self.gelu(swiglu) != "quick"
+        return ("gelu",) * native + numbers
 
     def pool(self) -> str | None:
         """The encoder's pool, or None where it is not told."""
@@ -82,9 +103,9 @@ class Told:
         pairs = [(size, size) if isinstance(size, int) else tuple(size or ()) for size in sizes]
         return [pair for pair in pairs if len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair)]
 
-    def numbers(self, name: str) -> tuple[float, ...]:
-        """`mean` or `std` of the images, timm's usual 0.5 where they are not told."""
-        return tuple(float(number) for number in self.pretrained.get(name) or (0.5,))
+    def numbers(self, name: str, otherwise: tuple[float, ...]) -> tuple[float, ...]:
+        """`mean` or `std` of the images, `otherwise` where they are not told."""
+        return tuple(float(number) for number in self.pretrained.get(name) or otherwise)
 
     def classes(self, count: int) -> tuple[str, ...]:
         """The names of the head's classes; none where they are not told, or not of all."""
@@ -94,6 +115,11 @@ class Told:
         if not isinstance(names, list) or len(names) != count or None in names:
             return ()
         return tuple(str(name) for name in names)
+
+
+def of_clip(config: ViTConfig) -> bool:
+    """Whether an encoder is written as timm's CLIP, which its epsilon asks for; sizes and activation are given too."""
+    return config.norm_eps == CLIP_EPS and config.norm == "layer" and not config.swiglu
 
 
 def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) -> dict[str, Any]:
@@ -123,8 +149,11 @@ def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) 
         "no_embed_class": placed == 0,
         "global_pool": {"cls": "token", "map": "map"}.get(config.pool, "avg"),
         "fc_norm": config.pool == "avg_norm",
-        "norm_layer": {"layer": "layernorm", "rms": "rmsnorm"}[config.norm],
     }
+    if config.pre_norm or of_clip(config):
+        arguments["pre_norm"] = config.pre_norm
+    if not of_clip(config):
+        arguments["norm_layer"] = {"layer": "layernorm", "rms": "rmsnorm"}[config.norm]
     if not config.swiglu:
         arguments["act_layer"] = next(name for name, gelu in GELU.items() if gelu == config.gelu)
     pretrained = {
@@ -141,7 +170,7 @@ def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) 
         "classifier": "head",
     }
     return {
-        "architecture": SWIGLU if config.swiglu else PLAIN,
+        "architecture": SWIGLU if config.swiglu else CLIP if of_clip(config) else PLAIN,
         "num_classes": classes,
         "num_features": config.width,
         "global_pool": arguments["global_pool"],

@@ -51,7 +51,7 @@ FEW = TrainConfig(
 )
 
 
-BAR = re.compile(r"step/s|s/step|\?step")  # of a progress bar, on a slow machine too
+BAR = re.compile(r"step/s|[0-9]s/step|\?step")  # of a progress bar, on a slow machine too
 
 
 class Finished(NamedTuple):

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 
+from mpp.errors import counted, within_memory
 from mpp.execution import Once, at_once
 from mpp.files import claimed
 from mpp.loop import train
@@ -12,6 +13,7 @@ from mpp.run.images import open_images
 from mpp.run.start import begin, earlier, go_on
 from mpp.weights import save_result
 
+SMALLER = "lower model.width or model.depth"
 BUSY = "in use by a run that is still going; stop it, or choose another folder with out="
 
 
@@ -23,21 +25,25 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
     out = recipe.folder
     with claimed(out, BUSY), ExitStack() as stack:
         before = earlier(out)
-        images = open_images(recipe, before and before.settled, once)
+        with within_memory(f"{out}: opening the images", "lower data.memory, or set data.reader=indexed"):
+            images = open_images(recipe, before and before.settled, once)
         stack.callback(images.close)
-        objective, settled = begin(recipe, images, once) if before is None else go_on(before, recipe, images)
-        settings = settled.fill(recipe)
-        train(
-            objective,
-            images.batches,
-            settings.train,
-            out=out,
-            seed=recipe.seed,
-            log=recipe.log,
-            execution=settled.execution,
-            evaluate=evaluation(settings, objective, images, settled.execution),
-            evaluate_every=recipe.eval.every,
-        )
-        for name, result in objective.results().items():
-            save_result(result, out / f"{name}.safetensors")
+        with within_memory(f"{out}: building {recipe.model.describe()}", SMALLER):
+            objective, settled = begin(recipe, images, once) if before is None else go_on(before, recipe, images)
+        settings, micro = settled.fill(recipe), settled.execution.micro_batch
+        doing = f"{out}: training {recipe.model.describe()} with {counted(micro, 'image')} at a time"
+        with within_memory(doing, f"lower train.micro_batch (it is {micro}), model.image, or {SMALLER[6:]}"):
+            train(
+                objective,
+                images.batches,
+                settings.train,
+                out=out,
+                seed=recipe.seed,
+                log=recipe.log,
+                execution=settled.execution,
+                evaluate=evaluation(settings, objective, images, settled.execution),
+                evaluate_every=recipe.eval.every,
+            )
+            for name, result in objective.results().items():
+                save_result(result, out / f"{name}.safetensors")
     return out

@@ -54,6 +54,38 @@ def cause(error: BaseException) -> str:
     return " ".join((words or str(error)).split()) or type(error).__name__
 
 
+ALLOCATOR = re.compile(r"allocate memory|not enough memory|out of memory|bad_alloc", re.I)  # in RuntimeErrors of torch
+ASKED = re.compile(r"(?:tried to allocate|allocate) (\d+(?:\.\d+)?) (bytes|[KMGT]iB)", re.I)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say where memory ran out, of Python, numpy, or torch on a CPU or a GPU; None for any other error."""
+    kind = type(error).__name__
+    known = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
+    if not known and not (isinstance(error, RuntimeError) and ALLOCATOR.search(str(error))):
+        return None
+    asked = ASKED.search(str(error))
+    if not asked:
+        return "out of memory"
+    size = f"{int(asked[1]) / 2**30:.3g} GiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+    return f"out of memory, {size} asked for at once"
+
+
+class OutOfMemory(UserError):
+    """Memory ran out; the line says where, and what to lower."""
+
+
+@contextmanager
+def within_memory(doing: str, remedy: str) -> Iterator[None]:
+    """Makes one line of memory that runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if words := out_of_memory(error):
+            raise OutOfMemory(f"{doing}: {words}; {remedy}") from error
+        raise
+
+
 def shown(name: object) -> str:
     """A name or path that others chose, safe to print on one line."""
     text = without_secrets(str(name))

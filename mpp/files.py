@@ -36,13 +36,18 @@ def cache_folder(kind: str) -> Path:
     return Path(os.environ.get("MPP_CACHE") or "~/.cache/mpp").expanduser() / kind
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old file or the whole new one, also after a power cut and with several writers at once."""
+def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Readers see the old file or the whole new one, also after a power cut and with several writers at once.
+
+    private: for this user's eyes alone, from the first byte on.
+    """
     if path.exists() and not (path.is_file() or path.is_dir()):
         return _write_through(path, data)
     try:
         _sweep(path)
         with temporary(path.parent, _prefix(path)) as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -8,10 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mpp.data.chosen import chosen
-from mpp.errors import UserError, cause, terminable
+from mpp.errors import UserError, cause, out_of_memory, terminable
 from mpp.execution import at_once
 from mpp.extend import imported
 from mpp.files import BusyError, write_atomically
@@ -27,7 +25,6 @@ from .chains import Chains, Job, probed_weights
 from .gather import gather
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing
-FAILURES = (UserError, torch.OutOfMemoryError, MemoryError)  # of a run, that the others survive
 
 
 class CompareError(UserError):
@@ -125,7 +122,10 @@ def attempt(job: Job, failures: dict[str, str], told: set[str]) -> bool:
         job.work()
     except BusyError:
         return False
-    except FAILURES as error:
-        failures[job.name] = cause(error)
-        print(f"mpp: {job.name} failed: {cause(error)}", file=sys.stderr)
+    except (UserError, MemoryError, RuntimeError) as error:
+        words = out_of_memory(error) or cause(error)
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise  # a bug
+        failures[job.name] = words
+        print(f"mpp: {job.name} failed: {words}", file=sys.stderr)
     return True

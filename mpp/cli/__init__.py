@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from mpp.cli.parser import parsed
-from mpp.errors import Terminated, UserError, terminable, without_secrets
+from mpp.errors import Terminated, UserError, out_of_memory, terminable, without_secrets
 from mpp.extend import ExtensionError, import_parts
 
 
@@ -57,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # of `mpp plan RECIPE | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not (words := out_of_memory(error)):
+            raise
+        print(f"mpp: {words}; take a smaller model, smaller images, or a machine with more", file=sys.stderr)
+        raise SystemExit(2) from None
     except UserError as error:
         print(f"mpp: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
-from mpp.errors import UserError, bare_address, shown
+from mpp.errors import UserError, bare_address, shown, without_secrets
 
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs")
 PIPE = "pipe:"
@@ -51,7 +51,9 @@ def shown_url(url: str) -> str:
 
 def kept_url(url: str) -> str:
     """The address of a URL, as files keep it: what it may hold of secrets is given anew by whoever goes on."""
-    return bare_address(url).removesuffix("...").removesuffix("?").removesuffix("#") if "://" in url else url
+    if url.startswith(PIPE):
+        return without_secrets(url)
+    return bare_address(url).removesuffix("...").removesuffix("?").removesuffix("#") if is_url(url) else url
 
 
 def below(url: str, name: str) -> str:

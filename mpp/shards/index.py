@@ -18,11 +18,13 @@ from safetensors.numpy import save
 from mpp import jsons
 from mpp.errors import cause, shown
 from mpp.files import write_atomically
+from mpp.jsons import encoded
 from mpp.remote.fetch import read_small
-from mpp.remote.urls import below, check_url, is_url, shown_url
+from mpp.remote.urls import below, check_url, is_url, kept_url, shown_url
 from mpp.shards.tar import ShardError
 
 SUFFIX = "-index.safetensors"
+PRIVATE = "-index.private.json"  # beside it, for its owner alone: shards by URL with their users, passwords and queries
 UNFINISHED = "make.unfinished.json"  # stands in the folder while `mpp shards make` is not done
 MOST_BYTES = 2**34  # of an index that is fetched: some 200 million images
 
@@ -109,11 +111,25 @@ NO_INDEX = (
 
 
 def write_index(index: Index) -> Path:
-    facts = {name: getattr(index, name) for name in FACTS}
+    facts = {name: getattr(index, name) for name in FACTS} | {"shards": tuple(map(kept_url, index.shards))}
+    private = index.folder / (index.split + PRIVATE)
+    if facts["shards"] == index.shards:
+        private.unlink(missing_ok=True)
+    else:
+        write_atomically(private, encoded({"shards": index.shards}), private=True)
     path = index.folder / (index.split + SUFFIX)
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
     write_atomically(path, save(arrays, {"mpp": jsons.text(facts)}))
     return path
+
+
+def _with_secrets(index: Index) -> Index:
+    """The index with the whole URLs of its shards, where they are kept beside it and are still of these addresses."""
+    try:
+        whole = tuple(json.loads((index.folder / (index.split + PRIVATE)).read_text(encoding="utf-8"))["shards"])
+        return replace(index, shards=whole) if tuple(map(kept_url, whole)) == index.shards else index
+    except NO_INDEX:
+        return index
 
 
 def refuse_url(folder: str | Path) -> None:
@@ -145,6 +161,7 @@ def read_index(folder: str | Path, split: str, allow: Sequence[str] = ()) -> Ind
         index = loaded(path, split)
     except NO_INDEX as error:
         raise ShardError(f"{path}: cut, or no index of mpp ({cause(error)}); {again}") from None
+    index = _with_secrets(index)
     _check_names(index, str(path), allow)
     for name, size in zip(index.shards, index.shard_bytes, strict=True):
         if is_url(name):

@@ -1,5 +1,6 @@
 """The errors that a user can mend, signals to stop, and how causes and names are put on one line without secrets."""
 
+import errno
 import re
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,17 @@ NAMED = re.compile(
     r"[A-Z0-9_]*_TOKEN)=)[^\s'\"&]+"
 )
 SENT = re.compile(r"""(authorization:\s*(?:\w+\s+)?|\s(?:-u|--user|--password|--token)[\s=])[^\s'"]+""", re.I)
+
+# What the system refuses whatever a program does: rights, disks, limits, and network file systems that fail.
+REFUSALS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EREMOTEIO", "ENOTCONN", "ETIMEDOUT",
+        "EHOSTDOWN", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "ENOMEM", "ELOOP", "ENAMETOOLONG", "ENOLCK", "EBUSY",
+        "ETXTBSY", "ENOTSUP", "ESHUTDOWN",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -84,6 +96,14 @@ def within_memory(doing: str, remedy: str) -> Iterator[None]:
         if words := out_of_memory(error):
             raise OutOfMemory(f"{doing}: {words}; {remedy}") from error
         raise
+
+
+def refusal(error: OSError) -> str | None:
+    """What the system refused, on one line that names the file where that is known; None for any other error."""
+    if error.errno not in REFUSALS:
+        return None
+    names = [shown(name) for name in (error.filename, error.filename2) if name is not None and type(name) is not int]
+    return ": ".join([*(" to ".join(names),) * bool(names), cause(error)])
 
 
 def shown(name: object) -> str:

@@ -32,8 +32,14 @@ class BusyError(FileError):
 
 
 def cache_folder(kind: str) -> Path:
-    """Where things are kept that can be made again: below what MPP_CACHE names, else below ~/.cache/mpp."""
-    return Path(os.environ.get("MPP_CACHE") or "~/.cache/mpp").expanduser() / kind
+    """Where things are kept that can be made again: below what MPP_CACHE names, else below ~/.cache/mpp.
+
+    Raises FileError where that is nowhere: as in containers, whose users may have neither HOME nor a name.
+    """
+    try:
+        return Path(os.environ.get("MPP_CACHE") or "~/.cache/mpp").expanduser() / kind
+    except RuntimeError as error:
+        raise FileError(f"{kind} cannot be kept, as this user has no home folder; set MPP_CACHE to a folder") from error
 
 
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
@@ -142,6 +148,19 @@ def unsealed(path: Path, indent: int | None = 1) -> dict[str, Any]:
     if sealed(facts, indent) != data:
         raise ValueError("its checksum is of something else")
     return facts
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """So many bytes of an open file, fewer only where it ends: network file systems may give a part at a time."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Raises OSError in the system's words: safetensors says of a file that may not be read that it is not there."""
+    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # opening a pipe would wait for a writer
 
 
 def sync(path: Path) -> None:

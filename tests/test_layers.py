@@ -25,7 +25,7 @@ LAYERS = [
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode"},
-    {"files", "hardware", "extend", "finite"},
+    {"files", "hardware", "extend", "finite", "workers"},
     {"batch", "seeds", "errors", "hints", "jsons", "train_config"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

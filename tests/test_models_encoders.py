@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mpp.models.encoder import Encoder
 from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
+from mpp.recipe.files import settings_of
 
 SMALL = {"image": (32, 48), "depth": 18, "width": 4, "stem": "small"}
 
@@ -45,6 +47,17 @@ def refusal(encoder: Encoder, given: Encoder) -> str:
     assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     return str(caught.value)
+
+
+def follow(encoder, given):
+    """Does what the refusal says, as a recipe would: then the weights are taken."""
+    advice = refusal(encoder, given).rpartition("to have it as there: ")[2].split()
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings_of(advice)["model"].items()}
+    alike = type(encoder)(replace(encoder.config, **settings))
+    alike.adopt(given)
+    pixels = torch.randint(0, 256, (1, given.config.channels, *given.config.image), dtype=torch.uint8)
+    if getattr(alike.config, "pool", None) == getattr(given.config, "pool", None):
+        torch.testing.assert_close(alike.eval()(pixels), given.eval()(pixels))
 
 
 # By name
@@ -166,12 +179,17 @@ def test_larger_patches_of_an_enlarged_image_are_the_same_tokens():
 
 def test_an_mlp_mixer_keeps_its_grid():
     given = vit(mixer="mlp", pool="avg")
-    assert refusal(vit(mixer="mlp", pool="avg", image=(32, 32)), given) == "model: image (32, 48) there, (32, 32) here"
+    encoder = vit(mixer="mlp", pool="avg", image=(32, 32))
+    assert refusal(encoder, given).startswith("model: image (32, 48) there, (32, 32) here; ")
+    follow(encoder, given)
     vit(mixer="mlp", pool="avg", image=(64, 96), patch=16).adopt(given)
 
 
 def test_a_class_token_can_not_be_made_up():
-    assert refusal(vit(), vit(pool="avg")) == "model: pool avg there, cls here"
+    assert refusal(vit(), vit(pool="avg")).startswith("model: pool avg there, cls here; ")
+    follow(vit(), vit(pool="avg"))
+    follow(vit(pool="avg", class_token=True), vit(pool="avg"))
+    follow(vit(pool="cls_avg", class_token=True), vit(pool="map"))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +197,7 @@ def test_a_class_token_can_not_be_made_up():
     [
         ({"stem": "overlap"}, "stem linear there, overlap here"),
         ({"mixer": ("conv", "attention")}, "mixer ('attention', 'attention') there, ('conv', 'attention') here"),
-        ({"layer_scale": 0.1}, "layer_scale False there, True here"),
+        ({"layer_scale": 0.1}, "layer_scale None there, 0.1 here"),
         ({"width": 32}, "width 64 there, 32 here; mlp 256 there, 128 here"),
         ({"depth": 3}, "depth 2 there, 3 here"),
         ({"pre_norm": True}, "pre_norm False there, True here"),
@@ -196,7 +214,15 @@ def test_a_class_token_can_not_be_made_up():
     ],
 )
 def test_what_decides_the_weights_must_be_alike(changes, expected):
-    assert refusal(vit(**changes), vit()) == f"model: {expected}"
+    assert refusal(vit(**changes), vit()).startswith(f"model: {expected}; to have it as there: model.")
+    follow(vit(**changes), vit())
+    if "positions" not in changes and "stem" not in changes:
+        follow(vit(), vit(**changes))  # and the other way round
+
+
+def test_many_differences_are_followed_at_once():
+    there = vit(mean=(0.485, 0.456, 0.406), layer_scale=1e-5, norm_eps=1e-12, qkv_bias=False, registers=2)
+    follow(vit(swiglu=True), there)
 
 
 def test_what_is_for_training_alone_may_differ():
@@ -224,11 +250,13 @@ def test_a_resnet_takes_another_ones_weights_for_images_of_another_size():
     ],
 )
 def test_a_resnet_of_another_shape_is_refused(changes, expected):
-    assert refusal(small(**changes), small()) == f"model: {expected}"
+    assert refusal(small(**changes), small()).startswith(f"model: {expected}; ")
+    follow(small(**changes), small())
 
 
 def test_one_kind_does_not_take_anothers_weights():
     assert refusal(vit(), small()) == "model: name resnet there, vit here"
+    assert "to have it" not in refusal(small(), vit())
     assert refusal(small(), vit()).startswith("model: name vit there, resnet here; ")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import openai_clip
 import pytest
 import torch
-from conftest import shaken, tiny_config
+from conftest import picture_folder, shaken, tiny_config
 from safetensors.torch import load_file, save_file
+from tiny_runs import LABELS, run, small_splits, write_recipe
 from torch import Tensor, nn
 
 import mpp
@@ -97,6 +99,11 @@ def test_a_folder_of_timm_computes_what_timm_does(name, tmp_path):
     assert_timms(given.encoder, given.head, model, LARGER)
 
 
+def untold(message: str) -> set[str]:
+    """What a warning says that it was guessed."""
+    return set(message.partition("the file does not tell ")[2].partition(";")[0].split(", "))
+
+
 def test_a_bare_file_of_timms_names_is_taken_for_clips_and_says_so(tmp_path, caplog):
     model = of_timm("vit_base_patch32_clip_quickgelu_224")
     path = saved(model.state_dict(), tmp_path / "model.safetensors")
@@ -105,12 +112,15 @@ def test_a_bare_file_of_timms_names_is_taken_for_clips_and_says_so(tmp_path, cap
     assert_timms(given.encoder, given.head, model, (32, 32))
     assert (given.encoder.config.mean, given.encoder.config.std) == (MEAN, STD)
     guess, projection = caplog.messages
-    assert guess == f"{path}: timm: nothing in it tells norm_eps=1e-05, mean={MEAN}, std={STD}, which are assumed"
+    assert untold(guess) == {"norm_eps", "mean", "std", "resize", "image", "pool"}
+    assert "norm_eps=1e-05 (" in guess
+    assert f"mean=({','.join(map(str, MEAN))}) (" in guess
     assert "no scores of classes" in projection
     caplog.clear()
     with caplog.at_level(logging.INFO):
         load_encoder(path, heads=4, norm_eps=1e-5, mean=(0.5,), std=(0.5,))
-    assert caplog.messages == [f"{path}: timm: nothing in it tells gelu=erf, which are assumed"]
+    assert untold(*caplog.messages) == {"gelu", "resize", "image", "pool"}
+    assert "gelu=erf (" in caplog.messages[0]
 
 
 def test_a_folder_whose_weights_were_trained_with_another_gelu_says_so(tmp_path, caplog):
@@ -121,7 +131,8 @@ def test_a_folder_whose_weights_were_trained_with_another_gelu_says_so(tmp_path,
     with caplog.at_level(logging.INFO):
         assert load_encoder(path).config.gelu == "erf"  # as timm computes it
         assert load_encoder(path, gelu="quick").config.gelu == "quick"
-    assert caplog.messages == [f"{path}: timm: nothing in it tells gelu=erf, which are assumed"]
+    assert untold(*caplog.messages) == {"gelu"}
+    assert "gelu=erf (" in caplog.messages[0]
 
 
 def test_a_trained_head_is_one_for_classes(tmp_path):
@@ -204,7 +215,8 @@ def test_tensors_alone_are_taken_for_openais_and_say_so(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         encoder = load_encoder(path, heads=4)
     assert_transformers(encoder, None, model, (32, 32))
-    assert f"nothing in it tells gelu=quick, mean={MEAN}, std={STD}, which are assumed" in caplog.text
+    assert untold(*[message for message in caplog.messages if "guessed" in message]) == {"gelu", "mean", "std"}
+    assert "gelu=quick (" in caplog.text
     assert "vision_model.embeddings.position_ids" in encoder.left_aside
 
 
@@ -260,7 +272,7 @@ def test_a_state_dict_of_openais_computes_what_its_code_does(prefix, tmp_path, c
         encoder = assert_openais(saved(tensors, tmp_path / "clip.safetensors"), tensors)
     assert set(encoder.left_aside) == {name for name in tensors if not name.startswith(prefix)}
     assert (encoder.config.mean, encoder.config.std) == (MEAN, STD)
-    assert "nothing in it tells gelu=quick, mean=" in caplog.text
+    assert "gelu=quick (" in caplog.text
 
 
 def test_a_checkpoint_of_open_clips_training_is_read(tmp_path):
@@ -330,6 +342,30 @@ def test_torchscript_is_refused_with_a_way_that_works(tmp_path):
         assert "\n" not in line
         exec(line.split("`")[1].replace("FILE", repr(str(path))).replace("weights.pth", str(tmp_path / "weights.pth")))
     assert_openais(tmp_path / "weights.pth", tensors)
+
+
+# In commands
+
+
+def test_a_recipe_takes_the_settings_that_the_refusal_names(towers, tmp_path):
+    recipe = write_recipe(tmp_path, small_splits(tmp_path), LABELS)
+    size = ("model.image=32", "model.patch=8")
+    refused = run("finetune", recipe, "--from", towers, f"out={tmp_path / 'run'}", *size)
+    assert refused.code == 2
+    line = refused.err.strip().splitlines()[-1]
+    named = re.findall(r"(\w+) (\([^)]*\)|\S+) there, ", line)
+    assert {name for name, _ in named} >= {"pre_norm", "stem_bias", "gelu", "norm_eps", "mean", "std"}
+    settings = [f"model.{name}={value.replace('(', '[').replace(')', ']').replace(' ', '')}" for name, value in named]
+    assert run("finetune", recipe, "--from", towers, f"out={tmp_path / 'run'}", *size, *settings).code == 0
+    assert load_classifier(tmp_path / "run").encoder.config.pre_norm
+
+
+def test_predictions_of_a_projection_are_refused(towers, tmp_path):
+    picture_folder(tmp_path / "photos", 2)
+    found = run("predict", towers, tmp_path / "photos")
+    assert found.code == 2
+    assert "its head is CLIP's projection, which tells no classes apart; `mpp embed" in found.err
+    assert run("embed", towers, tmp_path / "photos", tmp_path / "vectors.npz").code == 0
 
 
 # Out again

@@ -256,7 +256,7 @@ def test_names_of_architectures_imply_what_timm_builds(start: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "facts", "reason"),
     [
-        ({}, {}, "no published model has width 32 and depth 2"),
+        ({}, {}, "the file does not tell its heads, and none are known here for width 32 and depth 2"),
         ({"embed_norm_layer": "layernorm"}, HEADS, "patch_embed.norm.weight unexpected"),
         ({"global_pool": "avg"}, HEADS | {"pool": "cls"}, "fc_norm is of the patches' average"),
         ({}, HEADS | {"pool": "avg_norm"}, "norm is of each token"),

@@ -24,7 +24,7 @@ from mpp import jsons
 from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
-from mpp.files import FileError, write_atomically
+from mpp.files import FileError, refuse_unreadable, write_atomically
 from mpp.hardware import autocast, device_of, multiplies_bfloat16
 from mpp.models.encoder import Encoder
 from mpp.models.vit import ViT
@@ -201,7 +201,12 @@ def _keep(path: Path, found: dict[str, Tensor]) -> None:
 
 def _load(path: Path, images: int) -> dict[str, Tensor] | None:
     """The features of a file of the cache, or None where there is none that is whole and what its name says."""
-    if not path.is_file():
+    try:
+        refuse_unreadable(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.warning("%s: cannot be read: %s; computed anew", shown(path), cause(error))
         return None
     try:
         with safe_open(path, "pt") as file:

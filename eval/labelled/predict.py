@@ -17,6 +17,7 @@ from mpp.jsons import encoded
 from mpp.models.classifier import Classifier
 from mpp.shards.classes import listed, remark, translation
 from mpp.weights import load_classifier
+from mpp.weights.format import joint
 
 from .images import Images, open_images, outputs
 from .scores import Answers, Scores, answers, scored
@@ -68,6 +69,9 @@ def predict(
         if path is not None and not path.absolute().parent.is_dir():
             raise PredictError(f"{path}: its folder does not exist")
     classifier = load_classifier(weights)
+    if classifier.classes == joint(len(classifier.classes)):
+        way = f"`mpp embed {weights} ...` gives vectors"
+        raise PredictError(f"{weights}: its head is CLIP's projection, which tells no classes apart; {way}")
     with open_images(data, classifier.encoder.config, split) as images:
         numbers = label_numbers(images, classifier.classes)
         labelled = bool((numbers[images.labels] >= 0).any())
@@ -174,11 +178,14 @@ def _csv(made: Sequence[Prediction]) -> str:
     """Columns key, label (empty where not known), class, score, class_2, score_2, ..."""
     places = range(1, len(made[0].top) + 1)
     names = [f"{kind}_{place}" if place > 1 else kind for place in places for kind in ("class", "score")]
-    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
-    writer.writerow(["key", "label", *names])
-    for one in made:
-        writer.writerow([one.key, one.label or "", *(value for pair in one.top for value in pair)])
-    return text.getvalue()
+    rows = ([one.key, one.label or "", *(value for pair in one.top for value in pair)] for one in made)
+    return _csv_line(["key", "label", *names]) + "".join(_csv_line(row) for row in rows)
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    """One line; a cell with a carriage return is quoted too, which the module does only where lines end in one."""
+    csv.writer(text := io.StringIO(), lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {".jsonl": _jsonl, ".csv": _csv}

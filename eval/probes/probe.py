@@ -12,7 +12,7 @@ import torch
 
 from mpp.errors import UserError, cause, shown
 from mpp.extend import resolve
-from mpp.files import cache_folder, write_atomically
+from mpp.files import FileError, cache_folder, write_atomically
 from mpp.jsons import encoded
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
@@ -83,9 +83,18 @@ def probe(
     protocols = cheap() if protocols is None else protocols
     check_names(protocols)
     encoder = _before_training(weights) if untrained else load_encoder(weights)
-    task = _task(encoder, shards, train, test, None, cache_folder("features") if cache is None else cache, {})
+    task = _task(encoder, shards, train, test, None, _cache() if cache is None else cache, {})
     rows, images = _rows(task, protocols), (len(task.train), len(task.test))
     return ProbeReport(str(weights), untrained, shown_url(str(shards)), train, test, *images, rows)
+
+
+def _cache() -> Path | None:
+    """The user's folder of features, where there can be one."""
+    try:
+        return cache_folder("features")
+    except FileError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def probe_encoder(

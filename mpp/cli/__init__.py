@@ -8,10 +8,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NoReturn
 
 from mpp.cli.parser import parsed
-from mpp.errors import Terminated, UserError, out_of_memory, terminable, without_secrets
+from mpp.errors import Terminated, UserError, out_of_memory, refusal, terminable, without_secrets
 from mpp.extend import ExtensionError, import_parts
+from mpp.workers import end_soon
 
 
 class Discreet(logging.Formatter):
@@ -41,7 +43,10 @@ def import_first(arguments: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command. Errors that a user can mend are one line on stderr, with exit status 2."""
+    """Runs one command. Errors that a user can mend are one line on stderr, with exit status 2.
+
+    With MPP_TRACEBACK=1 in the environment the traceback comes before that line.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Discreet("mpp: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -60,11 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not (words := out_of_memory(error)):
             raise
-        print(f"mpp: {words}; take a smaller model, smaller images, or a machine with more", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(error, f"{words}; take a smaller model, smaller images, or a machine with more")
     except UserError as error:
-        print(f"mpp: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(error, str(error))
+    except OSError as error:
+        if (words := refusal(error)) is None:
+            raise
+        _refuse(error, words)
     except KeyboardInterrupt as stop:
         print("mpp: stopped", file=sys.stderr)
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
@@ -72,3 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         if remote := sys.modules.get("mpp.remote.cache"):
             remote.close_caches()  # what still waits for a server would keep Python from exiting
+        if arguments is None:  # a process of its own
+            end_soon(_status(sys.exc_info()[1]))
+
+
+def _status(ended: BaseException | None) -> int:
+    """The exit status of a process that ends by an exception, or by none."""
+    if not isinstance(ended, SystemExit):
+        return int(ended is not None)
+    return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+
+
+def _refuse(error: Exception, words: str) -> NoReturn:
+    if os.environ.get("MPP_TRACEBACK"):
+        _told(type(error), error, error.__traceback__)
+    print(f"mpp: {without_secrets(' '.join(words.split()))}", file=sys.stderr)
+    raise SystemExit(2) from None

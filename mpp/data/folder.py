@@ -4,7 +4,6 @@ import logging
 import os
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from mpp.errors import cause, shown
 from mpp.shards.index import Index
 from mpp.shards.pictures import Indexed, Shards
 from mpp.shards.sources import READ_ERRORS, Files, Picture
+from mpp.workers import workers
 
 logger = logging.getLogger("mpp.data")
 
@@ -65,7 +65,7 @@ def open_pictures(
     damaged or cannot be read, as far as their headers tell; others may turn out so when they are decoded.
     """
     threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads, "look") as pool:
+    with workers(threads, "look") as pool:
         seen = list(pool.map(lambda picture: _look(files, picture), pictures))
     damaged = {number: one.damage for number, one in enumerate(seen) if one.damage}
     for number, why in list(damaged.items())[:NAMED]:

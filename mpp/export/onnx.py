@@ -4,7 +4,6 @@
 """
 
 import importlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpp import jsons
 from mpp.errors import UserError, cause
 from mpp.export.origin import Given
 from mpp.files import sync, write_atomically
@@ -112,7 +112,7 @@ def metadata(given: Given) -> dict[str, str]:
     if given.classes and not given.projects:
         found["classes"] = list(given.classes)
     return {
-        f"mpp.{name}": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        f"mpp.{name}": value if isinstance(value, str) else jsons.text(value, ensure_ascii=False)
         for name, value in found.items()
     }
 

@@ -60,8 +60,19 @@ class Encoder(nn.Module):
             there, here = pairs[name]
             if set(there) == set(here) and len(set(here)) == 1:
                 pairs[name] = here, here
-        if wrong := [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]:
-            raise ValueError(f"model: {'; '.join(wrong)}")
+        pairs = {name: (there, here) for name, (there, here) in pairs.items() if there != here}
+        if pairs:
+            wrong = [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items()]
+            alike = " ".join(f"model.{name}={_in_yaml(there)}" for name, (there, _) in pairs.items())
+            advice = "" if "name" in pairs else f"; to have it as there: {alike}"  # else nearly all is to be set
+            raise ValueError(f"model: {'; '.join(wrong)}{advice}")
+
+
+def _in_yaml(value: Any) -> str:
+    """A setting's value as a recipe or the command line takes it."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_in_yaml, value))}]"
+    return "null" if value is None else str(value).lower() if type(value) is bool else str(value)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

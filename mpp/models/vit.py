@@ -91,7 +91,8 @@ class ViT(Encoder, Trunk):
         there, here = given.config, self.config
         pairs = {name: (getattr(there, name), getattr(here, name)) for name in asdict(here).keys() - FREE}
         pairs["mlp"] = there.hidden, here.hidden
-        pairs["layer_scale"] = there.layer_scale is not None, here.layer_scale is not None  # trained since: any value
+        if (there.layer_scale is None) == (here.layer_scale is None):  # its first value, which was trained since
+            del pairs["layer_scale"]
         if there.depth == here.depth:
             pairs["mixer"] = there.mixers, here.mixers  # however they are given
         if there.stem != "hybrid":
@@ -100,6 +101,8 @@ class ViT(Encoder, Trunk):
             del pairs["patch"]
         if here.has_class_token > there.has_class_token:
             pairs["pool"] = there.pool, here.pool
+            if here.class_token:
+                pairs["class_token"] = there.class_token, here.class_token
         if "mlp" in here.mixer and there.grid != here.grid:
             pairs["image"] = there.image, here.image
         self._refuse(pairs)

@@ -12,10 +12,10 @@ class Needs:
     """What an objective asks of the rest of the program, which asks nothing else of it."""
 
     labels: bool = False  # every image has one: only labelled images are read
-    classes: tuple[str, ...] = ()  # names by label; those of `data.path` where not given
     views: int = 1  # of each image, at least (Batch.images, then Batch.views)
     whole_batch: bool = False  # its loss looks across the batch, which is never split into micro-batches
     drops_patches: bool = False  # the encoder sees some of the patches alone, or none of its mixers could
+    classes: tuple[str, ...] = ()  # names by which labels are numbered; those of `data.path` where not given
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpp.errors import cause
 from mpp.recipe.build import dotted, merged
 from mpp.recipe.check import RecipeError, leaves, near, quoted
 from mpp.recipe.text import NO_YAML, read_yaml
@@ -83,7 +84,9 @@ def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
     """What is read, as plain values. Nothing is resolved and no tag is obeyed."""
     try:
         values = read()
-    except (OSError, *NO_YAML) as error:
+    except OSError as error:
+        raise RecipeError(f"{source}: cannot be read: {cause(error)}") from error
+    except NO_YAML as error:
         problem = " ".join(re.sub(r'in "[^"]*",', "at", str(error)).split())
         raise RecipeError(f"{source}: expected keys with values in YAML, found an error: {problem}") from error
     if not isinstance(values, dict):

@@ -6,10 +6,12 @@ import os
 import random
 import re
 import time
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from threading import Event
 from typing import IO, TypeVar
 
@@ -21,6 +23,8 @@ T = TypeVar("T")
 logger = logging.getLogger("mpp.data")
 PROGRESS = 2**16  # bytes; an attempt that got so far on is not counted as one of a row of failures
 TRY_AGAIN = (408, 416, 425, 429)  # of the statuses 4xx; all others of them are final
+BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, ArithmeticError)
+HERE = Path(__file__).parent
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, ValueError)
 
 
@@ -91,6 +95,8 @@ def _pieces(url: str, size: int | None, most: int, retry: Retry, allow: Collecti
         except RemoteError:
             raise
         except Exception as error:  # whatever those libraries raise; our own writing happens outside, see `fetch`
+            if _is_ours(error):
+                raise
             if place - best >= PROGRESS:
                 tries.failures = 0
             wrong = isinstance(error, WrongSize)
@@ -109,6 +115,8 @@ def retried(url: str, action: Callable[[], T], retry: Retry) -> T:
         except RemoteError:
             raise
         except Exception as error:  # whatever those libraries raise
+            if _is_ours(error):
+                raise
             tries.failed(error)
 
 
@@ -144,6 +152,12 @@ class _Tries:
         share, asked = random.SystemRandom().uniform(0.5, 1), min(self.retry.asked, _retry_after(error))
         if self.stop.wait(max(longest * share, asked * (1.5 - share / 2))):
             raise RemoteError(f"{words}; given up, since reading has ended") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it is a mistake of this package's code, which no other attempt mends and whose traceback is wanted."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, BUGS) and bool(frames) and Path(frames[-1].filename).is_relative_to(HERE)
 
 
 def _is_final(error: Exception) -> bool:

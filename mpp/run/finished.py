@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from mpp import jsons
 from mpp.errors import cause
 from mpp.files import write_atomically
 from mpp.recipe.settled import NOT_OURS, RunError
@@ -17,7 +18,7 @@ FORMAT = 1
 def drop_state(out: Path, results: Collection[str]) -> None:
     """Deletes the checkpoints of a run whose results, files of its folder, are on the disk."""
     facts = {"format": FORMAT, "sha256": {name: _digest(out / name) for name in results}}
-    write_atomically(out / FILE, (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(out / FILE, jsons.encoded(facts, indent=1))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 

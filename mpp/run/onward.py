@@ -5,13 +5,12 @@ The state is copied there as its first checkpoint, in which it has what any inte
 """
 
 import hashlib
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mpp import checkpoint
+from mpp import checkpoint, jsons
 from mpp.data.config import position_of, step_from
 from mpp.execution import Once, choose
 from mpp.loop import build_optimizer, facts_of_result, kept_steps, rate_at, steps_of
@@ -57,7 +56,7 @@ class Source(NamedTuple):
         settled = self.run.settled
         content = [settled.images, settled.labels, settled.weights, settled.continued and settled.continued.state]
         values = {key: value for key, value in computed(self.recipe).items() if key not in BY_CONTENT}
-        return hashlib.sha256(json.dumps([content, values], sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return hashlib.sha256(jsons.text([content, values], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
     def chosen(self, recipe: Recipe) -> Recipe:
         """A recipe in which what is left to the machine is as this run chose it, but for the parts of another batch."""
@@ -124,7 +123,7 @@ def go_on_from(source: Source, asked: Recipe, images: RunImages, once: Once) -> 
         continued=Continued(step, at, checkpoint.digest(source.checkpoint(step)), source.identity),
     )
     save_start(asked, settled)
-    described = {"encoder": json.dumps(facts_of_result(objective))}
+    described = {"encoder": jsons.text(facts_of_result(objective))}
     kept = kept_steps(settings.train)
     checkpoint.save(asked.folder / "checkpoints", at, state, described, settings.train.keep, kept)
     return build(settings), settled

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mpp.errors import counted, shown
 from mpp.shards.index import NO_INDEX, SUFFIX, UNFINISHED, Index, loaded, no_index, splits, write_index
 from mpp.shards.labels import Classes, classes_of, labeller
 from mpp.shards.tar import Sample, Scan, ShardError, scan_shard
+from mpp.workers import workers
 
 
 def index_folder(
@@ -67,7 +67,7 @@ def _old(folder: Path, split: str) -> Index | None:
 def scan_shards(paths: Sequence[Path], labels: str, progress: bool = True) -> list[Scan]:
     """Scans tars side by side."""
     scan = partial(scan_shard, label=labeller(labels))
-    with ThreadPoolExecutor() as pool:
+    with workers() as pool:
         return list(tqdm(pool.map(scan, paths), "index", len(paths), unit="shard", disable=not progress))
 
 

@@ -5,6 +5,8 @@ made from the tars alone (`mpp shards index`), and trusted only as long as their
 """
 
 import json
+import os
+import stat
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from safetensors.numpy import save
 
 from mpp import jsons
 from mpp.errors import cause, shown
-from mpp.files import write_atomically
+from mpp.files import refuse_unreadable, write_atomically
 from mpp.jsons import encoded
 from mpp.remote.fetch import read_small
 from mpp.remote.urls import below, check_url, is_url, kept_url, shown_url
@@ -153,10 +155,17 @@ def read_index(folder: str | Path, split: str, allow: Sequence[str] = ()) -> Ind
     """
     if is_url(str(folder)):
         return _remote_index(str(folder).rstrip("/"), split, allow)
-    folder = Path(folder)
+    try:
+        return _local_index(Path(folder), split, allow)
+    except OSError as error:
+        raise ShardError(f"{shown(error.filename or folder)}: cannot be read: {cause(error)}") from None
+
+
+def _local_index(folder: Path, split: str, allow: Sequence[str]) -> Index:
     path, again = folder / (split + SUFFIX), f"run `mpp shards index {folder}`"
     if not path.is_file() or (folder / UNFINISHED).is_file():
         raise no_index(folder, split)
+    refuse_unreadable(path)
     try:
         index = loaded(path, split)
     except NO_INDEX as error:
@@ -166,9 +175,13 @@ def read_index(folder: str | Path, split: str, allow: Sequence[str] = ()) -> Ind
     for name, size in zip(index.shards, index.shard_bytes, strict=True):
         if is_url(name):
             continue  # its size is compared when it is fetched
-        if not (folder / name).is_file():
+        try:
+            facts = os.stat(folder / name)
+        except FileNotFoundError:
+            facts = None
+        if facts is None or not stat.S_ISREG(facts.st_mode):
             raise ShardError(f"{folder / name}: missing, though the index names it; restore it or {again}")
-        if (found := (folder / name).stat().st_size) != size:
+        if (found := facts.st_size) != size:
             raise ShardError(
                 f"{folder / name}: {found} bytes, the index says {size}; cut or changed? restore it or {again}"
             )
@@ -271,6 +284,10 @@ def merged(indexes: Sequence[Index]) -> Index:
 
 def no_index(folder: Path, split: str) -> ShardError:
     """The error that says why a folder has no index of a split, and what to do."""
+    try:
+        os.listdir(folder) if folder.is_dir() else None
+    except OSError as error:  # globbing would find nothing there, and say nothing
+        return ShardError(f"{folder}: cannot be read: {cause(error)}")
     if not folder.is_dir():
         if folder.exists():
             return ShardError(f"{folder}: a file, not a folder of shards")

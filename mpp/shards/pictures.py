@@ -12,6 +12,7 @@ import numpy as np
 
 from mpp.decode import DamagedImage, decode_again, decode_first, room
 from mpp.errors import UserError, cause
+from mpp.files import read_at
 from mpp.remote.cache import Cache
 from mpp.remote.urls import is_url, shown_url
 from mpp.shards.index import Index
@@ -52,7 +53,7 @@ class Shards:
             except FileNotFoundError:
                 raise ShardError(f"{shown_url(index.place(shard))}: gone, though the index names it") from None
             except OSError as error:
-                if wait is None:
+                if wait is None or isinstance(error, PermissionError):
                     raise ShardError(f"{shown_url(index.place(shard))}: cannot be read: {cause(error)}") from None
                 self._close(shard)
                 time.sleep(wait)
@@ -66,7 +67,7 @@ class Shards:
         """Starts to bring these shards near, in this order, and gives up on others that were asked for before."""
         with self._lock:
             for shard in set(self._coming) - set(shards):
-                self._coming.pop(shard).cancel()
+                _give_up(self._coming.pop(shard))
                 self._open.pop(shard, None)  # an open file takes its space even when the cache has deleted it
             for shard in shards:
                 if shard not in self._coming:
@@ -123,6 +124,13 @@ class Shards:
             self._open.pop(shard, None)
 
 
+def _give_up(coming: Future[None]) -> None:
+    """Cancels the fetching of a shard; what failed there for a reason of ours is raised, not lost."""
+    if coming.done() and not coming.cancelled():
+        coming.result()
+    coming.cancel()
+
+
 class _File:
     """An open file that closes when the last thread that reads it lets go of it."""
 
@@ -135,7 +143,7 @@ class _File:
         return os.fstat(self.number).st_size
 
     def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self.number, size, offset)  # not mmap: a file cut under a map would kill the process
+        return read_at(self.number, size, offset)  # not mmap: a file cut under a map would kill the process
 
     def __del__(self) -> None:
         os.close(self.number)

@@ -3,7 +3,7 @@
 import io
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from mpp.decode import DamagedImage, decode
 from mpp.errors import cause
 from mpp.shards.sources import READ_ERRORS, Files, Picture
 from mpp.shards.tar import ShardError
+from mpp.workers import workers
 
 STORED = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}  # by their first bytes: endings may lie
 CHUNK = 16  # images of one task: few enough for photographs, many enough for 32x32
@@ -67,7 +68,7 @@ def prepared(pictures: Sequence[Picture], files: Files, options: Options, thread
         return [_prepare(picture, files, options) for picture in pictures[start : start + CHUNK]]
 
     waiting: deque[Future[list[Prepared]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with workers(threads) as pool:
         for start in range(0, len(pictures), CHUNK):
             waiting.append(pool.submit(prepare, start))
             if len(waiting) > 2 * threads:

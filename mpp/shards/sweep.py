@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -12,6 +11,7 @@ from mpp.errors import shown
 from mpp.shards.index import Index
 from mpp.shards.pictures import Shards
 from mpp.shards.tar import ShardError
+from mpp.workers import workers
 
 T = TypeVar("T")
 CHUNK = 64  # images of one task
@@ -28,7 +28,7 @@ def sweep(
     shards = Shards(index)
     chunks = [numbers[start : start + CHUNK].tolist() for start in range(0, len(numbers), CHUNK)]
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        workers(os.cpu_count()) as pool,
         tqdm(desc=f"{title} {shown(index.split)}", total=len(numbers), unit="image", disable=not progress) as bar,
     ):
         for chunk, result in zip(chunks, pool.map(lambda chunk: work(shards, chunk), chunks), strict=True):

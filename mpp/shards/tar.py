@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from mpp.decode import DamagedImage, image_size
 from mpp.errors import UserError, cause, shown
+from mpp.files import read_at
 
 IMAGE_ENDINGS = frozenset(["jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm"])
 BLOCK = 512  # bytes, of a tar header and the unit of its padding (POSIX.1-1988, ustar)
@@ -87,7 +88,7 @@ class Bytes:
     def read(self, offset: int, size: int) -> bytes:
         start, piece = self._piece
         if not start <= offset <= offset + size <= start + len(piece):
-            start, piece = offset, os.pread(self._number, max(size, self._ahead), offset)
+            start, piece = offset, read_at(self._number, max(size, self._ahead), offset)
             self._piece = (start, piece) if size < self._ahead else self._piece
         data = piece[offset - start : offset - start + size]
         if len(data) < min(size, self.size - offset):

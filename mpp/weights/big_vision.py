@@ -70,7 +70,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     head, aside = head_in(source.tensors, prefix)
     aside += tuple(name for name in sorted(source.tensors) if not name.startswith(prefix))
     prefixed = {name: with_prefix(part, prefix) for name, part in found.items()}
-    return Layout(config, prefixed, head, aside=aside)
+    return Layout(config, prefixed, head, aside=aside, guessed=("image",) * (table is None))
 
 
 def parts(config: ViTConfig, blocks: Blocks) -> dict[str, Part]:

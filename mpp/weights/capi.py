@@ -59,7 +59,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     table = parts(config)
     if "enc_norm.weight" in source.tensors:  # only of models with another `final_norm_kwargs` than the published
         table["norm.weight"] = same("enc_norm.weight")
-    return Layout(config, table, aside=tuple(aside))
+    return Layout(config, table, aside=tuple(aside), guessed=("image",))
 
 
 def parts(config: ViTConfig) -> dict[str, Part]:

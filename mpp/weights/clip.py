@@ -87,7 +87,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         rows = shape_of(source, f"{prefix}proj", 2)[1]
         head, classes = projection(f"{prefix}proj", rows, transposed=True), joint(rows)
     aside = tuple(name for name in source.tensors if not name.startswith(prefix))
-    guessed = tuple(name for name in ("gelu", "mean", "std") if name not in told)
+    guessed = tuple(name for name in ("heads", "gelu", "mean", "std") if name not in told)
     return Layout(config, parts(config, prefix), head, classes, aside, guessed)
 
 

@@ -60,7 +60,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     config = ViTConfig(**given | facts)
     other = HEADS if head else (*HEADS, f"{LINEAR}.")  # with four blocks' class tokens it is no head of one vector
     aside = [name for name in names if name == "mask_token" or name.startswith(other)]
-    return Layout(config, parts(config, blocks), head, aside=tuple(aside))
+    return Layout(config, parts(config, blocks), head, aside=tuple(aside), guessed=("heads",))
 
 
 def parts(config: ViTConfig, blocks: dict[int, str]) -> dict[str, Part]:

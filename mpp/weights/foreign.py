@@ -16,7 +16,7 @@ from mpp.models.classifier import Head
 from mpp.models.encoder import fill
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
-from mpp.weights import big_vision, capi, clip, dino, files, google, huggingface, huggingface_clip, mae, timm
+from mpp.weights import big_vision, capi, clip, dino, files, google, huggingface, huggingface_clip, mae, timm, unread
 from mpp.weights.files import Source, WeightsError
 from mpp.weights.format import Layout, Part
 
@@ -54,8 +54,20 @@ def read(path: Path, facts: dict[str, Any]) -> Foreign:
 def load(source: Source, facts: dict[str, Any]) -> Foreign:
     """Builds what a file holds; `facts` are fields of ViTConfig that it cannot tell.
 
-    Raises WeightsError if the format is not known, or if anything is missing, unexpected or of another shape.
+    Raises WeightsError if the format is not known, or if anything is missing, unexpected or of another shape; of a kind
+    of model that is not read it names the kind.
     """
+    facts = _checked(source, facts)
+    try:
+        return _load(source, facts)
+    except WeightsError as error:
+        if what := unread.named(source):
+            raise WeightsError(f"{shown(source.path)}: {what}") from error
+        raise
+
+
+def _checked(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ViTConfig, each of its type."""
     names = {field.name for field in fields(ViTConfig)} - {"name"}
     for name in facts.keys() - names:
         near = get_close_matches(name, names) or sorted(names)
@@ -69,8 +81,14 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         ViTConfig.check_types(facts)
     except ValueError as error:
         raise WeightsError(f"{shown(source.path)}: {error}") from error
+    return facts
+
+
+def _load(source: Source, facts: dict[str, Any]) -> Foreign:
     format = next((format for format in FORMATS if format.recognises(source)), None)
     if format is None:
+        if what := unread.model_type(source):
+            raise WeightsError(f"{shown(source.path)}: {what}")
         some = ", ".join(map(shown, list(source.tensors)[:SHOWN]))
         known = ", ".join(known.NAME for known in FORMATS)
         raise WeightsError(f"{shown(source.path)}: none of the formats {known}; its tensors: {some}, ...")
@@ -98,10 +116,26 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
     for module, parts in ((encoder, layout.encoder), (head, layout.head)):
         _refuse_not_finite(place, module, parts, source)
-    if unsure := [f"{name}={getattr(encoder.config, name)}" for name in layout.guessed if name not in facts]:
-        logger.info("%s: nothing in it tells %s, which are assumed", place, ", ".join(unsure))
+    _say_guesses(place, layout, encoder, facts)
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
+
+
+WHY = {"heads": "as the published model of this width and depth", "image": "its positions as a square grid"}
+
+
+def _say_guesses(place: str, layout: Layout, encoder: ViT, facts: dict[str, Any]) -> None:
+    """Warns of all that neither the file nor the user told, with what was taken for it."""
+    guesses = [name for name in layout.guessed if name not in facts]
+    if not guesses:
+        return
+    taken = []
+    for name in guesses:
+        value = str(getattr(encoder.config, name)).replace(" ", "")
+        taken.append(f"{name}={value} ({WHY.get(name, 'usual in this format')})")
+    way = "on the command line, first `mpp convert WEIGHTS OUT --to safetensors NAME=VALUE`"
+    told = f"the file does not tell {', '.join(guesses)}; guessed: {', '.join(taken)}"
+    logger.warning("%s: %s; give what is otherwise as NAME=VALUE (%s)", place, told, way)
 
 
 def _refuse_not_finite(place: str, module: ViT | Head | None, parts: dict[str, Part], source: Source) -> None:

@@ -97,11 +97,11 @@ HEADS = {
 
 
 def heads_of(width: int, depth: int, facts: dict[str, Any]) -> int:
-    """Attention heads, which tensors don't show: from `facts`, or of the published model of that size."""
+    """Attention heads, which tensors don't show: from `facts`, or, a guess, of the published model of that size."""
     if "heads" in facts:
         return facts["heads"]
     if (width, depth) not in HEADS:
-        found = f"no published model has width {width} and depth {depth}"
+        found = f"the file does not tell its heads, and none are known here for width {width} and depth {depth}"
         way = "mpp convert WEIGHTS OUT --to safetensors heads=N"
         raise ValueError(f"{found}; say how many heads: heads=N (on the command line, first `{way}`)")
     return HEADS[width, depth]

@@ -68,7 +68,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         class_token="cls" in tensors or None,
     )
     head, aside = head_in(tensors)
-    return Layout(config, parts(config, blocks.names), head, aside=aside)
+    return Layout(config, parts(config, blocks.names), head, aside=aside, guessed=("image",) * without)
 
 
 def image_in(tensors: dict[str, Tensor], patch: int, facts: dict[str, Any]) -> tuple[int, int]:

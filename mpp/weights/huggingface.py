@@ -28,6 +28,7 @@ from mpp.weights.huggingface_config import (
     classes_of,
     config_of,
     depth_told,
+    guessed_in,
     mlp_ratio,
     preprocessing_of,
     settings_of,
@@ -88,7 +89,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     known = {f"{names.prefix}pooler.dense.{w}" for w in BOTH} | {f"{names.prefix}embeddings.mask_token"}
     known |= {f"classifier.{w}" for w in BOTH if not head}
     aside = tuple(name for name in tensors if name in known or name.startswith("decoder."))
-    return Layout(config, parts(config, names), head, classes, aside)
+    return Layout(config, parts(config, names), head, classes, aside, guessed_in(source, family, names.swiglu))
 
 
 def parts(config: ViTConfig, names: Names | None = None) -> dict[str, Part]:

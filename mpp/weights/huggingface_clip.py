@@ -89,7 +89,7 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         head, classes = projection(f"{outer}{PROJECTION}", rows), joint(rows)
     beside = tuple(outer + name for name in ("text_model.", "text_projection.", "logit_scale", "classifier."))
     aside = tuple(name for name in tensors if name.startswith(beside) or name == f"{prefix}embeddings.position_ids")
-    guessed: tuple[str, ...] = () if settings else ("gelu",)
+    guessed: tuple[str, ...] = () if settings else ("heads", "gelu")
     if "image_mean" not in source.preprocessing:
         guessed += ("mean", "std")
     return Layout(config, parts(config, prefix), head, classes, aside, guessed)

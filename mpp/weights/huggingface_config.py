@@ -145,6 +145,19 @@ def _normalisation(
     return mean, std
 
 
+def guessed_in(source: Source, family: Family, swiglu: bool) -> tuple[str, ...]:
+    """The fields of the encoder's config that neither file of settings tells. Where config.json is, what it leaves out
+    is what transformers takes for granted."""
+    says = source.preprocessing
+    normalised = says.get("do_normalize", True)
+    found = [name for name in ("mean", "std") if normalised and says.get(f"image_{name}") is None]
+    if "num_attention_heads" not in source.config:
+        found.append("heads")
+    if not source.config:
+        found += ["norm_eps"] + ["gelu"] * (not swiglu) + ["image"] * (not family.dinov2)
+    return tuple(found)
+
+
 def classes_of(settings: dict[str, Any], count: int) -> tuple[str, ...]:
     """Names of so many classes, in the order of their ids; where there are none, those transformers gives them."""
     labels = settings.get("id2label")

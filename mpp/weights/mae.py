@@ -62,7 +62,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     config = ViTConfig(**given | facts)
     decoder = [name for name in source.tensors if name.startswith("decoder_") or name == "mask_token"]
     counter = [name for name in source.tensors if name == "head.0.num_batches_tracked"]
-    return Layout(config, timm.parts(config), _head(source, config.width), aside=(*decoder, *counter))
+    aside = (*decoder, *counter)
+    return Layout(config, timm.parts(config), _head(source, config.width), aside=aside, guessed=("heads",))
 
 
 def _head(source: Source, width: int) -> dict[str, Part]:

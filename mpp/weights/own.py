@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mpp import checkpoint, jsons
-from mpp.errors import shown
-from mpp.files import write_atomically
+from mpp.errors import cause, shown
+from mpp.files import refuse_unreadable, write_atomically
 from mpp.finite import all_finite, broken
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder, fill
@@ -64,8 +66,16 @@ def find(path: Path, *names: str) -> Path | None:
 
     A run folder that is not at its end has its newest checkpoint's; those with a running average come first.
     """
+    try:
+        return _find(path, names)
+    except OSError as error:
+        raise WeightsError(f"{shown(error.filename or path)}: cannot be read: {cause(error)}") from error
+
+
+def _find(path: Path, names: Sequence[str]) -> Path | None:
     if not path.is_dir():
         return path if _metadata(path).get("encoder") else None
+    os.listdir(path)  # globbing finds nothing in a folder that may not be read, and says nothing
     saved = [path / f"checkpoints/step-{step:08d}" for step in reversed(checkpoint.steps(path / "checkpoints"))]
     for file in (place / name for place in (path, *saved) for name in names):
         # Another library's folder may hold a file of such a name.
@@ -104,11 +114,12 @@ def load_classifier(path: Path) -> Classifier:
 def _metadata(path: Path, must: bool = False) -> dict[str, str]:
     """The metadata of a safetensors file; {} for any other, or an error if it `must` be one."""
     try:
+        refuse_unreadable(path)
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         if must:
-            raise WeightsError(f"{path}: not readable as weights ({error})") from error
+            raise WeightsError(f"{path}: not readable as weights ({cause(error)})") from error
         return {}
 
 

@@ -184,9 +184,14 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     head = _pairs("linear", "head") if tensors.keys() & {"head.weight", "head.bias"} else {}
     aside = () if pool == "map" else tuple(name for name in tensors if name.startswith("attn_pool."))
     classes = told.classes(shape_of(source, "head.weight", 2)[0]) if "head.weight" in tensors else ()
+    guessed = list(told.guessed(clip, swiglu))
+    if not told.images():
+        guessed.append("image")
+    if not told.name and class_token and not tensors.keys() & {"fc_norm.weight", "attn_pool.latent"}:
+        guessed.append("pool")
     if clip and not classes and _projects(tensors):
         classes = joint(len(tensors["head.weight"]))
-    return Layout(config, parts(config, placed, split), head, classes, aside, told.guessed(swiglu) if clip else ())
+    return Layout(config, parts(config, placed, split), head, classes, aside, tuple(guessed))
 
 
 def _projects(tensors: dict[str, Tensor]) -> bool:

@@ -81,13 +81,13 @@ class Told:
             return plain
         return clips if "_clip_" in self.name or (clip and not self.name) else plain
 
-    def guessed(self, swiglu: bool) -> tuple[str, ...]:
-        """The fields of a CLIP's config that are not told, and on which published models of the same tensors differ."""
+    def guessed(self, clip: bool, swiglu: bool) -> tuple[str, ...]:
+        """The fields of the config that are not told, and on which published models of the same tensors differ."""
         numbers = tuple(name for name in ("mean", "std") if not self.pretrained.get(name))
         if not self.name:
-            return ("norm_eps", "gelu", *numbers)
+            return ("heads", "norm_eps", "resize", *(() if swiglu else ("gelu",)), *numbers)
         # timm's weights of OpenAI and others were trained with QuickGELU, which its plain architecture does not have.
-        native = "QuickGELU" in str(self.pretrained.get("notes")) and self.gelu(swiglu) != "quick"
+        native = clip and "QuickGELU" in str(self.pretrained.get("notes")) and self.gelu(swiglu) != "quick"
         return ("gelu",) * native + numbers
 
     def pool(self) -> str | None:

@@ -91,15 +91,17 @@ def load(path: Path) -> tuple[int, State]:
             raise CheckpointError(f"{path / STATE}: is of step {step}, which its folder is not named for")
         state = {}
         for name, digest in digests.items():
+            if name != Path(name).name:
+                raise CheckpointError(f"{path}: names a file outside of it: {shown(name)}")
             if _digest(path / name) != digest:
-                raise CheckpointError(f"{path / name}: not as it was written (cut or changed)")
+                raise CheckpointError(f"{path / shown(name)}: not as it was written (cut or changed)")
             tensors = load_file(path / name)  # only maps the file, which training goes on to delete: hence copies
             state[name.removesuffix(".safetensors")] = {key: tensor.clone() for key, tensor in tensors.items()}
         return step, state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
+        raise CheckpointError(f"{path}: not a whole checkpoint ({shown(cause(error))})") from error
 
 
 def digest(path: Path) -> str:

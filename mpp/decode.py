@@ -5,6 +5,7 @@ JPEG goes through simplejpeg (libjpeg-turbo with the slow, exact DCT: bit-equal 
 """
 
 import io
+import logging
 import re
 import struct
 import warnings
@@ -16,7 +17,7 @@ from PIL import Image
 
 from mpp.errors import cause
 
-MAX_PIXELS = 2**28  # 16384 x 16384; more is refused before memory is taken (Pillow itself stops at 179 million)
+MAX_PIXELS = 2**28  # 16384 x 16384, of any format; more is refused before memory is taken
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that calls other programs (EPS)
 KINDS = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"RI": "WebP", b"GI": "GIF", b"BM": "BMP"}  # by the first bytes
 EXIF_ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4
@@ -28,11 +29,16 @@ CONTEXT = 4  # rows below a row that its colours may depend on where they are st
 SPARED = 32  # rows that must be saved for leaving them out to be worth its cost
 TOO_LARGE = "its pixels do not fit into memory"
 
+# Pillow refuses twice its own limit, which by default is 179 million pixels; whoever has set it higher keeps that.
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2)
+
 # What Pillow raises on hostile bytes, as found in its plugins; a damaged file must never end a run.
 PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
     RuntimeError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it also logs errors, beside raising them
 # Pillow warns about oddities (large images, broken EXIF) that we either accept or refuse. `warnings.catch_warnings` is
 # not safe in threads, so its warnings are switched off where decoding uses it.
 QUIET_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)

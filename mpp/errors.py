@@ -16,6 +16,7 @@ NAMED = re.compile(
 )
 SENT = re.compile(r"""(authorization:\s*(?:\w+\s+)?|\s(?:-u|--user|--password|--token)[\s=])[^\s'"]+""", re.I)
 
+LONGEST = 400  # characters of a name in a message; paths that people make have fewer
 # What the system refuses whatever a program does: rights, disks, limits, and network file systems that fail.
 REFUSALS = frozenset(
     getattr(errno, name)
@@ -107,8 +108,9 @@ def refusal(error: OSError) -> str | None:
 
 
 def shown(name: object) -> str:
-    """A name or path that others chose, safe to print on one line."""
+    """A name or path that others chose, safe to print on one line: escaped, and cut in the middle if it is long."""
     text = without_secrets(str(name))
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}[...]{text[-LONGEST // 2 :]}"
     return text if text.isprintable() else ascii(text)
 
 

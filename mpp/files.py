@@ -6,7 +6,6 @@ import functools
 import glob
 import hashlib
 import itertools
-import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from mpp import jsons
+from mpp import budget, jsons
 from mpp.errors import UserError, cause
 
 SEAL = "checksum"  # the last entry of a sealed file: the SHA-256 of the others as JSON
@@ -137,11 +136,8 @@ def sealed(facts: dict[str, Any], indent: int | None = 1) -> bytes:
 
 def unsealed(path: Path, indent: int | None = 1) -> dict[str, Any]:
     """What a sealed file holds; ValueError if a byte is not as it was written, OSError if it can't be read."""
-    data = path.read_bytes()
-    try:
-        facts = json.loads(data)
-    except RecursionError:
-        raise ValueError("brackets without end") from None
+    data = budget.content(path, budget.MOST_JSON)
+    facts = budget.json_of(data)
     if not isinstance(facts, dict) or SEAL not in facts:
         raise ValueError("it has no checksum")
     del facts[SEAL]

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mpp import budget
+
 
 def text(value: Any, **options: Any) -> str:
     """A value as JSON; options are those of `json.dumps`. ValueError for a number that is not finite."""
@@ -22,10 +24,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     A line that was cut by a kill or a power cut, or that is not of this kind, is left out.
     """
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for line in budget.lines(path):
         try:
-            values = json.loads(line) if line.endswith("\n") else None
-        except (ValueError, RecursionError):
+            values = budget.json_of(line) if line.endswith("\n") else None
+        except ValueError:
             continue
         if isinstance(values, dict):
             found.append({name: value for name, value in values.items() if _is_json(value)})

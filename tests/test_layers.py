@@ -26,7 +26,7 @@ LAYERS = [
     {"remote", "decode_cuda"},
     {"decode"},
     {"files", "hardware", "extend", "finite", "workers"},
-    {"batch", "seeds", "errors", "hints", "jsons", "train_config"},
+    {"batch", "seeds", "errors", "hints", "jsons", "budget", "train_config"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

@@ -6,7 +6,6 @@ float16 has no room for (magnitudes of 6e4 and more) stays float32.
 """
 
 import hashlib
-import json
 import logging
 import zlib
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from mpp import jsons
+from mpp import budget, jsons
 from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
@@ -209,8 +208,9 @@ def _load(path: Path, images: int) -> dict[str, Tensor] | None:
         logger.warning("%s: cannot be read: %s; computed anew", shown(path), cause(error))
         return None
     try:
+        budget.check_safetensors(path)
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["mpp"])
+            facts = budget.json_of((file.metadata() or {})["mpp"])
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         numbers = found["numbers"]
         if facts["key"] != path.stem or {name: _checksum(tensor) for name, tensor in found.items()} != facts["crc32"]:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mpp import budget
 from mpp.errors import UserError, cause, counted, shown
 from mpp.export import onnx
 from mpp.export.card import WRITERS, card, facts_needed
@@ -146,9 +147,10 @@ def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
 def _names_classes(file: Path) -> bool:
     """Whether a file of ours holds a classifier: its metadata, JSON, has a key that no encoder's config has."""
     try:
+        budget.check_safetensors(file)
         with safe_open(file, "pt") as opened:
             return '"classes":' in (opened.metadata() or {}).get("encoder", "")
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, budget.Overrun):
         return False  # loading it says what is wrong
 
 

@@ -1,7 +1,7 @@
 """Weights to convert, and for their card where they come from and what was measured of them, in Markdown."""
 
-import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from mpp import budget
 from mpp.errors import UserError, counted, without_secrets
 from mpp.export.markdown import block, code, table
 from mpp.models.classifier import Classifier, Head
@@ -117,7 +118,7 @@ def _metrics(folder: Path, step: int | None) -> Iterator[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line.rstrip("\r\n") for line in budget.lines(path)]
     except OSError:
         return []
 
@@ -144,10 +145,10 @@ def _measured(folder: Path, step: int | None) -> Iterator[str]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # a line that a power cut left, or a file of something else
+        return budget.json_of(text)
+    except ValueError:  # a line that a power cut left, or a file of something else
         return None
 
 
 def _number(value: object) -> bool:
-    return type(value) in (int, float)
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max

@@ -6,6 +6,7 @@ from typing import ClassVar
 from mpp.models.settings import Settings
 
 MOST_PIXELS = 2**16  # a side
+MOST_COLOUR = 10**6  # of a mean or deviation on [0, 1]; what float32 can't hold would fail much later
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class EncoderConfig(Settings):
                 raise ValueError(f"model.{name} needs 1 or {self.channels} numbers, got {len(getattr(self, name))}")
         if min(self.std) <= 0:
             raise ValueError(f"model.std must be positive, got {self.std}")
+        for name in ("mean", "std"):
+            if not all(abs(number) <= MOST_COLOUR for number in getattr(self, name)):  # nor one that is no number
+                raise ValueError(f"model.{name} must be at most {MOST_COLOUR}, got {getattr(self, name)}")
 
     def check_image(self, image: tuple[int, int]) -> None:
         """Raises ValueError if the encoder takes no images of that (h, w) beside those of its own size."""

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpp import budget
 from mpp.errors import cause
 from mpp.recipe.build import dotted, merged
 from mpp.recipe.check import RecipeError, leaves, near, quoted
@@ -31,7 +32,7 @@ def bundled() -> dict[str, Path]:
 
 def find(path: str | Path) -> Path:
     """The file of a recipe given by its path or by the name of a bundled one."""
-    if Path(path).is_file():
+    if budget.is_file(path):
         return Path(path).resolve()
     files, name = bundled(), str(path).removesuffix(".yaml")
     if name not in files:
@@ -57,11 +58,11 @@ def read_chain(file: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     chain, label = (*above, file), _label(file)
     if file in above:
         raise RecipeError(f"{' -> '.join(map(_label, chain))}: recipes include each other")
-    values = _values(lambda: read_yaml(file.read_text(encoding="utf-8")), label)
+    values = _values(lambda: read_yaml(budget.text(file)), label)
     base = values.pop("base", None)
     if base is None:
         return [Layer(label, values)]
-    if not isinstance(base, str) or not (file.parent / base).is_file():
+    if not isinstance(base, str) or not budget.is_file(file.parent / base):
         raise RecipeError(f"{label}: base: expected a file beside this one, found {quoted(base)}")
     return [*read_chain((file.parent / base).resolve(), chain), Layer(label, values)]
 

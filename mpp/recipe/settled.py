@@ -3,11 +3,11 @@
 A run goes on as it began, whatever the machine would choose now, and on the images and weights that it began with.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mpp import budget
 from mpp.data.config import PrepareName, ShuffleName
 from mpp.errors import UserError, cause
 from mpp.files import sealed, unsealed, write_atomically
@@ -106,7 +106,7 @@ def load_settled(folder: Path) -> Settled:
             "choose another folder with out="
         )
     try:
-        if (found := json.loads(path.read_text(encoding="utf-8"))["format"]) != FORMAT:
+        if (found := budget.json_file(path)["format"]) != FORMAT:
             raise RunError(f"{path}: has format {found}, this version of mpp reads {FORMAT}")
         facts = unsealed(path)
         values = {field.name: facts[field.name] for field in fields(Settled) if field.name != "continued"}
@@ -122,7 +122,7 @@ def load_settled(folder: Path) -> Settled:
 def imports_of(folder: Path) -> dict[str, str]:
     """By which imports a run had the parts that are not mpp's: key of the recipe -> argument of `--import`."""
     try:
-        facts = json.loads((folder / FILE).read_text(encoding="utf-8"))["imports"]
+        facts = budget.json_file(folder / FILE)["imports"]
         return {str(key): str(value) for key, value in facts.items()}
     except NOT_OURS:
         return {}

@@ -1,12 +1,11 @@
 """The end of a run whose checkpoints are not kept: finished.json says what it left in their place."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from mpp import jsons
+from mpp import budget, jsons
 from mpp.errors import cause
 from mpp.files import write_atomically
 from mpp.recipe.settled import NOT_OURS, RunError
@@ -28,7 +27,7 @@ def is_finished(out: Path) -> bool:
     if not path.exists():
         return False
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = budget.json_file(path)
         if facts["format"] != FORMAT:
             raise RunError(f"{path}: has format {facts['format']}, this version of mpp reads {FORMAT}")
         digests = {str(name): str(digest) for name, digest in facts["sha256"].items()}

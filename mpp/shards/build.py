@@ -1,6 +1,7 @@
 """`mpp shards index`: an index from tars, whoever wrote them."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from mpp.errors import counted, shown
 from mpp.shards.index import NO_INDEX, SUFFIX, UNFINISHED, Index, loaded, no_index, splits, write_index
-from mpp.shards.labels import Classes, classes_of, labeller
+from mpp.shards.labels import Classes, classes_of, is_pattern, labeller
 from mpp.shards.tar import Sample, Scan, ShardError, scan_shard
 from mpp.workers import workers
 
@@ -36,6 +37,11 @@ def index_folder(
         raise ShardError(f"{shown(odd[0])}: a name that cannot be printed; rename it")
     old = {name: index for name in splits(folder) if (index := _old(folder, name))}
     choice = labels or next((index.labels for index in old.values()), "cls")
+    if not labels and is_pattern(choice):  # of a stranger it may run without end, and nothing could stop it
+        words = "an expression of an index is not run unasked"
+        raise ShardError(
+            f"{folder}: labels: {words}; give --labels {shown(shlex.quote(choice))} again, or another choice"
+        )
     if not labels and choice != "cls":
         report(f"labels: {shown(choice)}, as in the index that was there")
     groups: dict[str, list[Scan]] = {}

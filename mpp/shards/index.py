@@ -4,7 +4,6 @@ It is one safetensors file a split, OUT/SPLIT-index.safetensors: arrays over the
 made from the tars alone (`mpp shards index`), and trusted only as long as their sizes on disk agree with it.
 """
 
-import json
 import os
 import stat
 import tempfile
@@ -17,7 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mpp import jsons
+from mpp import budget, jsons
+from mpp.decode import MAX_PIXELS
 from mpp.errors import cause, shown
 from mpp.files import refuse_unreadable, write_atomically
 from mpp.jsons import encoded
@@ -128,7 +128,7 @@ def write_index(index: Index) -> Path:
 def _with_secrets(index: Index) -> Index:
     """The index with the whole URLs of its shards, where they are kept beside it and are still of these addresses."""
     try:
-        whole = tuple(json.loads((index.folder / (index.split + PRIVATE)).read_text(encoding="utf-8"))["shards"])
+        whole = tuple(budget.json_file(index.folder / (index.split + PRIVATE))["shards"])
         return replace(index, shards=whole) if tuple(map(kept_url, whole)) == index.shards else index
     except NO_INDEX:
         return index
@@ -215,8 +215,9 @@ def _check_names(index: Index, place: str, allow: Sequence[str]) -> None:
 
 def loaded(path: Path, split: str) -> Index:
     """An index that agrees with itself; whether it does with its tars is another question."""
+    budget.check_safetensors(path)
     with safe_open(path, framework="np") as file:
-        facts = json.loads((file.metadata() or {})["mpp"])
+        facts = budget.json_of((file.metadata() or {})["mpp"])
         arrays = {name: file.get_tensor(name) for name in ARRAYS}
     shards, sizes, classes = (tuple(facts[name]) for name in ("shards", "shard_bytes", "classes"))
     labels = facts.get("labels", "cls")
@@ -243,6 +244,9 @@ def _check_arrays(index: Index) -> None:
     outside = (index.shard < 0) | (index.offset < 0) | (index.size < 0) | (index.offset > ends - index.size)
     if outside.any():
         raise ValueError("its images lie outside its shards")
+    h, w = index.height.astype(np.int64), index.width.astype(np.int64)
+    if ((h < 0) | (w < 0) | (h * w > MAX_PIXELS) | ((h * w == 0) & ~index.damaged)).any():
+        raise ValueError("its images have impossible sizes")
     if ((index.label < -1) | (index.label >= len(index.classes))).any():
         raise ValueError("its labels are of more classes than it names")
     if (np.diff(index.key_ends, prepend=0, append=len(index.key_bytes)) < 0).any():

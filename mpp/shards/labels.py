@@ -4,7 +4,6 @@ A choice is cls (the member of that name), json:FIELD, name, name:REGEX or none.
 whole numbers stay as they are, names are numbered in sorted order.
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from mpp import budget
 from mpp.errors import cause, shown
 from mpp.shards.classes import look_alikes_line
 from mpp.shards.tar import Labeller, Scan, ShardError
@@ -46,6 +46,11 @@ def labeller(choice: str) -> Labeller:
     if kind == "name" and detail:
         return partial(_of_pattern, _compiled(detail))
     raise ShardError(f"--labels {shown(choice)}: {EXPECTED}")
+
+
+def is_pattern(choice: str) -> bool:
+    """Whether a choice holds a regular expression."""
+    return choice.startswith("name:")
 
 
 def _of_cls(key: str, content: Callable[[str], bytes]) -> tuple[str, str]:
@@ -97,8 +102,8 @@ def _compiled(text: str) -> re.Pattern[str]:
 def _facts(data: bytes) -> Any:
     """What a json member holds; None where that is no JSON, for img2dataset and others may put anything there."""
     try:
-        return json.loads(data or b"null")
-    except (ValueError, RecursionError):
+        return budget.json_of(data or b"null")
+    except ValueError:
         return None
 
 

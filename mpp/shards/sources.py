@@ -10,7 +10,6 @@ import inspect
 import io
 import lzma
 import os
-import shutil
 import tarfile
 import zipfile
 import zlib
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from mpp import budget
 from mpp.errors import cause, shown
 from mpp.shards.classes import look_alikes_line
 from mpp.shards.tar import IMAGE_ENDINGS, LARGEST_IMAGE, Bytes, ShardError, walk_tar
@@ -64,10 +64,10 @@ def open_source(source: str | Path, out: Path) -> Iterator[Files]:
             yield _folder(path, out)
         elif path.is_file() and zipfile.is_zipfile(path):
             try:
-                archive = stack.enter_context(zipfile.ZipFile(path))
-            except READ_ERRORS as error:
+                archive = stack.enter_context(budget.zip_archive(path))
+            except (budget.Overrun, *READ_ERRORS) as error:
                 raise ShardError(f"{path}: cannot be read: {cause(error)}") from None
-            members = [member for member in archive.infolist() if not member.is_dir()]
+            members = [member for member in archive.infolist() if not member.filename.endswith("/")]
             names = [member.filename.replace("\\", "/") for member in members]
             yield Files(names, lambda i: archive.read(_bounded(members[i], members[i].file_size)))
         elif path.is_file():
@@ -168,8 +168,10 @@ def _unpacked(path: Path, out: Path, stack: ExitStack) -> Path:
     stack.callback(plain.unlink, missing_ok=True)
     try:
         with unpack(path) as packed, open(plain, "wb") as file:
-            shutil.copyfileobj(packed, file, EDGE)
-    except READ_ERRORS as error:
+            while piece := packed.read(EDGE):
+                file.write(piece)
+                budget.hold_expanded(file.tell(), path.stat().st_size)
+    except (budget.Overrun, *READ_ERRORS) as error:
         raise ShardError(f"{path}: cannot be unpacked to {plain}: {cause(error)}") from None
     return plain
 

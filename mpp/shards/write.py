@@ -6,7 +6,6 @@ making was interrupted: finished shards are recorded in a plan that stands in OU
 """
 
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from mpp import jsons
+from mpp import budget, jsons
 from mpp.errors import cause, shown
 from mpp.files import claimed, write_atomically
 from mpp.jsons import encoded
@@ -134,7 +133,7 @@ def _open_plan(out: Path, fresh: Plan) -> Plan:
             raise ShardError(f"{out}: holds tars that this command did not make; choose another OUT")
         return fresh
     try:
-        saved = json.loads(found.read_bytes())
+        saved = budget.json_file(found)
         old = {"source": saved["source"], "keys": saved.get("keys", "running numbers"), **saved["options"]}
         done = {split: [Shard(**shard) for shard in shards] for split, shards in saved["done"].items()}
         whole = {split: [size_of(out / shard.file) == shard.bytes for shard in done[split]] for split in done}
@@ -142,7 +141,9 @@ def _open_plan(out: Path, fresh: Plan) -> Plan:
         raise ShardError(f"{found}: cut or changed; delete {out} to start over") from None
     complete = found.name == FINISHED and all(map(all, whole.values()))  # nothing will be written: any keys are right
     new = {"source": fresh.source, "keys": old["keys"] if complete else KEYS, **fresh.options}
-    changed = [f"{name} {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value]
+    changed = [
+        f"{name} {shown(repr(old.get(name)))}, now {value!r}" for name, value in new.items() if old.get(name) != value
+    ]
     if changed:
         raise ShardError(f"{out}: was begun with {'; '.join(changed)}; choose another OUT, or delete it to start over")
     for split, there in whole.items():

@@ -1,12 +1,12 @@
 """Files of weights as tensors by name, whoever wrote them, read without running anything that is in them."""
 
 import itertools
-import json
 import math
 import pickle
 import re
 import zipfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,8 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mpp import budget
 from mpp.errors import UserError, cause, shown
-from mpp.weights import prefixes, unpickle
+from mpp.weights import prefixes, torch_files, unpickle
 
 
 class WeightsError(UserError):
@@ -76,6 +77,7 @@ MODELS = (
 )
 WRAPPERS = ("module.", "_orig_mod.", "module.")  # by DistributedDataParallel and compile, in either order
 SETTINGS = ("args", "config", "cfg")
+MOST_DIRECTORY = 2**25  # bytes of a zip's list of members: half a million arrays
 SCALARS = bool | int | float | str
 
 
@@ -147,6 +149,8 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except (WeightsError, OSError):
         raise
+    except budget.Overrun as error:
+        raise WeightsError(f"{shown(path)}: {error}") from error
     except Exception as error:
         raise WeightsError(f"{shown(path)}: not whole, or damaged ({unpickle.reason(error)})") from error
 
@@ -156,7 +160,7 @@ def _opened(path: Path) -> Source | Contents:
         raise WeightsError(f"{shown(path)}: is not there")
     if not path.is_file():
         raise WeightsError(f"{shown(path)}: is no file")
-    with path.open("rb") as file:
+    with budget.opened(path) as file:
         head = file.read(512)
     return _reader(path, head)(path)
 
@@ -173,7 +177,7 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], Source | Contents]:
     """Who reads a file, by its first bytes."""
     text = head.lstrip().lower()
     if head.startswith(b"PK\3\4"):
-        with zipfile.ZipFile(path) as archive:
+        with budget.zip_archive(path, MOST_DIRECTORY) as archive:
             arrays = any(name.endswith(".npy") for name in archive.namelist())
         return _npz if arrays else _torch_zip
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
@@ -194,6 +198,7 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], Source | Contents]:
 
 
 def _safetensors(path: Path) -> Contents:
+    budget.check_safetensors(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Contents(tensors, dict(file.metadata() or {}))
@@ -205,13 +210,12 @@ def _safetensors(path: Path) -> Contents:
 def _npz(path: Path) -> Source:
     """Arrays as numpy.savez writes them. Of a checkpoint of big_vision the parameters, without its 'params/'."""
     tensors: dict[str, Tensor] = {}
-    with zipfile.ZipFile(path) as archive:
-        _refuse_bomb(sum(member.file_size for member in archive.infolist()), path)
-        names = [member.filename for member in archive.infolist()]
+    with budget.zip_archive(path, MOST_DIRECTORY) as archive:
+        names = Counter(member.filename for member in archive.infolist())
         prefix = next((p for p in ("params/", "opt/target/") if any(name.startswith(p) for name in names)), "")
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
-            if name == member.filename or names.count(member.filename) > 1:
+            if name == member.filename or names[member.filename] > 1:
                 raise WeightsError(f"{shown(path)}: expected arrays, each once, found {shown(member.filename)}")
             if name.startswith(prefix):
                 tensors[name.removeprefix(prefix)] = _array(archive, member, path)
@@ -244,36 +248,27 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Ten
 
 
 def _torch_zip(path: Path) -> Contents:
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        pickles = [member for member in members if member.filename.split("/", 1)[-1] == "data.pkl"]
-        if any(member.filename.split("/", 1)[-1] == "constants.pkl" for member in members):
+    with budget.zip_archive(path, MOST_DIRECTORY) as archive:
+        names = Counter(member.filename.split("/", 1)[-1] for member in archive.infolist())
+        if "constants.pkl" in names:
             way = "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
             what = f"TorchScript, which is code; nothing was run. Where you trust it, `{way}` takes its weights out"
             raise WeightsError(f"{shown(path)}: expected weights, found {what}")
-        if not pickles:
+        if "data.pkl" not in names:
             raise WeightsError(f"{shown(path)}: a zip archive without arrays of numpy and without torch's data.pkl")
-        _refuse_bomb(sum(member.file_size for member in members), path)
-        # torch reads what it maps as it lies in the file, so a packed archive can't be mapped. By the suffix it would
-        # take this one for safetensors.
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        found = _unpickled(path, stored and path.suffix != ".safetensors", lambda: archive.read(pickles[0]))
-    return Contents(found)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise WeightsError(f"{shown(path)}: expected a checkpoint of torch, found {shown(twice[0])} twice in it")
+        pickled = next(member for member in archive.infolist() if member.filename.split("/", 1)[-1] == "data.pkl")
+        return Contents(_unpickled(path, lambda: torch_files.from_zip(path, archive, pickled)))
 
 
 def _torch_legacy(path: Path) -> Contents:
-    """As torch wrote files before 1.6: pickles one after another, then the numbers."""
-
-    def beginning() -> bytes:
-        with path.open("rb") as file:
-            return file.read(1 << 24)
-
-    return Contents(_unpickled(path, False, beginning))
+    return Contents(_unpickled(path, lambda: torch_files.from_legacy(path)))
 
 
-def _unpickled(path: Path, mapped: bool, pickles: Callable[[], bytes]) -> dict[Any, Any]:
+def _unpickled(path: Path, load: Callable[[], Any]) -> dict[Any, Any]:
     try:
-        found = unpickle.load(path, mapped, pickles)
+        found = load()
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{shown(path)}: {error}") from error
     if not isinstance(found, dict):
@@ -294,7 +289,8 @@ def _all_tensors(found: dict[Any, Any], path: Path) -> dict[str, Tensor]:
         tensors[name] = tensor
     if twice:
         raise WeightsError(f"{shown(path)}: holds two tensors of the name {shown(min(twice))}")
-    _refuse_bomb(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    budget.hold_expanded(needed, path.stat().st_size)
     return tensors
 
 
@@ -370,12 +366,16 @@ class _Limit:
     """How deep and how large nested containers may be: those that hold themselves or each other often never end."""
 
     def __init__(self, path: Path):
-        self.path, self.left = path, 1_000_000
+        self.path, self.work = path, budget.Work(1_000_000, "values in dictionaries")
 
     def enter(self, container: Any, depth: int) -> None:
-        self.left -= len(container)
-        if self.left < 0 or depth > 32:
-            raise WeightsError(f"{shown(self.path)}: holds dictionaries in dictionaries without end")
+        try:
+            self.work.spend(len(container))
+            budget.hold(depth, 32, "dictionaries in each other")
+        except budget.Overrun as error:
+            raise WeightsError(
+                f"{shown(self.path)}: holds dictionaries in dictionaries without end ({error})"
+            ) from None
 
 
 def _nests(value: Any) -> bool:
@@ -423,20 +423,13 @@ def _in_float32(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return result
 
 
-def _refuse_bomb(needed: int, path: Path) -> None:
-    """A small file can claim terabytes: packed, or as one number that a tensor repeats."""
-    size = path.stat().st_size
-    if needed > 100 * size + (1 << 28):
-        raise WeightsError(f"{shown(path)}: claims {needed} bytes of numbers in a file of {size}")
-
-
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; {} without the file."""
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = budget.json_file(path)
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{shown(path)}: not readable as JSON: {cause(error)}") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{shown(path)}: expected a JSON object, found {type(found).__name__}")

@@ -1,7 +1,6 @@
 """This library's own files: safetensors, in whose metadata the encoder's config stands."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mpp import checkpoint, jsons
+from mpp import budget, checkpoint, jsons
 from mpp.errors import cause, shown
-from mpp.files import refuse_unreadable, write_atomically
+from mpp.files import write_atomically
 from mpp.finite import all_finite, broken
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder, fill
@@ -89,7 +88,7 @@ def load_encoder(path: Path) -> Encoder:
     metadata, tensors = _read(path)
     encoder = _built(metadata, path)
     # In a checkpoint the encoder is a part of the objective; in a classifier's file too, always by the same name.
-    place = json.loads(metadata["encoder"]).get("place", "encoder.")
+    place = _facts(metadata).get("place", "encoder.")
     prefix = place if any(name.startswith(place) for name in tensors) else ""
     found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     _fill(encoder, found, path)
@@ -100,7 +99,7 @@ def load_classifier(path: Path) -> Classifier:
     """The classifier of a file. WeightsError names the file."""
     metadata, tensors = _read(path)
     encoder = _built(metadata, path)
-    classes = json.loads(metadata["encoder"]).get("classes")
+    classes = _facts(metadata).get("classes")
     if not isinstance(classes, list) or not classes:
         raise WeightsError(f"{path}: holds no classifier of mpp (its metadata names no classes)")
     classes = [str(name) for name in classes]
@@ -114,10 +113,10 @@ def load_classifier(path: Path) -> Classifier:
 def _metadata(path: Path, must: bool = False) -> dict[str, str]:
     """The metadata of a safetensors file; {} for any other, or an error if it `must` be one."""
     try:
-        refuse_unreadable(path)
+        budget.check_safetensors(path)
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, budget.Overrun) as error:
         if must:
             raise WeightsError(f"{path}: not readable as weights ({cause(error)})") from error
         return {}
@@ -130,11 +129,19 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise WeightsError(f"{path}: not readable as weights ({error})") from error
 
 
+def _facts(metadata: dict[str, str]) -> dict[str, Any]:
+    """What the metadata says of the encoder; ValueError if that is no JSON object."""
+    facts = budget.json_of(metadata["encoder"])
+    if not isinstance(facts, dict):
+        raise ValueError(f"a JSON object was expected, found {type(facts).__name__}")
+    return facts
+
+
 def _built(metadata: dict[str, str], path: Path) -> Encoder:
     if "encoder" not in metadata:
         raise WeightsError(f"{path}: holds no encoder of mpp (its metadata has no 'encoder')")
     try:
-        values = json.loads(metadata["encoder"])
+        values = _facts(metadata)
         name, origin = values.get("name", "vit"), values.get("import")
         if origin and name not in ENCODERS:
             raise WeightsError(

@@ -26,7 +26,8 @@ LAYERS = [
     {"remote", "decode_cuda"},
     {"decode"},
     {"files", "hardware", "extend", "finite", "workers"},
-    {"batch", "seeds", "errors", "hints", "jsons", "budget", "train_config"},
+    {"jsons"},
+    {"batch", "seeds", "errors", "hints", "budget", "train_config"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

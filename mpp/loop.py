@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mpp import checkpoint, jsons
 from mpp.batch import Batch
+from mpp.errors import shown
 from mpp.execution import Images, Loss, choose, forward_pass
 from mpp.hardware import device_of
 from mpp.log import Log
@@ -20,6 +21,8 @@ from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
 from mpp.seeds import seed_of
+from mpp.shards.classes import translation
+from mpp.shards.index import Index
 from mpp.train_config import Execution, LogConfig, TrainConfig
 from mpp.watch import Clock, Interrupted, TrainingError, stop_signals
 
@@ -50,6 +53,7 @@ def train(
     ValueError for a config that does not say in steps how long.
     """
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
+    _refuse_other_numbers(objective, batches)
     described = {"encoder": jsons.text(facts_of_result(objective))}  # goes with the weights of every checkpoint
     evaluation = evaluate_every if evaluate else 0
     kept = kept_steps(config)
@@ -173,6 +177,20 @@ def update(
     optimizer.step()
     optimizer.zero_grad()
     return totals.pop("loss"), norm, totals
+
+
+def _refuse_other_numbers(objective: Objective, batches: Images) -> None:
+    """Raises TrainingError where shards give a class another number than the objective does: all would be learned
+    wrong, without a sign of it. Names that only one of them has may be a translation of the other's, and stay."""
+    index, classes = getattr(batches, "index", None), objective.needs.classes
+    if isinstance(index, Index) and objective.needs.labels and index.classes != classes:
+        numbers = translation(index.classes, classes).tolist()
+        if wrong := [(one, other) for one, other in enumerate(numbers[:-1]) if other not in (-1, one)]:
+            theirs, ours = wrong[0]
+            raise TrainingError(
+                f"{objective.config.name}: class {shown(classes[ours])} is {ours} of its classes and {theirs} of those "
+                f"of {index.origin}; give its classes to mpp.read_shards(..., classes=...)"
+            )
 
 
 def checked_batch(objective: Objective, batch: Batch, step: int) -> Batch:

@@ -12,14 +12,22 @@ from shard_files import quiet, write_tar
 from tiny_runs import metrics, run
 
 from mpp.data.read import read_shards
+from mpp.eval import knn_accuracy
 from mpp.eval.labelled.finetune import finetune
 from mpp.eval.labelled.predict import score_split
 from mpp.eval.probes.linear_sgd import SGDConfig
 from mpp.eval.probes.probe import probe, probe_encoder
+from mpp.loop import train
+from mpp.models.vit import ViT
+from mpp.models.vit_config import ViTConfig
+from mpp.objectives.labels import Classification
+from mpp.objectives.labels_config import LabelsConfig
 from mpp.recipe import load_recipe
 from mpp.shards.build import index_folder
 from mpp.shards.index import read_index
 from mpp.shards.tar import ShardError
+from mpp.train_config import LogConfig, TrainConfig
+from mpp.watch import TrainingError
 from mpp.weights import load_classifier, load_encoder
 
 COLOURS = {"cat": (255, 0, 0), "dog": (0, 255, 0), "emu": (0, 0, 255), "fox": (255, 255, 0)}
@@ -123,7 +131,7 @@ def test_mixed_sets_and_named_classes_may_be_in_any_order(tmp_path):
     one = apart(tmp_path / "one", train=["emu", "dog"], test=["dog"])
     other = apart(tmp_path / "other", train=["fox", "cat", "dog"])
     mixed = f"data.mix={{other: {{path: {other}}}}}"
-    with pytest.raises(ShardError, match=r"data\.mix\.other: has images of class cat, fox, expected .*: dog, emu$"):
+    with pytest.raises(ShardError, match=r"data\.mix\.other: .* \(dog, emu\); it has images of class cat, fox$"):
         finetune(recipe_of(tmp_path, one, mixed))
     out, scores = finetune(recipe_of(tmp_path, one, mixed, "objective.classes=[fox, emu, cat, dog]"))
     assert scores.top1 > 0.9
@@ -158,10 +166,35 @@ def test_fine_tuning_starts_from_a_classifier_of_other_classes(tuned, tmp_path):
     assert scores.top1 > 0.9
 
 
+def test_vectors_of_two_splits_are_numbered_alike(tuned, shards, tmp_path):
+    found = {}
+    for split in ("train", "test"):
+        assert run("embed", tuned, shards, tmp_path / f"{split}.npz", "--split", split).code == 0
+        found[split] = np.load(tmp_path / f"{split}.npz")
+    assert found["train"]["classes"].tolist() == found["test"]["classes"].tolist() == ["cat", "dog", "emu", "fox"]
+    pairs = [torch.from_numpy(found[split][name]) for split in found for name in ("features", "labels")]
+    assert knn_accuracy(*pairs, k=5) > 0.9
+    names = dict(zip(found["test"]["keys"], found["test"]["labels"], strict=True))
+    assert [found["test"]["classes"][names[f"test-0{i:05d}"]] for i in range(3)] == ["dog", "emu", "fox"]
+
+
+def test_training_refuses_shards_that_number_its_classes_otherwise(shards, tmp_path):
+    vit = ViT(ViTConfig(image=(8, 8), patch=4, width=16, depth=1, heads=2))
+    objective = Classification(vit, LabelsConfig(classes=("cat", "dog", "emu", "fox")))
+    config = TrainConfig(steps=1, batch=8, lr=1e-3, device="cpu", precision="float32")
+    words = "labels: class dog is 1 of its classes and 0 of those of .*; give its classes to mpp.read_shards"
+    with pytest.raises(TrainingError, match=words):
+        train(objective, read_shards(shards, 8, split="test"), config, out=tmp_path)
+    named = read_shards(shards, 8, split="test", classes=objective.config.classes)
+    train(objective, named, config, out=tmp_path, log=LogConfig(tensorboard=False))
+    other = Classification(vit, LabelsConfig(classes=("Hund", "Emu", "Fuchs")))
+    train(other, read_shards(shards, 8, split="test"), config, out=tmp_path / "b", log=LogConfig(tensorboard=False))
+
+
 def test_batches_are_numbered_by_given_names(shards):
     train = read_shards(shards, 48, train=False)
     assert train.index.classes == ("cat", "dog", "emu", "fox")
     test = read_shards(shards, 48, split="test", train=False, classes=train.index.classes)
     assert [train.index.classes[label] for label in test.at(0).labels.tolist()] == ["dog", "emu", "fox"] * 16
-    with pytest.raises(ShardError, match="images of class emu, fox, expected the classes: dog$"):
+    with pytest.raises(ShardError, match=r"images of class emu, fox, expected 1 class \(dog\)$"):
         read_shards(shards, 8, split="test", classes=["dog"])

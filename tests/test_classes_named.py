@@ -140,4 +140,4 @@ def test_a_recipe_may_name_them(shards, tmp_path):
     assert load_classifier(tmp_path / "run").classes == tuple(LABELS)
     line = run("finetune", tmp_path / "r.yaml", f"out={tmp_path / 'other'}", "objective.classes=['${x}', '???']").line
     assert "has images of class" in line
-    assert "${x}, ???" in line
+    assert "objective.classes are 2 (${x}, ???)" in line

@@ -151,7 +151,10 @@ def test_the_scores_are_those_of_the_last_weights_on_all_test_images(tuned, spli
     assert scores["loss"] == pytest.approx(loss, rel=1e-4)
     guesses = np.zeros((3, 3), int)
     np.add.at(guesses, (labels, logits.argmax(1)), 1)
-    assert scores["confusion"] == guesses.tolist()
+    places = np.nonzero(guesses)
+    found = {"true": places[0].tolist(), "predicted": places[1].tolist(), "images": guesses[places].tolist()}
+    assert scores["confusion"] == found
+    assert scores["classes"] == ["class0", "class1", "class2"]
     assert last_scores(tuned) == (pytest.approx(loss, rel=1e-4), pytest.approx(accuracy))
 
 

@@ -10,6 +10,7 @@ import torch
 
 from mpp.errors import UserError
 from mpp.files import write_atomically
+from mpp.shards.classes import of_folder, translation
 from mpp.weights import load_encoder
 
 from .images import open_images, outputs
@@ -30,7 +31,8 @@ def embed(
     """Writes the encoder's vector of each image of shards or of a plain folder to an .npz file, whole or not at all.
 
     Its arrays: `features` float32 (n, d), `keys` (n,), and where images have labels `labels` int64 (n,), -1 for none,
-    with `classes`, their names. Damaged images are named and left out.
+    with `classes`, their names: of all splits of a folder of shards, so that files of two splits number them alike.
+    Damaged images are named and left out.
     """
     out = Path(out)
     if out.suffix != ".npz":
@@ -48,7 +50,9 @@ def embed(
         classes = images.classes
     arrays: dict[str, Any] = {"features": torch.cat(features).numpy(), "keys": np.array(keys)}
     if labels:
-        arrays |= {"labels": torch.cat(labels).numpy(), "classes": np.array(classes)}
+        everything = of_folder(Path(data)) or classes  # a plain folder's splits are read together
+        numbers = translation(classes, everything)[torch.cat(labels).numpy()]
+        arrays |= {"labels": numbers, "classes": np.array(everything)}
     np.savez(packed := io.BytesIO(), **arrays)
     write_atomically(out, packed.getvalue())
     report(f"{out}: {len(keys)} vectors of {arrays['features'].shape[1]} numbers")

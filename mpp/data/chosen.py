@@ -6,8 +6,7 @@ import numpy as np
 
 from mpp.data.config import DataConfig, SubsetConfig
 from mpp.data.subset import drawn, held_out
-from mpp.errors import shown
-from mpp.shards.classes import relabelled
+from mpp.shards.classes import first_names, relabelled
 from mpp.shards.index import Index, ShardError, read_index
 
 
@@ -22,7 +21,8 @@ def chosen(
     """
     index, scored = read_index(data.path, data.train, data.allow), None
     if labelled and classes:
-        index = relabelled(index, classes, "those of objective.classes")
+        found = f"{index.origin}: has {len(index.classes)} classes ({first_names(index.classes)})"
+        index = relabelled(index, classes, f"{found}, objective.classes are {len(classes)} ({first_names(classes)})")
     if data.hold_out:
         held = held_out(index, data.hold_out)
         index, scored = index.select(np.flatnonzero(~held)), index.select(np.flatnonzero(held))
@@ -36,7 +36,7 @@ def chosen(
     if scored is None and data.val is not None:
         scored = read_index(data.path, data.val, data.allow)
     if labelled and scored is not None:
-        scored = relabelled(scored, index.classes, f"those of split {shown(index.split)}")
+        scored = relabelled(scored, index.classes)
         scored = scored.select(drawn(scored, SubsetConfig(), seed)[0])
     return [index, *_mixed_in(data, index, seed, labelled)], scored
 
@@ -46,6 +46,9 @@ def _mixed_in(data: DataConfig, index: Index, seed: int, labelled: bool) -> list
     for name, part in data.mixed.items():
         other = read_index(part.path, part.train, data.allow)
         if labelled:
-            other = relabelled(other, index.classes, "those of data.path, or of objective.classes", f"data.mix.{name}")
+            found = f"{other.origin}: data.mix.{name}: has {len(other.classes)} classes ({first_names(other.classes)})"
+            other = relabelled(
+                other, index.classes, f"{found}, expected those of data.path ({first_names(index.classes)})"
+            )
         others.append(other.select(drawn(other, SubsetConfig(), seed)[0]) if labelled else other)
     return others

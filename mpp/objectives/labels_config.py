@@ -19,7 +19,7 @@ class LabelsConfig(ObjectiveConfig):
     smoothing: float = 0.0  # share of the target spread over all classes (arXiv 1512.00567)
     mixup: float = 0.0  # both parameters of the Beta distribution of the share (arXiv 1710.09412); 0 for none
     cutmix: float = 0.0  # the same (arXiv 1905.04899); with both, each is as likely
-    balance: bool = False  # weigh classes by the inverse of their number of images, as scikit-learn's "balanced" does
+    balance: bool = False  # weigh classes by the inverse of their number of images
     weights: tuple[float, ...] = ()  # of the classes in the loss, as torch's cross_entropy takes them; of any scale
     hidden: bool = False  # a tanh layer before the last: the paper's head for pretraining
 
@@ -53,8 +53,7 @@ class LabelsConfig(ObjectiveConfig):
             raise ValueError(f"objective.weights needs {len(index.classes)} numbers, one a class, got {len(weights)}")
         if self.balance and not weights:
             counts = np.bincount(index.label[index.label >= 0], minlength=len(index.classes))
-            images, present = int(counts.sum()), int((counts > 0).sum())
-            weights = tuple(images / (present * count) if count else 0.0 for count in counts.tolist())
+            weights = tuple(int(counts.sum()) / count if count else 0.0 for count in counts.tolist())
         return replace(self, classes=index.classes, weights=weights)
 
     def counted(self) -> Self:

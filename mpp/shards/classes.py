@@ -7,15 +7,18 @@ such as a composed and a decomposed é, are shown escaped wherever both could be
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from mpp.errors import shown
-from mpp.shards.index import Index
+from mpp.errors import counted, shown
+from mpp.shards.index import NO_INDEX, SUFFIX, Index, loaded, splits
 from mpp.shards.tar import ShardError
 
 NAMED = 3  # of several in a message
+LISTED = 30  # of which what fits in 60 letters stands in a message
 UNSEEN = ("Cc", "Cf", "Zl", "Zp")  # kinds of characters that leave no mark on a page
 
 
@@ -31,20 +34,21 @@ def translation(theirs: Sequence[str], ours: Sequence[str]) -> np.ndarray:
     return np.array([*(known.get(name, -1) for name in theirs), -1], np.int64)
 
 
-def relabelled(index: Index, classes: Sequence[str], of: str = "the classes", place: str = "") -> Index:
+def relabelled(index: Index, classes: Sequence[str], wrong: str = "") -> Index:
     """An index whose labels are numbered as `classes`, by name.
 
-    of, place: whose classes they are, and what of the recipe names the index, for the message. Raises ShardError for
-    images of a class that is none of them.
+    wrong: what its classes and these are, to begin the message with. Raises ShardError for images of a class that is
+    none of them.
     """
     if index.classes == tuple(classes):
         return index
     numbers = translation(index.classes, classes)
     present = np.unique(index.label[index.label >= 0])
     if unknown := [index.classes[label] for label in present[numbers[present] < 0].tolist()]:
-        place = f"{index.origin}: {place or f'split {shown(index.split)}'}"
-        words = f"has images of class {listed(unknown)}, expected {of}: {listed(classes)}{remark(unknown, classes)}"
-        raise ShardError(f"{place}: {words}")
+        found = f"has images of class {listed(unknown)}"
+        expected = f"expected {counted(len(classes), 'class', 'classes')} ({first_names(classes)})"
+        words = f"{wrong}; it {found}" if wrong else f"{index.origin}: split {shown(index.split)} {found}, {expected}"
+        raise ShardError(words + remark(unknown, classes))
     return replace(index, classes=tuple(classes), label=numbers[index.label].astype(np.int32))
 
 
@@ -61,6 +65,18 @@ def union(lists: Sequence[Sequence[str]]) -> tuple[str, ...]:
     return (*first, *dict.fromkeys(name for names in lists[1:] for name in names if name not in known))
 
 
+def of_folder(folder: Path) -> tuple[str, ...]:
+    """The classes of all splits that have a whole index in a folder: those of train, then what others add by name.
+
+    Whether the tars are there as well is no matter.
+    """
+    found = []
+    for split in sorted(splits(folder), key=lambda split: (split != "train", split)):
+        with suppress(*NO_INDEX):
+            found.append(loaded(folder / (split + SUFFIX), split).classes)
+    return union(found) if found else ()
+
+
 def remark(unknown: Sequence[str], classes: Sequence[str]) -> str:
     """Why a class may be taken for one of others and is not: to end a message with, or nothing."""
     twins = {look(name): name for name in classes}
@@ -68,6 +84,11 @@ def remark(unknown: Sequence[str], classes: Sequence[str]) -> str:
         return f" ({twin!a} only looks like {twins[look(twin)]!a})"
     doubled = {name for name, times in Counter(classes).items() if times > 1}.intersection(unknown)
     return f" ({shown(min(doubled))} is the name of several)" if doubled else ""
+
+
+def first_names(classes: Sequence[str]) -> str:
+    """As many of the names as fit in 60 letters."""
+    return shown(", ".join(classes[:LISTED])[:60])
 
 
 def listed(names: Sequence[str]) -> str:

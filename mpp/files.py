@@ -198,7 +198,8 @@ def _claim(folder: Path, busy: str) -> IO[str]:
             folder.mkdir(parents=True, exist_ok=True)
             file = lock.open("w")
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and attempt < ATTEMPTS - 1:
+            gone = isinstance(error, (FileNotFoundError, FileExistsError))  # the folder, between two looks at it
+            if gone and attempt < ATTEMPTS - 1:
                 continue
             raise FileError(f"{folder}: cannot be written to: {cause(error)}") from None
         try:

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tiny_runs import metrics, run
 
 from mpp.data.read import read_shards
 from mpp.eval import knn_accuracy
+from mpp.eval.compare import gather
 from mpp.eval.labelled.finetune import finetune
 from mpp.eval.labelled.predict import score_split
 from mpp.eval.probes.linear_sgd import SGDConfig
@@ -198,3 +200,11 @@ def test_batches_are_numbered_by_given_names(shards):
     assert [train.index.classes[label] for label in test.at(0).labels.tolist()] == ["dog", "emu", "fox"] * 16
     with pytest.raises(ShardError, match=r"images of class emu, fox, expected 1 class \(dog\)$"):
         read_shards(shards, 8, split="test", classes=["dog"])
+
+
+def test_accuracies_of_runs_that_order_their_classes_otherwise_stand_under_their_names():
+    job = SimpleNamespace(arm="a", seed=0, fraction=1.0)
+    scores = {"classes": ["c", "a", "b"], "per_class": [0.3, 0.1, None]}
+    assert gather._per_class(job, scores, ["a", "b", "c", "d"])["accuracy"] == [0.1, None, 0.3, None]
+    earlier = {"per_class": [0.1, 0.2, 0.3]}  # written before scores named their classes
+    assert gather._per_class(job, earlier, ["a", "b", "c"])["accuracy"] == [0.1, 0.2, 0.3]

@@ -99,6 +99,9 @@ def test_predictions_name_them(tuned, shards, tmp_path):
     found = run("predict", tuned, shards, "--split", "test")
     assert found.code == 0
     assert all(char.isprintable() or char == "\n" for char in found.out)
+    lines = [line for line in found.out.splitlines() if line.startswith("test")]
+    for name in LOOK_ALIKE:
+        assert sum(line.endswith(f"; it is {name!a}") or f": {name!a} " in line for line in lines) >= 1
 
 
 @pytest.mark.parametrize("to", ["huggingface", "timm", "safetensors"])

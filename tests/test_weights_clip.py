@@ -245,6 +245,54 @@ def test_the_mean_of_preprocessor_config_counts(tmp_path, caplog):
     assert (config.mean, config.std, caplog.messages) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), [])
 
 
+# SigLIP in transformers' names
+
+
+def of_siglip(kind: str, folder: Path, **changes: Any) -> Any:
+    vision = {name: value for name, value in VISION.items() if name != "projection_dim"} | changes
+    text = {"projection_size": 32, "pad_token_id": 1, **TEXT}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == "SiglipVisionModel":
+            config = transformers.SiglipVisionConfig(**vision)
+        else:
+            config = transformers.SiglipConfig(vision_config=vision, text_config=text, num_labels=3)
+        model = moved(getattr(transformers, kind)(config))
+        model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["SiglipVisionModel", "SiglipModel", "SiglipForImageClassification"])
+def test_siglips_tower_computes_what_transformers_does(kind, tmp_path):
+    model = of_siglip(kind, tmp_path)
+    labelled = kind == "SiglipForImageClassification"
+    if labelled:
+        given = load_classifier(tmp_path)
+        encoder, head = given.encoder, given.head
+        assert given.classes == ("LABEL_0", "LABEL_1", "LABEL_2")
+    else:
+        encoder, head = load_encoder(tmp_path), None
+    config = encoder.config
+    assert (config.mean, config.gelu, config.norm_eps, config.class_token) == ((0.5,), "tanh", 1e-6, False)
+    for size in ((32, 32), LARGER):
+        images = torch.randn(2, 3, *size)
+        found = getattr(model, "vision_model", model)(images, interpolate_pos_encoding=True)
+        assert_close(encoded(encoder, images), found.last_hidden_state)
+        if head is None:
+            assert_close(encoder(images), found.pooler_output)
+        else:
+            assert_close(head(encoder(images)), model(images, interpolate_pos_encoding=True).logits)
+    names = load_file(tmp_path / "model.safetensors")
+    used = ("vision_model.embed", "vision_model.enc", "vision_model.post", "vision_model.head", "classifier")
+    rest = {name for name in names if not name.startswith(used[:3] + used[4:] if labelled else used[:4])}
+    assert set(encoder.left_aside) == (rest if kind != "SiglipVisionModel" else set())
+    convert(tmp_path, tmp_path / "out", "timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(theirs(images), encoder(images) if head is None else head(encoder(images)))
+
+
 # OpenAI's names
 
 

@@ -65,7 +65,7 @@ KINDS = {
     "transformers data2vec": (of_transformers("Data2VecVision"), "BEiT or data2vec"),
     "transformers deit": (of_transformers("DeiT"), "distilled DeiT"),
     "transformers ijepa": (of_transformers("IJepa"), "I-JEPA"),
-    "transformers siglip": (of_transformers("SiglipVision"), "SigLIP"),
+    "transformers siglip 2": (of_transformers("Siglip2Vision"), "SigLIP 2"),
     "transformers swin": (
         lambda: transformers.SwinModel(transformers.SwinConfig(image_size=32, **SWIN)),
         "Swin",

@@ -15,7 +15,7 @@ from mpp.errors import UserError, shown
 from mpp.files import write_atomically
 from mpp.jsons import encoded
 from mpp.models.classifier import Classifier
-from mpp.shards.classes import listed, remark, translation
+from mpp.shards.classes import displayed, listed, remark, translation
 from mpp.weights import load_classifier
 from mpp.weights.format import joint
 
@@ -77,11 +77,12 @@ def predict(
         labelled = bool((numbers[images.labels] >= 0).any())
         if scores_out is not None and not labelled:
             raise PredictError(f"{images.place}: no image has a label, so there are no scores for {scores_out}")
+        names = classifier.classes if out is not None else displayed(classifier.classes)
         made: list[Prediction] = []
         seen: list[Answers] = []
         for logits, labels, keys in outputs(classifier, images, "predictions", progress=out is not None):
             truth = _renumbered(labels, numbers, len(keys))
-            for prediction in _predictions(logits, truth, keys, classifier.classes, top):
+            for prediction in _predictions(logits, truth, keys, names, top):
                 made.append(prediction) if out is not None else report(str(prediction))
             if labelled:
                 seen.append(answers(logits, truth))

@@ -17,6 +17,7 @@ from mpp.export.origin import Given, origin, results
 from mpp.models.encoder import Encoder
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
+from mpp.shards.classes import displayed
 from mpp.weights import google, huggingface, timm
 
 WRITERS: dict[str, ModuleType] = {format.NAME: format for format in (timm, huggingface, google)}
@@ -80,7 +81,7 @@ def _model(given: Given) -> Iterator[str]:
     lines.append(f"Input: images of {size}; pixels on [0, 1] minus mean ({mean}), over standard deviation ({std}).")
     yield "\n".join(f"- {line}" for line in lines)
     if given.classes and not given.projects:
-        names = ", ".join(code(name) for name in given.classes[:MOST_CLASSES])
+        names = ", ".join(map(code, displayed(given.classes[:MOST_CLASSES])))
         more = len(given.classes) - MOST_CLASSES
         yield f"Classes, in the order of the logits: {names}{f' and {more} more' if more > 0 else ''}."
 

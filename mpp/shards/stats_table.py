@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mpp.errors import counted, shown
+from mpp.shards.classes import displayed
 from mpp.shards.duplicates import Copy, Duplicates
 from mpp.shards.stats import SplitStats, Spread, Stats
 
@@ -53,7 +54,7 @@ def _row(name: str, spread: Spread | None, digits: int = 0) -> str:
 def _classes(stats: Stats) -> list[str]:
     if not stats.classes:
         return ["no labels"]
-    names, splits = [shown(name) for name in stats.classes], stats.splits
+    names, splits = displayed(stats.classes), stats.splits
     present = [label for label in range(len(names)) if any(split.images_by_label[label] for split in splits.values())]
     lines = [f"{len(present)} classes"]
     if len(present) <= FEW:

@@ -16,12 +16,28 @@ from mpp.models.classifier import Head
 from mpp.models.encoder import fill
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
-from mpp.weights import big_vision, capi, clip, dino, files, google, huggingface, huggingface_clip, mae, timm, unread
+from mpp.weights import (
+    big_vision,
+    capi,
+    clip,
+    dino,
+    files,
+    google,
+    huggingface,
+    huggingface_clip,
+    huggingface_siglip,
+    mae,
+    timm,
+    unread,
+)
 from mpp.weights.files import Source, WeightsError
 from mpp.weights.format import Layout, Part
 
 # The first that recognises a file reads it: those that others' names could be taken for come last.
-FORMATS: tuple[ModuleType, ...] = (google, big_vision, huggingface, huggingface_clip, clip, capi, mae, dino, timm)
+FORMATS: tuple[ModuleType, ...] = (
+    *(google, big_vision, huggingface, huggingface_clip, huggingface_siglip),
+    *(clip, capi, mae, dino, timm),
+)
 SHOWN = 6  # names of tensors in an error
 PREFIX = "prefix"  # a fact about the file and not about its encoder: where in it the model is
 

@@ -74,12 +74,7 @@ def recognises(source: Source) -> bool:
 def layout(source: Source, facts: dict[str, Any]) -> Layout:
     """The tower. Without config.json, sizes are the tensors' and all else is that of OpenAI's models."""
     prefix, tensors = _prefix(source) or "", source.tensors
-    settings = _settings(source.config)
-    told: Told = depth_told(tensors, f"{prefix}encoder.layers.")
-    width, channels, patch, _ = shape_of(source, name := f"{prefix}{PATCHES}", 4)
-    told |= {"hidden_size": (width, name), "num_channels": (channels, name), "patch_size": (patch, name)}
-    told["patches"] = shape_of(source, f"{prefix}{TABLE}.weight", 2)[0] - 1, f"{prefix}{TABLE}.weight"
-    told["intermediate_size"] = shape_of(source, name := f"{prefix}encoder.layers.0.mlp.fc1.weight", 2)[0], name
+    settings, told = section(source.config, WHOLE, TOWER, DEFAULTS), told_of(source, prefix, 1)
     config = config_of(source, settings, FAMILY, told, False, facts)
     head: dict[str, Part] = {}
     classes: tuple[str, ...] = ()
@@ -95,19 +90,31 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     return Layout(config, parts(config, prefix), head, classes, aside, guessed)
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the image tower, those that the file leaves out too; {} without config.json."""
+def section(config: dict[str, Any], whole: tuple[str, ...], tower: tuple[str, ...], defaults: dict[str, Any]) -> dict:
+    """The settings of an image tower, those that the file leaves out too; {} without config.json.
+
+    whole, tower: the `model_type` of models with a text tower beside, and of image towers alone.
+    """
     kind = config.get("model_type")
     if kind is None:
         return {}
-    if kind not in WHOLE + TOWER:
-        raise ValueError(f"config.json: model_type must be one of {', '.join(WHOLE + TOWER)}, found {kind!r}")
-    sections = (
-        [config] if kind in TOWER else [config.get(name) or {} for name in ("vision_config", "vision_config_dict")]
-    )
+    if kind not in whole + tower:
+        raise ValueError(f"config.json: model_type must be one of {', '.join(whole + tower)}, found {kind!r}")
+    places = ("vision_config", "vision_config_dict")  # the second, of early releases, overrides the first
+    sections = [config] if kind in tower else [config.get(name) or {} for name in places]
     if not all(isinstance(section, dict) for section in sections):
         raise ValueError("config.json: vision_config must be an object")
-    return {key: value for section in (DEFAULTS, *sections) for key, value in section.items() if key in DEFAULTS}
+    return {key: value for section in (defaults, *sections) for key, value in section.items() if key in defaults}
+
+
+def told_of(source: Source, prefix: str, front: int) -> Told:
+    """The sizes that the tensors show. front: rows of the positions that are no patches'."""
+    told = depth_told(source.tensors, f"{prefix}encoder.layers.")
+    width, channels, patch, _ = shape_of(source, name := f"{prefix}{PATCHES}", 4)
+    told |= {"hidden_size": (width, name), "num_channels": (channels, name), "patch_size": (patch, name)}
+    told["patches"] = shape_of(source, name := f"{prefix}{TABLE}.weight", 2)[0] - front, name
+    told["intermediate_size"] = shape_of(source, name := f"{prefix}encoder.layers.0.mlp.fc1.weight", 2)[0], name
+    return told
 
 
 def parts(config: ViTConfig, prefix: str) -> dict[str, Part]:
@@ -120,6 +127,12 @@ def parts(config: ViTConfig, prefix: str) -> dict[str, Part]:
     for kind in BOTH:
         found[f"norm_pre.{kind}"] = same(f"{prefix}pre_layrnorm.{kind}")  # so spelt
         found[f"norm.{kind}"] = same(f"{prefix}post_layernorm.{kind}")
+    return found | blocks(config, prefix)
+
+
+def blocks(config: ViTConfig, prefix: str) -> dict[str, Part]:
+    """Where each tensor of the blocks is."""
+    found: dict[str, Part] = {}
     for number in range(config.depth):
         ours, theirs = f"blocks.{number}", f"{prefix}encoder.layers.{number}"
         for kind in BOTH:

@@ -12,11 +12,13 @@ from mpp.weights.files import Source
 
 
 class Marks:
-    """What a file is known by: the ends of its tensors' names, and transformers' `model_type`."""
+    """What a file is known by: the ends of its tensors' names, some shapes, and transformers' `model_type`."""
 
     def __init__(self, source: Source) -> None:
         self.names = [f".{name}" for name in source.tensors]
         self.rows = [t.shape[1] for n, t in source.tensors.items() if n.endswith("position_embeddings") and t.ndim == 3]
+        stems = [tensor for name, tensor in source.tensors.items() if name.endswith("patch_embedding.weight")]
+        self.flat = any(stem.ndim == 2 for stem in stems)  # whether patches come cut out already
         self.kind = str(source.config.get("model_type"))
 
     def all(self, *ends: str) -> bool:
@@ -73,9 +75,9 @@ KINDS = (
         "facebookresearch/ijepa's own checkpoints are",
     ),
     Unread(
-        "SigLIP in transformers' names",
-        lambda file: file.kind.startswith("siglip") or file.all("head.probe", "embeddings.position_embedding.weight"),
-        "SigLIP's image towers are from timm and from big_vision's .npz",
+        "SigLIP 2 for images of any shape (NaFlex)",
+        lambda file: file.kind.startswith("siglip2") or file.flat,
+        "SigLIP and SigLIP 2 for images of one size are",
     ),
     Unread(
         "a Swin Transformer",

@@ -17,6 +17,8 @@ _HOMES = {
     "Scale": "mpp.optim",
     "OBJECTIVES": "mpp.objectives",
     "Encoder": "mpp.models.encoder",
+    "PixelWarning": "mpp.models.encoder",
+    "Input": "mpp.augment.input",
     "EncoderConfig": "mpp.models.encoder_config",
     "ENCODERS": "mpp.models.encoders",
     "PROTOCOLS": "mpp.eval.probes.protocols",

@@ -170,11 +170,16 @@ def _open(data: bytes) -> Image.Image:
 
 def _decode_with_pillow(data: bytes, mode: str) -> np.ndarray:
     with _open(data) as image:
-        orientation = _orientation(image)
         try:
-            pixels = np.array(_eight_bits(image, mode))  # a copy: torch takes no read-only array
+            return pixels_of(image, mode)
         except PILLOW_ERRORS as error:
             raise DamagedImage(_cause(error, data)) from None
+
+
+def pixels_of(image: Image.Image, mode: str) -> np.ndarray:
+    """The pixels of Pillow's image as `decode` gives those of a file; Pillow's errors if it can't be read."""
+    orientation = _orientation(image)
+    pixels = np.array(_eight_bits(image, mode))  # a copy: torch takes no read-only array
     return _upright(pixels.reshape(*pixels.shape[:2], -1), orientation)
 
 

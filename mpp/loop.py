@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from mpp import checkpoint, jsons
 from mpp.batch import Batch
+from mpp.data.batches import Batches
 from mpp.errors import shown
 from mpp.execution import Images, Loss, choose, forward_pass
 from mpp.hardware import device_of
 from mpp.log import Log
-from mpp.models.encoder import Encoder
+from mpp.models.encoder import Encoder, feed
 from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
@@ -53,6 +54,8 @@ def train(
     ValueError for a config that does not say in steps how long.
     """
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
+    if isinstance(batches, Batches):
+        feed(objective, batches.input)
     _refuse_other_numbers(objective, batches)
     described = {"encoder": jsons.text(facts_of_result(objective))}  # goes with the weights of every checkpoint
     evaluation = evaluate_every if evaluate else 0
@@ -67,7 +70,7 @@ def train(
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
     start = resume(objective, optimizer, ema, out / "checkpoints")
     objective.progress.fill_(start / steps)
-    forward = checked(objective.config.name, forward_pass(objective, config, execution))
+    forward = checked(objective, forward_pass(objective, config, execution))
     clock = Clock(config.lr)
     # Read once: the first batch of streamed shards may have to be fetched again.
     shown = functools.cache(lambda: next(batches.at(0).split(PICTURED)).to(device))
@@ -265,18 +268,20 @@ def facts_of_result(objective: Objective) -> dict[str, object]:
     place = next((place for place, module in objective.named_modules() if module is encoder), None)
     if place is None or not isinstance(encoder, Encoder):
         raise TrainingError(f"{name}: results()['encoder'] must be an mpp.Encoder that is a part of the objective")
-    return {**facts_of(encoder.config), "place": f"{place}."}
+    return {**facts_of(encoder), "place": f"{place}."}
 
 
-def checked(name: str, forward: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
+def checked(objective: Objective, forward: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
     """The forward pass, whose first outputs are looked at: what is wrong with an objective is best told at once."""
     seen = False
 
     def first_checked(batch: Batch) -> Loss:
         nonlocal seen
+        if not seen and batch.images.is_floating_point():
+            objective.encoder.look(batch.images)  # one wait for the device, and none for uint8
         outputs = forward(batch)
         if not seen:
-            _check_outputs(name, outputs)
+            _check_outputs(objective.config.name, outputs)
             seen = True
         return outputs
 

@@ -243,11 +243,12 @@ def head_shapes(width: int, classes: int, hidden: int) -> dict[str, tuple]:
     return shapes
 
 
-def resnet_shapes(stages: tuple[int, ...], channels: int = 3) -> dict[str, tuple]:
-    shapes: dict[str, tuple] = {"conv_root/kernel": (7, 7, channels, 64), "gn_root/scale": (64,), "gn_root/bias": (64,)}
-    inputs = 64
+def resnet_shapes(stages: tuple[int, ...], channels: int = 3, root: int = 64) -> dict[str, tuple]:
+    shapes: dict[str, tuple] = {"conv_root/kernel": (7, 7, channels, root)}
+    shapes |= {"gn_root/scale": (root,), "gn_root/bias": (root,)}
+    inputs = root
     for stage, units in enumerate(stages, 1):
-        width = 64 * 2 ** (stage - 1)
+        width = root * 2 ** (stage - 1)
         for unit in range(1, units + 1):
             name = f"block{stage}/unit{unit}"
             kernels = {"1": (1, 1, inputs, width), "2": (3, 3, width, width), "3": (1, 1, width, 4 * width)}
@@ -274,10 +275,11 @@ def google_shapes(
     stages: tuple[int, ...] | None = None,
     channels: int = 3,
     names: tuple[str, ...] = GOOGLE,
+    root: int = 64,
 ) -> dict[str, tuple]:
-    """Every array of one of Google's files. side: of the embedding's kernel; stages: of the hybrid's ResNet."""
-    shapes: dict[str, tuple] = {} if stages is None else resnet_shapes(stages, channels)
-    inputs = channels if stages is None else 256 * 2 ** (len(stages) - 1) if stages else 64
+    """Every array of one of Google's files. side: of the embedding's kernel; stages, root: of the hybrid's ResNet."""
+    shapes: dict[str, tuple] = {} if stages is None else resnet_shapes(stages, channels, root)
+    inputs = channels if stages is None else 4 * root * 2 ** (len(stages) - 1) if stages else root
     shapes |= {"embedding/kernel": (side, side, inputs, width), "embedding/bias": (width,)}
     shapes |= {"Transformer/posembed_input/pos_embedding": (1, token + grid[0] * grid[1], width)}
     shapes |= {"cls": (1, 1, width)} if token else {}

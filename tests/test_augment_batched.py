@@ -16,6 +16,7 @@ from mpp.augment.batched_erase import erase, mix
 from mpp.augment.batched_randaugment import operate
 from mpp.augment.colour import NEUTRAL, reach
 from mpp.augment.config import AugmentConfig
+from mpp.augment.input import Input
 from mpp.augment.plan import Plan, apply, evaluation_plan, noise_table, training_plan
 from mpp.augment.randaugment import NAMES, OPERATIONS
 
@@ -231,7 +232,7 @@ def test_a_whole_plan_gives_the_cpus_pictures_but_for_rounding(crop_, size, allo
 
 def test_evaluation_gives_the_cpus_centres():
     images = samples((45, 60))
-    plan = evaluation_plan(AugmentConfig(centre=0.875), np.tile([[45, 60]], (24, 1)), (24, 24))
+    plan = evaluation_plan(Input((24, 24), centre=0.875), np.tile([[45, 60]], (24, 1)))
     off = differences(augment(images, plan, (24, 24)), one_by_one(images, plan, (24, 24)))
     assert off.max() <= 1
     assert off.float().mean() < 0.02

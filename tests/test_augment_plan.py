@@ -109,7 +109,7 @@ def test_evaluation_sees_the_centre():
     sizes = np.array([[100, 160], [160, 100], [64, 64]])
     assert centre(sizes, (32, 32), 1.0).tolist() == [[0, 30, 100, 100], [30, 0, 100, 100], [0, 0, 64, 64]]
     assert centre(sizes, (32, 64), 0.5).tolist() == [[30, 40, 40, 80], [67, 25, 25, 50], [24, 16, 16, 32]]
-    found = evaluation_plan(AugmentConfig(centre=0.5), sizes, (32, 64))
+    found = evaluation_plan(AugmentConfig(centre=0.5).input((32, 64)), sizes)
     assert not found.flips.any()
     assert not found.shifts.any()
 
@@ -173,7 +173,7 @@ def unchanged_but_for(size: tuple[int, int], box: tuple[int, int, int, int]) -> 
 def test_pictures_are_only_changed_where_it_is_asked_for():
     sizes, positions = np.tile([[32, 32]], (10, 1)), np.arange(10)
     assert training_plan(AugmentConfig(), sizes, (32, 32), 0, positions).changes is None
-    assert evaluation_plan(STRONG, sizes, (32, 32)).changes is None
+    assert evaluation_plan(STRONG.input((32, 32)), sizes).changes is None
     assert [change.erasure for change in changes(AugmentConfig(randaugment=2), 10)] == [None] * 10
     assert [change.operations for change in changes(AugmentConfig(erase=1.0), 10)] == [[]] * 10
 

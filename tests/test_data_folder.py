@@ -9,7 +9,7 @@ from PIL import Image
 from shard_files import write_files
 
 import mpp.shards.pictures
-from mpp.augment.config import AugmentConfig
+from mpp.augment.input import Input
 from mpp.augment.plan import centre, resize
 from mpp.data.folder import open_pictures
 from mpp.decode import DamagedImage, decode, decode_first
@@ -39,12 +39,12 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def read(source: Path, mode: str = "RGB", augment: AugmentConfig | None = None, through=lambda files: files):
+def read(source: Path, mode: str = "RGB", share: float = 1.0, through=lambda files: files):
     """The images, labels and keys of a source, and why others are damaged. through: a change of its files."""
     images, labels = [], []
     with open_source(source, source.parent) as files:
         found, classes = understand(str(source), files, True, lambda line: None)
-        options = {"mode": mode, "image": IMAGE, "augment": augment or AugmentConfig()}
+        options = {"mode": mode, "input": Input(IMAGE, centre=share)}
         batches, known = open_pictures(source, through(files), found, classes, 3, **options)
         for one in batches.iterate():
             images += list(one.images.permute(0, 2, 3, 1).numpy())
@@ -63,7 +63,7 @@ def by_hand(data: bytes, mode: str, share: float) -> np.ndarray:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("share", [1.0, 0.6])
 def test_pictures_are_those_of_decoding_centring_and_resizing_each_by_hand(source, mode, share):
-    images, labels, keys, _ = read(source, mode=mode, augment=AugmentConfig(centre=share))
+    images, labels, keys, _ = read(source, mode=mode, share=share)
     first, second = (f"class0/0{number}.jpg" for number in (0, 2, 4)), ("1.jpg", "3.png", "5.jpg")
     assert sorted(keys) == [*first, *(f"class1/0{name}" for name in second), "loose.png"]
     assert labels == [key.split("/")[0] if "/" in key else None for key in keys]

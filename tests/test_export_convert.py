@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import mpp
 from mpp.errors import UserError
 from mpp.export import convert as module
 from mpp.export.convert import CHOICES, ConvertError, convert, facts_of
+from mpp.models import encoders
 from mpp.models.classifier import Classifier, Head
 from mpp.models.cnn import ResNet
 from mpp.models.resnet_config import ResNetConfig
@@ -328,7 +328,7 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path):
 
 def test_a_damaged_classifier_does_not_pass_for_an_encoder(tmp_path):
     path = saved(classifier(tiny()), tmp_path)
-    about = {"encoder": json.dumps(asdict(tiny_config(width=32, depth=1)) | {"classes": []})}
+    about = {"encoder": json.dumps(encoders.facts_of(tiny()) | {"classes": []})}
     save_file(load_file(path), path, about)
     assert "names no classes" in refused(tmp_path, path, tmp_path / "out", "timm")
 

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import shutil
 from dataclasses import asdict
 
@@ -13,6 +14,7 @@ from torch import nn
 from mpp.errors import UserError
 from mpp.models.classifier import Classifier, Head
 from mpp.models.cnn import ResNet
+from mpp.models.encoders import facts_of
 from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 from mpp.weights import WeightsError, load_classifier, load_encoder, save_classifier, save_encoder, timm
@@ -190,7 +192,7 @@ def test_files_of_other_programs_are_refused(tmp_path):
     ],
 )
 def test_tensors_that_do_not_fit_the_config_are_named(change, expected, encoder_file):
-    tensors, metadata = load_file(encoder_file), {"encoder": json.dumps(asdict(tiny_config()))}
+    tensors, metadata = load_file(encoder_file), {"encoder": json.dumps(facts_of(ViT(tiny_config())))}
     change(tensors)
     save_file(tensors, encoder_file, metadata)
     with pytest.raises(WeightsError, match=expected):
@@ -219,27 +221,48 @@ def test_a_run_without_labels_has_no_classifier(trained, encoder_file):
 def test_classes_that_can_not_be_are_refused(classes, tmp_path):
     path, encoder = tmp_path / "classifier.safetensors", ViT(tiny_config())
     save_classifier(Classifier(encoder, Head(encoder.width, 2), ["a", "b"]), path)
-    about = json.dumps(asdict(encoder.config)).removesuffix("}") + f', "classes": {classes}}}'
+    about = json.dumps(facts_of(encoder)).removesuffix("}") + f', "classes": {classes}}}'
     save_file(load_file(path), path, {"encoder": about})
     refused(path, load_classifier)
 
 
 @pytest.mark.parametrize("name", ["alexnet", 3, None, ["vit"], {}])
 def test_an_encoder_of_an_unknown_kind_is_refused(name, encoder_file):
-    config = {**asdict(tiny_config()), "name": name}
+    config = {**facts_of(ViT(tiny_config())), "name": name}
     save_file(load_file(encoder_file), encoder_file, {"encoder": json.dumps(config)})
     refused(encoder_file)
 
 
-def test_a_file_from_before_encoders_had_names_holds_a_vit(encoder_file, tiny_vit):
-    config = {key: value for key, value in asdict(tiny_vit.config).items() if key != "name"}
-    save_file(load_file(encoder_file), encoder_file, {"encoder": json.dumps(config)})
-    assert equal(load_encoder(encoder_file), tiny_vit.state_dict())
+def test_a_file_that_does_not_say_what_its_encoder_is_fed_is_refused(encoder_file, tiny_vit):
+    """As those of earlier versions: whatever is assumed of it, figures might be other than those of its training."""
+    save_file(load_file(encoder_file), encoder_file, {"encoder": json.dumps(asdict(tiny_vit.config))})
+    assert "no 'input', what it is fed: a file of an earlier version of mpp" in refused(encoder_file)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"centre": 0}, r"centre must be in \(0, 1\], got 0"),
+        ({"centre": "half"}, "centre must be in"),
+        ({"centre": float("nan")}, "centre must be in"),
+        ({"image": [32, 47]}, "must be a multiple of model.patch"),
+        ({"image": [2**20, 2**20]}, "image must be two sides"),
+        ({"image": 32}, "image must be two sides"),
+        ({"fit": "stretch"}, "fit must be one of crop, squeeze, got 'stretch'"),
+        ({"filter": ["bicubic"]}, "filter must be one of"),
+        ({"zoom": 2}, "zoom"),
+    ],
+)
+def test_what_an_encoder_can_not_be_fed_is_refused(wrong, why, encoder_file, tiny_vit):
+    facts = facts_of(tiny_vit)
+    facts["input"] |= wrong
+    save_file(load_file(encoder_file), encoder_file, {"encoder": json.dumps(facts)})
+    assert re.search(why, refused(encoder_file))
 
 
 def test_weights_in_half_precision_become_float32(encoder_file, tiny_vit):
     half = {name: value.bfloat16() for name, value in load_file(encoder_file).items()}
-    save_file(half, encoder_file, {"encoder": json.dumps(asdict(tiny_vit.config))})
+    save_file(half, encoder_file, {"encoder": json.dumps(facts_of(tiny_vit))})
     assert {value.dtype for value in load_encoder(encoder_file).state_dict().values()} == {torch.float32}
 
 
@@ -254,7 +277,7 @@ def test_an_encoder_that_does_not_fit_on_the_disk_leaves_the_old_one(tiny_vit, t
 
 
 def test_a_config_that_claims_what_the_tensors_are_not_costs_no_memory(encoder_file):
-    config = {**asdict(tiny_config()), "width": 10**5, "depth": 100}  # 48 TB of weights
+    config = {**facts_of(ViT(tiny_config())), "width": 10**5, "depth": 100}  # 48 TB of weights
     save_file(load_file(encoder_file), encoder_file, {"encoder": json.dumps(config)})
     assert "missing, unexpected or of another shape" in refused(encoder_file)
 
@@ -276,8 +299,8 @@ def foreign_file(tiny_vit, tmp_path):
     [
         ({"heads": "2"}, "model.heads must be int, got '2'"),
         ({"heads": True}, "model.heads must be int, got True"),
-        ({"image": "x\n"}, "model.image must be tuple[int, int], got 'x\\n'"),
-        ({"image": (16,)}, "model.image must be tuple[int, int], got (16,)"),
+        ({"image": "x\n"}, "image must be two sides of at least 1 pixel, at most 2 ** 28 in all, got 'x\\n'"),
+        ({"image": (16,)}, "image must be two sides of at least 1 pixel, at most 2 ** 28 in all, got (16,)"),
         ({"mean": (float("nan"),)}, "model.mean must be tuple[float, ...], got (nan,)"),
         ({"gelu": "relu"}, "model.gelu must be one of erf, tanh, quick, got 'relu'"),
         ({"pool": "max"}, "model.pool must be one of cls, avg, avg_norm, cls_avg, map, got 'max'"),

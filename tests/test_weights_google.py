@@ -28,6 +28,8 @@ KINDS = {
     "hybrid": TINY,
     "hybrid of three stages": {**TINY, "side": 1, "stages": (2, 1, 2), "grid": (2, 2), "depth": 1},
     "hybrid of the root alone": {**TINY, "stages": ()},
+    "narrow hybrid": {**TINY, "root": 32},
+    "wide hybrid": {**TINY, "root": 96, "stages": (1, 1), "side": 1},
     "one channel": {**SIZES, "channels": 1},
     "vit_jax's own checkpoints": {**SIZES, "names": numpy_vit.LINEN},
 }
@@ -209,6 +211,7 @@ WRITABLE = {
     "token": {},
     "gap": {"pool": "avg"},
     "hybrid": {"stem": "hybrid", "stages": (1, 2), "patch": 16, "image": (48, 48)},
+    "wide hybrid": {"stem": "hybrid", "stages": (1,), "stem_width": 128, "patch": 8},
     "mlp": {"mlp": 80},
     "channels": {"channels": 4},
     "other interpolation": {"resize": "bicubic"},
@@ -329,7 +332,8 @@ def test_the_usage_is_python_with_the_models_sizes(kind: str) -> None:
     encoder = writable(**WRITABLE[kind])
     text = google.usage(encoder, head_of(32, 12))
     compile(text, "usage", "exec")
-    side = {"hybrid": 2}.get(kind, 8)
+    side = {"hybrid": 2, "wide hybrid": 2}.get(kind, 8)
+    assert ('"width_factor": 2}' in text) == (kind == "wide hybrid")
     for words in (f'"size": ({side}, {side})', "num_classes=5", "representation_size=12", "hidden_size=32"):
         assert words in text
     assert ('classifier="gap"' in text) == (kind == "gap")

@@ -187,3 +187,14 @@ def test_the_search_takes_linear_time():
     before = time.process_time()
     assert prefixes.choose(names, None, lambda one, other: False) is None
     assert time.process_time() - before < 3
+
+
+def test_a_checkpoint_of_moco_v3_gives_its_base_encoder(tmp_path):
+    """facebookresearch/moco-v3: an MLP in the place of the head, with batch norm, and a predictor beside."""
+    head = {"head.0.weight": torch.ones(8, 32), "head.1.weight": torch.ones(8), "head.1.running_mean": torch.ones(8)}
+    content = under("module.base_encoder.", ONE | head) | under("module.momentum_encoder.", OTHER | head)
+    content |= {"module.predictor.0.weight": torch.ones(3)}
+    path = saved(tmp_path / "vit-b.pth.tar", {"epoch": 300, "arch": "vit_base", "state_dict": content, "optimizer": {}})
+    encoder = mpp.load_encoder(path, heads=2)
+    assert is_of(encoder, ONE)
+    assert set(head) <= set(encoder.left_aside)

@@ -49,6 +49,15 @@ KINDS = {
     "timm relposmlp": (of_timm("vit_relpos_base_patch32_plus_rpn_256"), "relative"),
     "timm deit": (of_timm("deit_tiny_distilled_patch16_224"), "distilled DeiT"),
     "timm eva": (of_timm("eva02_tiny_patch14_224"), "EVA"),
+    "timm rope": (of_timm("vit_medium_patch16_rope_reg1_gap_256"), "EVA"),
+    "timm differential": (of_timm("vit_dwee_patch16_reg1_gap_256"), "differential attention"),
+    "timm parallel": (of_timm("vit_small_patch16_18x2_224"), "parallel blocks"),
+    "timm parallel in one": (of_timm("vit_base_patch16_xp_224"), "parallel blocks"),
+    "timm naflex": (
+        lambda: timm.create_model("naflexvit_base_patch16_gap", embed_dim=32, depth=1, num_heads=2),
+        "NaFlexViT",
+    ),
+    "timm hiera": (lambda: timm.create_model("hiera_tiny_224", embed_dim=16, stages=(1, 1, 1, 1)), "Hiera"),
     "timm swin": (
         lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=24, num_heads=(2, 2)),
         "Swin",
@@ -162,7 +171,6 @@ def plain(**changes):
     [
         (lambda: plain(embed_dim=40), {"N": "2"}),
         (lambda: plain(img_size=(24, 32)), {"h": "24", "w": "32"}),
-        (lambda: plain(pos_embed="none"), {"h": "24", "w": "32"}),
         (lambda: plain(img_size=24, reg_tokens=4, no_embed_class=True, class_token=True), {"h": "24", "w": "24"}),
     ],
 )
@@ -178,6 +186,16 @@ def test_advice_is_followed_in_python_and_on_the_command_line(tensors, fill, tmp
     assert getattr(encoder.config, name) == facts[name]
     convert(path, tmp_path / "out", "safetensors", **facts_of([f"{name}={value.replace('(', '[').replace(')', ']')}"]))
     assert mpp.load_encoder(tmp_path / "out").config == encoder.config
+
+
+def test_a_model_without_positions_is_said_to_be_one(tmp_path):
+    """As rotary positions leave no tensors either, which would be taken for none."""
+    path = tmp_path / "x.safetensors"
+    save_file(plain(pos_embed="none"), path)
+    text = refused(path, image=(24, 32))
+    advice = re.search(r'positions="(\w+)"', text)[1]
+    assert "image=(h, w)" in refused(path, positions=advice)
+    assert mpp.load_encoder(path, image=(24, 32), positions=advice).config.positions == "none"
 
 
 def test_a_pool_that_the_norm_contradicts_is_named_and_works(tmp_path):

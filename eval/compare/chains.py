@@ -236,7 +236,7 @@ class Chains:
         shards, train, test = self.comparison.data
         with claimed(out, "in use by a comparison that is still going"):
             encoder = self.probed(arm, seed, fraction)
-            weights = fingerprint(encoder)
+            weights = identity(encoder)
             done, rows = read_rows(out / ROWS) if probed_weights(out / ROWS) == weights else ([], [])
             index, missing = read_index(shards, train), [one for one in asked if one not in done]
             for share in dict.fromkeys(one.fraction for one in missing):
@@ -254,6 +254,11 @@ def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
     """What a probing was asked for, and the rows it gave; nothing where there is no such file, or it was cut."""
     results = _unsealed(path)
     return ([Asked(*one) for one in results["asked"]], results["rows"]) if results else ([], [])
+
+
+def identity(encoder: Encoder) -> str:
+    """What tells a frozen encoder from another: its weights, and what it is fed."""
+    return f"{fingerprint(encoder)} {encoder.input}"
 
 
 def probed_weights(path: Path) -> str | None:

@@ -17,11 +17,11 @@ from mpp.jsons import encoded
 from mpp.recipe.settled import RunError
 from mpp.run.images import check_classes, make_missing, open_images
 from mpp.run.start import earlier, same_run, same_weights
-from mpp.weights import WeightsError, fingerprint
+from mpp.weights import WeightsError
 
 from ..report.report import write_report
 from .arms import load_comparison
-from .chains import Chains, Job, probed_weights
+from .chains import Chains, Job, identity, probed_weights
 from .gather import gather
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing
@@ -76,7 +76,7 @@ def other_than_wanted(job: Job) -> str | None:
     folder = job.result.parent
     if job.encoder and (weights := probed_weights(job.result)) is not None:
         with suppress(WeightsError):  # gone: what was read off them stays
-            if fingerprint(job.encoder()) != weights:
+            if identity(job.encoder()) != weights:
                 return f"{job.result}: was read off other weights than there are now; delete it, or choose another out="
     try:
         if job.recipe is not None and (before := earlier(folder)) is not None:

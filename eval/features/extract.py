@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mpp import budget, jsons
-from mpp.augment.config import AugmentConfig
 from mpp.data.read import read_shards
 from mpp.errors import UserError, cause, shown
 from mpp.files import FileError, refuse_unreadable, write_atomically
@@ -128,7 +127,7 @@ def key(encoder: Encoder, index: Index, blocks: Sequence[int]) -> str:
         "format": FORMAT,
         "encoder": type(encoder).__name__,
         "config": asdict(encoder.config),
-        "augment": asdict(AugmentConfig()),
+        "input": asdict(encoder.input),
         "mode": index.mode,
         "bfloat16": multiplies_bfloat16(device_of("auto")),
         "blocks": list(blocks),
@@ -165,7 +164,7 @@ def _compute(encoder: Encoder, shards: str | Path, split: str, blocks: Sequence[
     """The parts (n, d) of all whole images of a split, and their numbers."""
     device, training = device_of("auto"), encoder.training
     encoder.to(device).eval()
-    batches = read_shards(shards, BATCH, split=split, image=encoder.config.image, train=False)
+    batches = read_shards(shards, BATCH, split=split, input=encoder.input, train=False)
     collected: dict[str, list[Tensor]] = {}
     for batch in tqdm(batches.iterate(), f"features of {split}", len(batches), unit="batch"):
         if not len(batch):

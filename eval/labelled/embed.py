@@ -26,9 +26,12 @@ def embed(
     out: str | Path,
     *,
     split: str | None = None,
+    image: tuple[int, int] | None = None,
     report: Callable[[str], None] = print,
 ) -> None:
     """Writes the encoder's vector of each image of shards or of a plain folder to an .npz file, whole or not at all.
+
+    image: (h, w) of the images that the encoder is fed; what its weights say where not given.
 
     Its arrays: `features` float32 (n, d), `keys` (n,), and where images have labels `labels` int64 (n,), -1 for none,
     with `classes`, their names: of all splits of a folder of shards, so that files of two splits number them alike.
@@ -39,9 +42,9 @@ def embed(
         raise EmbedError(f"{out}: expected a name that ends in .npz")
     if not out.absolute().parent.is_dir():
         raise EmbedError(f"{out}: its folder does not exist")
-    encoder = load_encoder(weights)
+    encoder = load_encoder(weights, image=image)
     features, keys, labels = [], [], []
-    with open_images(data, encoder.config, split) as images:
+    with open_images(data, encoder, split) as images:
         for vectors, numbers, names in outputs(encoder, images, "features"):
             features.append(vectors)
             keys += names

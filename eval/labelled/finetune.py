@@ -32,6 +32,6 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
     if recipe.data.val is None:
         return out, None
     classifier = load_classifier(out)
-    scores = score_split(classifier, recipe.data.path, recipe.data.val, augment=recipe.data.augment)
+    scores = score_split(classifier, recipe.data.path, recipe.data.val)
     write_atomically(out / "scores.json", sealed({"classes": classifier.classes, **scores.to_json()}, indent=None))
     return out, scores

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpp.augment.config import AugmentConfig
 from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.folder import open_pictures
@@ -19,14 +18,14 @@ from mpp.data.read import read_shards
 from mpp.errors import UserError, shown
 from mpp.finite import all_finite
 from mpp.hardware import autocast, device_of
-from mpp.models.encoder_config import EncoderConfig
+from mpp.models.encoder import Encoder
+from mpp.models.pictures import MODES
 from mpp.remote.urls import is_url, shown_url
 from mpp.shards.index import UNFINISHED, no_index, read_index, splits
 from mpp.shards.sources import open_source, understand
 from mpp.shards.tar import ShardError
 
 BATCH = 256  # images
-MODES = {1: "L", 3: "RGB"}  # by the encoder's channels
 
 logger = logging.getLogger("mpp.eval")
 
@@ -69,28 +68,26 @@ class Images:
 
 
 @contextmanager
-def open_images(
-    data: str | Path, config: EncoderConfig, split: str | None = None, augment: AugmentConfig | None = None
-) -> Iterator[Images]:
+def open_images(data: str | Path, encoder: Encoder, split: str | None = None) -> Iterator[Images]:
     """Opens shards (a folder with an index, or its URL) or a plain folder or archive of images, of any depth.
 
-    split: which one; it may be left out where there is only one.
-    augment: says how much of each image evaluation sees (`centre`).
+    encoder: the images are made as it is fed them (`encoder.input`). split: which one; it may be left out where there
+    is only one.
 
     Raises a UserError of one line if there is nothing to read.
     """
-    augment = augment or AugmentConfig()
-    if config.channels not in MODES:
-        raise ImagesError(f"{data}: images have 1 or 3 channels, the encoder takes {config.channels}")
+    channels = encoder.config.channels
+    if channels not in MODES:
+        raise ImagesError(f"{data}: images have 1 or 3 channels, the encoder takes {channels}")
     if is_url(str(data)):
-        yield _of_shards(str(data), config, split or "train", augment)
+        yield _of_shards(str(data), encoder, split or "train")
         return
     data = Path(data)
     if not data.exists():
         raise ImagesError(f"{data}: no such folder")
     if splits(data) or (data / UNFINISHED).is_file():
         split = chosen_split(data, splits(data), split) if splits(data) else split or "train"
-        yield _of_shards(data, config, split, augment)
+        yield _of_shards(data, encoder, split)
         return
     with tempfile.TemporaryDirectory(prefix="mpp-") as unpacked, open_source(data, Path(unpacked)) as files:
         try:
@@ -101,8 +98,7 @@ def open_images(
             raise ImagesError(f"{data}: no images in it") from None
         split = chosen_split(data, sorted({picture.split for picture in pictures}), split)
         inside = [picture for picture in pictures if picture.split == split]
-        mode = MODES[config.channels]
-        found = open_pictures(data, files, inside, classes, BATCH, mode=mode, image=config.image, augment=augment)
+        found = open_pictures(data, files, inside, classes, BATCH, mode=MODES[channels], input=encoder.input)
         yield Images(str(data), *found, guessed=True)
 
 
@@ -115,14 +111,14 @@ def chosen_split(data: Path, present: list[str], split: str | None) -> str:
     return present[0] if split is None else split
 
 
-def _of_shards(data: str | Path, config: EncoderConfig, split: str, augment: AugmentConfig) -> Images:
-    index = read_index(data, split)
-    if index.mode != MODES[config.channels]:
+def _of_shards(data: str | Path, encoder: Encoder, split: str) -> Images:
+    index, mode = read_index(data, split), MODES[encoder.config.channels]
+    if index.mode != mode:
         kinds = {"L": "grey", "RGB": "colour"}
-        found = f"{kinds[index.mode]} images, the encoder takes {kinds[MODES[config.channels]]} ones"
+        found = f"{kinds[index.mode]} images, the encoder takes {kinds[mode]} ones"
         raise ImagesError(f"{data}: holds {found}")
     # Decoded images are not kept: each is looked at once.
-    batches = read_shards(data, BATCH, split=split, image=config.image, train=False, augment=augment, reader="indexed")
+    batches = read_shards(data, BATCH, split=split, input=encoder.input, train=False, reader="indexed")
     marked = dict.fromkeys(np.flatnonzero(index.damaged).tolist(), "marked as damaged in the index")
     return Images(f"{shown_url(str(data))}: split {split}", batches, marked, guessed=False)
 

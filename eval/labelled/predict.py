@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpp.augment.config import AugmentConfig
 from mpp.errors import UserError, shown
 from mpp.files import write_atomically
 from mpp.jsons import encoded
@@ -49,6 +48,7 @@ def predict(
     data: str | Path,
     *,
     split: str | None = None,
+    image: tuple[int, int] | None = None,
     out: str | Path | None = None,
     top: int = 5,
     scores_out: str | Path | None = None,
@@ -56,6 +56,7 @@ def predict(
 ) -> Scores | None:
     """Predicts the class of each image of shards or of a plain folder; the scores, if any image has a label.
 
+    image: (h, w) of the images that it is fed; what its weights say where not given.
     out: a .jsonl or .csv file with a line for each image; without it `report` gets the lines.
     top: classes named for each image.
     scores_out: a JSON file for the scores.
@@ -68,11 +69,11 @@ def predict(
     for path in (out, scores_out):
         if path is not None and not path.absolute().parent.is_dir():
             raise PredictError(f"{path}: its folder does not exist")
-    classifier = load_classifier(weights)
+    classifier = load_classifier(weights, image=image)
     if classifier.classes == joint(len(classifier.classes)):
         way = f"`mpp embed {weights} ...` gives vectors"
         raise PredictError(f"{weights}: its head is CLIP's projection, which tells no classes apart; {way}")
-    with open_images(data, classifier.encoder.config, split) as images:
+    with open_images(data, classifier.encoder, split) as images:
         numbers = label_numbers(images, classifier.classes)
         labelled = bool((numbers[images.labels] >= 0).any())
         if scores_out is not None and not labelled:
@@ -105,33 +106,27 @@ def _scored(
     return found
 
 
-def logits_of(
-    classifier: Classifier, shards: str | Path, split: str, *, augment: AugmentConfig | None = None
-) -> tuple[Tensor, Tensor]:
+def logits_of(classifier: Classifier, shards: str | Path, split: str) -> tuple[Tensor, Tensor]:
     """Logits float32 (n, classes) and labels (n,), as the classifier numbers them, of all good images of a split.
 
     Images are centred and in the shards' order; those without a label have -1.
     """
-    found = _judged(classifier, shards, split, augment)
+    found = _judged(classifier, shards, split)
     logits, labels = (torch.cat(part) for part in zip(*found, strict=True))
     return logits, labels
 
 
-def _judged(
-    classifier: Classifier, shards: str | Path, split: str, augment: AugmentConfig | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _judged(classifier: Classifier, shards: str | Path, split: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The same, batch by batch."""
-    with open_images(shards, classifier.encoder.config, split, augment) as images:
+    with open_images(shards, classifier.encoder, split) as images:
         numbers = label_numbers(images, classifier.classes)
         for logits, labels, keys in outputs(classifier, images, f"predictions for {split}"):
             yield logits, _renumbered(labels, numbers, len(keys))
 
 
-def score_split(
-    classifier: Classifier, shards: str | Path, split: str, *, augment: AugmentConfig | None = None
-) -> Scores:
+def score_split(classifier: Classifier, shards: str | Path, split: str) -> Scores:
     """Scores a classifier on the images of a split that have labels."""
-    found = [answers(logits, labels) for logits, labels in _judged(classifier, shards, split, augment)]
+    found = [answers(logits, labels) for logits, labels in _judged(classifier, shards, split)]
     if not any(len(part.labels) for part in found):
         raise PredictError(f"{shards}: split {split} holds no image with a label; scores need some")
     return scored(found)

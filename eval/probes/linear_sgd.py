@@ -108,7 +108,7 @@ def linear_sgd(
         shards,
         micro,
         split=train,
-        image=encoder.config.image,
+        image=encoder.input.image,
         seed=config.seed,
         train=True,
         augment=AugmentConfig(crop="inception", area=AREA),

@@ -22,6 +22,7 @@ from mpp.run.start import at_start
 from mpp.shards.classes import lacking, listed, translation
 from mpp.shards.index import read_index
 from mpp.weights import load_encoder
+from mpp.weights.fed import fed
 
 from ..features.extract import ProbeError, extract, kept_blocks
 from .protocols import PROTOCOLS, ProtocolError, cheap, check_names
@@ -44,6 +45,7 @@ class ProbeReport:
     train_images: int
     test_images: int
     rows: list[Row]
+    input: dict[str, Any] = field(default_factory=dict)  # what the encoder was fed: the fields of mpp.Input
     versions: dict[str, str] = field(
         default_factory=lambda: {name: importlib.metadata.version(name) for name in ("mpp", "torch")}
     )
@@ -73,19 +75,22 @@ def probe(
     train: str = "train",
     test: str = "test",
     untrained: bool = False,
+    image: tuple[int, int] | None = None,
     cache: Path | None = None,
 ) -> ProbeReport:
     """The figures of an encoder that `mpp.load_encoder` takes, or with `untrained` of the same one before its training.
 
-    protocols: names of PROTOCOLS; the cheap ones where not given. cache: the folder that keeps features; the user's own
-    where not given.
+    protocols: names of PROTOCOLS; the cheap ones where not given. image: (h, w) of the images that it is fed; what its
+    weights say where not given. cache: the folder that keeps features; the user's own where not given.
     """
     protocols = cheap() if protocols is None else protocols
     check_names(protocols)
-    encoder = _before_training(weights) if untrained else load_encoder(weights)
+    asked = {"image": image}
+    encoder = fed(_before_training(weights), asked, weights) if untrained else load_encoder(weights, **asked)
     task = _task(encoder, shards, train, test, None, _cache() if cache is None else cache, {})
     rows, images = _rows(task, protocols), (len(task.train), len(task.test))
-    return ProbeReport(str(weights), untrained, shown_url(str(shards)), train, test, *images, rows)
+    place, said = shown_url(str(shards)), asdict(encoder.input)
+    return ProbeReport(str(weights), untrained, place, train, test, *images, rows, said)
 
 
 def _cache() -> Path | None:

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from mpp.augment.input import Input
+
 HIGHEST = 10.0  # magnitude of RandAugment, timm's _LEVEL_DENOM
 
 
@@ -33,6 +35,10 @@ class AugmentConfig:
     magnitude: float = 9.0  # of RandAugment's operations, on timm's scale of 0 to 10
     magnitude_std: float = 0.0  # of normal noise on each magnitude; 0.5 is usual (timm's mstd0.5)
     erase: float = 0.0  # chance of an image to lose a rectangle to noise; 0.25 is usual (arXiv 1708.04896)
+
+    def input(self, image: tuple[int, int]) -> Input:
+        """What an encoder of such images (h, w) is fed in evaluation, and so goes with its weights."""
+        return Input(image, centre=self.centre)
 
     def __post_init__(self) -> None:
         if not 0 < self.area[0] <= self.area[1] <= 1:

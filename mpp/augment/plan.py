@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from mpp.augment.colour import NEUTRAL, Colour, Colours, recolour
 from mpp.augment.config import AugmentConfig
+from mpp.augment.input import Filter, Input
 from mpp.augment.randaugment import Operation, Operations, draw, operate
 from mpp.seeds import mix, uniform
 
@@ -66,6 +67,7 @@ class Plan:
     colours: Colours | None = None
     operations: Operations | None = None
     erasures: Erasures | None = None
+    filter: Filter = "bilinear"  # by which boxes are resized
 
     @property
     def changes(self) -> list[Change] | None:
@@ -93,16 +95,31 @@ def training_plan(
     return Plan(centre(sizes, image, 1.0), flips, shifts if config.crop == "shift" else still, *changes)
 
 
-def evaluation_plan(config: AugmentConfig, sizes: np.ndarray, image: tuple[int, int]) -> Plan:
+def evaluation_plan(input: Input, sizes: np.ndarray) -> Plan:
     """The centre of each image, the same every time."""
     still = np.zeros((len(sizes), 2), np.int64)
-    return Plan(centre(sizes, image, config.centre), np.zeros(len(sizes), bool), still)
+    boxes = squeezed(sizes, input.centre) if input.fit == "squeeze" else centre(sizes, input.image, input.centre)
+    return Plan(boxes, np.zeros(len(sizes), bool), still, filter=input.filter)
+
+
+def prepared(pixels: np.ndarray, input: Input) -> np.ndarray:
+    """One picture (h, w, c) as evaluation feeds it to an encoder, (h', w', c)."""
+    plan = evaluation_plan(input, np.array([pixels.shape[:2]]))
+    out = np.empty((*input.image, pixels.shape[2]), np.uint8)
+    apply(pixels, plan.boxes[0], False, (0, 0), out, filter=plan.filter)
+    return out
 
 
 def centre(sizes: np.ndarray, image: tuple[int, int], share: float) -> np.ndarray:
     """The largest centred boxes (b, 4) of the aspect of `image`, scaled by `share`."""
     scale = share * (sizes / np.array(image)).min(1, keepdims=True)
     box = np.maximum(np.rint(scale * np.array(image)), 1).astype(np.int64)
+    return np.concatenate([(sizes - box) // 2, box], axis=1)
+
+
+def squeezed(sizes: np.ndarray, share: float) -> np.ndarray:
+    """Centred boxes (b, 4) of a share of each side."""
+    box = np.maximum(np.rint(share * sizes), 1).astype(np.int64)
     return np.concatenate([(sizes - box) // 2, box], axis=1)
 
 
@@ -177,6 +194,7 @@ def apply(
     shift: Sequence[int],
     out: np.ndarray,
     change: Change | None = None,
+    filter: Filter = "bilinear",
 ) -> None:
     """Writes the box of `pixels` (h, w, c) into `out` (h', w', c), resized, shifted, flipped and changed."""
     top, left, height, width = box
@@ -184,12 +202,15 @@ def apply(
     down, right = shift
     if down or right:
         pad = max(abs(down), abs(right))
-        framed = cv2.copyMakeBorder(resize(cut, np.empty_like(out)), pad, pad, pad, pad, cv2.BORDER_REFLECT_101)
+        small = resize(cut, np.empty_like(out), filter)
+        framed = cv2.copyMakeBorder(small, pad, pad, pad, pad, cv2.BORDER_REFLECT_101)
         cut = framed.reshape(len(framed), -1, out.shape[2])[pad - down :, pad - right :][: len(out), : out.shape[1]]
     if flip:
-        cv2.flip(resize(cut, np.empty_like(out)), 1, out)  # NumPy needs five times as long to mirror a small image
+        cv2.flip(
+            resize(cut, np.empty_like(out), filter), 1, out
+        )  # NumPy needs five times as long to mirror a small image
     else:
-        resize(cut, out)
+        resize(cut, out, filter)
     if change is not None:
         if change.colour is not None:
             out[:] = recolour(out, change.colour)
@@ -215,8 +236,8 @@ def noise_table() -> np.ndarray:
     return np.repeat(np.arange(256, dtype=np.uint8), np.diff([0, *ends, 65536]))
 
 
-def resize(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Resizes (h, w, c) into `out` by the triangle filter, which antialiases where it shrinks (PIL's BILINEAR).
+def resize(pixels: np.ndarray, out: np.ndarray, filter: Filter = "bilinear") -> np.ndarray:
+    """Resizes (h, w, c) into `out` by PIL's filter of that name, which antialiases where it shrinks.
 
     What PIL gives differs by 0.03 grey levels in the mean of photographs, by 0.2 where a small picture is enlarged.
     """
@@ -224,11 +245,11 @@ def resize(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
     tall, wide, _ = pixels.shape
     if tall == height and wide == width:
         out[:] = pixels
-    elif tall <= height and wide <= width and height * width <= SMALL_PIXELS:
+    elif filter == "bilinear" and tall <= height and wide <= width and height * width <= SMALL_PIXELS:
         # Enlarging is plain bilinear interpolation; OpenCV's is a seventh of the cost of the call below at 32x32.
         cv2.resize(pixels, (width, height), out)
     else:
         picture = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # so, and only so, torch's fast kernel
-        picture = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)  # leaves (1, c, h, w) as it
+        picture = F.interpolate(picture, (height, width), mode=filter, antialias=True)  # leaves (1, c, h, w) as it
         out[:] = picture[0].permute(1, 2, 0).numpy()  # lies in memory, by pixels; else this line costs as much again
     return out

@@ -123,6 +123,7 @@ def probe(options: argparse.Namespace) -> None:
         train=options.train,
         test=options.test,
         untrained=options.untrained,
+        image=options.image,
     )
     print(found)
     if options.json:
@@ -146,14 +147,20 @@ def compare(options: argparse.Namespace) -> None:
 def embed(options: argparse.Namespace) -> None:
     from mpp.eval.labelled.embed import embed
 
-    embed(options.weights, options.data, options.out, split=options.split)
+    embed(options.weights, options.data, options.out, split=options.split, image=options.image)
 
 
 def predict(options: argparse.Namespace) -> None:
     from mpp.eval.labelled.predict import predict
 
     predict(
-        options.weights, options.data, split=options.split, out=options.out, top=options.top, scores_out=options.json
+        options.weights,
+        options.data,
+        split=options.split,
+        image=options.image,
+        out=options.out,
+        top=options.top,
+        scores_out=options.json,
     )
 
 

@@ -1,12 +1,13 @@
 """The verbs of the command line, their arguments and their help. Nothing here imports torch."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mpp.cli import commands
-from mpp.errors import without_secrets
+from mpp.errors import shown, without_secrets
 from mpp.eval.probes.protocols import PROTOCOLS, cheap
 
 Group = Any  # what `add_subparsers` gives
@@ -19,6 +20,12 @@ IMPORT: dict[str, Any] = {
     "dest": "imports",
     "action": "append",
     "help": "run a file, or import an installed module, that adds parts of your own (docs/extending.md)",
+}
+
+IMAGE: dict[str, Any] = {
+    "metavar": "PIXELS",
+    "type": lambda text: sides(text),
+    "help": "side of the images it is fed, or HEIGHTxWIDTH; default: what its weights say",
 }
 
 
@@ -124,6 +131,14 @@ def _training(verbs: Group) -> None:
     plan.add_argument("--measure", action="store_true", help="time a few steps on this machine")
 
 
+def sides(text: str) -> tuple[int, int]:
+    """An image's (h, w) of `224` or `224x320`."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
+    if not found or not min(pair := (int(found[1]), int(found[2] or found[1]))):
+        raise argparse.ArgumentTypeError(f"expected PIXELS, or HEIGHTxWIDTH, got {shown(text)!r}")
+    return pair
+
+
 def _probe(verbs: Group) -> None:
     example = "mpp probe runs/cifar10-mpp --data data/cifar10 --protocol all"
     help = "What a classifier reads off frozen features."
@@ -136,6 +151,7 @@ def _probe(verbs: Group) -> None:
     probe.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help=help)
     probe.add_argument("--train", default="train", metavar="SPLIT", help="split to fit on (default: train)")
     probe.add_argument("--test", default="test", metavar="SPLIT", help="split to score on (default: test)")
+    probe.add_argument("--image", **IMAGE)
     help = "the same encoder before training, for comparison"
     probe.add_argument("--untrained", action="store_true", help=help)
     probe.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
@@ -150,6 +166,7 @@ def _weights(verbs: Group) -> None:
         added.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, or file of weights")
         added.add_argument("data", metavar="DATA", help="folder of shards, or its URL; folder or archive of images")
         added.add_argument("--split", help="of the shards, where they have several")
+        added.add_argument("--image", **IMAGE)
     embed.add_argument("out", metavar="OUT.npz", type=Path)
     predict.add_argument("--out", type=Path, metavar="FILE", help=".jsonl or .csv; default: print them")
     predict.add_argument("--top", type=int, default=5, help="classes named for each image (default: 5)")

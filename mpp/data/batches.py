@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mpp.augment.config import AugmentConfig
+from mpp.augment.input import Input
 from mpp.augment.plan import Change, Plan, apply, evaluation_plan, training_plan
 from mpp.batch import Batch
 from mpp.data.config import LastBatch, PrepareName, View, batches_of
@@ -52,7 +53,7 @@ class Reading(NamedTuple):
     """How a split is read, nothing left to choose."""
 
     batch: int  # images of a step, over all ranks
-    image: tuple[int, int]  # (h, w) of the pictures, in the first view
+    input: Input  # what the pictures of the first view are for: their size and, in evaluation, what is seen
     seed: int
     train: bool  # shuffled, augmented and endless
     augment: AugmentConfig
@@ -77,10 +78,11 @@ class Batches:
 
     def __init__(self, images: Indexed, order: Order, reading: Reading) -> None:
         self.index, self.epoch = images.index, order.epoch  # positions that make one epoch
-        self.batch, self.image, self.seed, self.train = reading.batch, reading.image, reading.seed, reading.train
+        self.batch, self.input, self.seed, self.train = reading.batch, reading.input, reading.seed, reading.train
+        self.image = reading.input.image
         self.damaged: dict[int, str] = {}  # image number -> cause, of those met so far
         self._images, self._order, self._reading = images, order, reading
-        self._view_sizes = [reading.image, *(view.image for view in reading.views)]
+        self._view_sizes = [self.image, *(view.image for view in reading.views)]
         self._last = reading.last_batch if self.train else "kept"
         self._bad = images.index.damaged.copy()
         self._sizes = np.stack([images.index.height, images.index.width], axis=1).astype(np.int64)
@@ -183,7 +185,7 @@ class Batches:
         if self.train:
             first = training_plan(reading.augment, sizes, self.image, self.seed, positions)
         else:
-            first = evaluation_plan(reading.augment, sizes, self.image)
+            first = evaluation_plan(reading.input, sizes)
         return [first] + [
             training_plan(view.augment, sizes, view.image, seed_of(self.seed, VIEWS, number), positions)
             for number, view in enumerate(reading.views, 1)
@@ -196,6 +198,7 @@ class Batches:
         plans = self._plans(positions[rows], numbers[rows])
         ends = np.max([plan.boxes[:, 0] + plan.boxes[:, 2] for plan in plans], axis=0)  # of the rows that crops need
         first, *others = views
+        filter = plans[0].filter
         todo, *further = [_steps(plan, rows) for plan in plans]
 
         def work(part: slice) -> list[int]:
@@ -208,7 +211,7 @@ class Batches:
                     damaged.append(row)
                     self._report(int(numbers[row]), str(pixels))
                 else:
-                    apply(pixels, box, flip, shift, first[row], change)
+                    apply(pixels, box, flip, shift, first[row], change, filter)
             return damaged
 
         size = -(-len(todo) // (self._reading.threads * PARTS if self._pool else 1))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpp.augment.config import AugmentConfig
+from mpp.augment.input import Input
 from mpp.data.batches import NAMED, Batches, Reading
 from mpp.data.order import Chain
 from mpp.decode import DamagedImage, image_size
@@ -56,8 +57,7 @@ def open_pictures(
     batch: int,
     *,
     mode: str,
-    image: tuple[int, int],
-    augment: AugmentConfig,
+    input: Input,
 ) -> tuple[Batches, dict[int, str]]:
     """Batches of pictures of a source (`understand`), in order, centred, and each good one once, as for evaluation.
 
@@ -74,10 +74,10 @@ def open_pictures(
     index = _index(place, pictures, seen, classes, mode)
     reading = Reading(
         batch=batch,
-        image=image,
+        input=input,
         seed=0,
         train=False,
-        augment=augment,
+        augment=AugmentConfig(),
         last_batch="kept",
         windowed=False,
         threads=threads,

@@ -103,6 +103,7 @@ class DeviceBatches(Batches):
 
     def __init__(self, images: Indexed, order: Order, reading: Reading, device: torch.device) -> None:
         super().__init__(images, order, reading)
+        assert reading.input.filter == "bilinear", "training and its scores resize so"
         self._ahead = 1  # a source brings one batch, then gives it
         self.stored = isinstance(images, Resident) and len(sizes_of(images.index)) == 1
         kind = Kept if self.stored else Decoded

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mpp.augment.config import AugmentConfig
+from mpp.augment.input import Input
 from mpp.data.batches import Batches, Part, Reading
 from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, ShuffleName, ViewConfig
 from mpp.data.order import Chain, Mixture, Order
@@ -31,6 +32,7 @@ def read_shards(
     *,
     split: str = "train",
     image: tuple[int, int] | None = None,
+    input: Input | None = None,
     seed: int = 0,
     train: bool = True,
     augment: AugmentConfig | None = None,
@@ -54,6 +56,7 @@ def read_shards(
 
     batch: images of one step, over all ranks.
     image: (h, w) of the pictures; that of the shards' images where all are of one size.
+    input: what an encoder is fed (`encoder.input`), in the place of `image` and of what `augment` says of evaluation.
     train: shuffled, augmented and endless; otherwise in order, centred, and each good image once.
     views: more pictures of each image, in Batch.views, by any name: in evaluation too, where they are drawn as well.
     shuffle, window, sampling, last_batch, cache, cache_gib, allow: as in the `data` section of a recipe (DataConfig).
@@ -87,7 +90,9 @@ def read_shards(
         index = index.select(numbers)
     if len(classes):
         index = relabelled(index, classes)
-    return open_batches([index], batch, config, image=image, seed=seed, train=train, rank=rank, ranks=ranks)
+    return open_batches(
+        [index], batch, config, image=image, input=input, seed=seed, train=train, rank=rank, ranks=ranks
+    )
 
 
 def open_batches(
@@ -96,6 +101,7 @@ def open_batches(
     config: DataConfig,
     *,
     image: tuple[int, int] | None = None,
+    input: Input | None = None,
     seed: int = 0,
     train: bool = True,
     rank: int = 0,
@@ -119,10 +125,10 @@ def open_batches(
     shards = Shards(index, _cache(index, config))
     resident = config.reader == "resident" or (config.reader == "auto" and decoded_bytes(index) <= config.memory * GIB)
     images = (Resident if resident else Indexed)(shards)
-    size = image or _common_size(index)
+    input = input or config.augment.input(image or _common_size(index))
     reading = Reading(
         batch=batch,
-        image=size,
+        input=input,
         seed=seed,
         train=train,
         augment=config.augment,
@@ -130,7 +136,7 @@ def open_batches(
         windowed=window is not None,
         threads=config.threads or _threads_for(index),
         part=Part(rank, ranks),
-        views=config.further_views(size),
+        views=config.further_views(input.image),
     )
     if device is not None:
         from mpp.data.on_device import DeviceBatches  # here, as torchvision's transforms take a second to import

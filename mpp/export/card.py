@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from types import ModuleType
 from typing import Any
 
+from mpp.augment.input import Input
 from mpp.errors import counted
 from mpp.export import onnx
 from mpp.export.markdown import block, code
@@ -19,6 +20,7 @@ from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.shards.classes import displayed
 from mpp.weights import google, huggingface, timm
+from mpp.weights.fed import NAMES
 
 WRITERS: dict[str, ModuleType] = {format.NAME: format for format in (timm, huggingface, google)}
 TITLES = {"timm": "timm", "huggingface": "transformers", "google": "vit_jax"}  # of the libraries that load them
@@ -79,6 +81,7 @@ def _model(given: Given) -> Iterator[str]:
     mean, std = (", ".join(f"{number:g}" for number in value) for value in (config.mean, config.std))
     size = f"{config.channels} x {config.image[0]} x {config.image[1]} (channels, height, width)"
     lines.append(f"Input: images of {size}; pixels on [0, 1] minus mean ({mean}), over standard deviation ({std}).")
+    lines.append(f"Pictures of any size become such images as follows: {given.encoder.input}.")
     yield "\n".join(f"- {line}" for line in lines)
     if given.classes and not given.projects:
         names = ", ".join(map(code, displayed(given.classes[:MOST_CLASSES])))
@@ -120,7 +123,9 @@ def facts_needed(to: str, encoder: Encoder) -> dict[str, Any]:
         return {}
     config = encoder.config
     without = {"positions": "none"} if config.positions == "none" else {}
-    return {"heads": config.heads, "image": config.image, **without}
+    plain, fed = Input(config.image), encoder.input
+    seen = {name: getattr(fed, name) for name in NAMES if getattr(fed, name) != getattr(plain, name)}
+    return {"heads": config.heads, "image": config.image, **without, **seen}
 
 
 def _usages(given: Given, to: str) -> Iterator[str]:
@@ -166,6 +171,25 @@ def _images(given: Given) -> str:
     return f"images = torch.randint(0, 256, ({shape}), dtype=torch.uint8)  # normalised inside"
 
 
+def prepared(given: Given) -> str:
+    """Python that makes of a picture what mpp's evaluation does, but for rounding."""
+    fed, (height, width) = given.encoder.input, given.encoder.input.image
+    mode = "L" if given.encoder.config.channels == 1 else "RGB"
+    across = f"min(tall / {height}, wide / {width})"
+    sides = f"round(scale * {height}), round(scale * {width})"
+    if fed.fit == "squeeze":
+        across, sides = "1", "round(scale * tall), round(scale * wide)"
+    return f"""\
+picture = Image.new("{mode}", (640, 480))  # yours: Image.open("picture.jpg").convert("{mode}")
+tall, wide = picture.height, picture.width
+scale = {fed.centre:g} * {across}
+h, w = {sides}
+top, left = (tall - h) // 2, (wide - w) // 2
+box = picture.crop((left, top, left + w, top + h)).resize(({width}, {height}), Image.Resampling.{fed.filter.upper()})
+pixels = torch.from_numpy(numpy.array(box)).reshape(1, {height}, {width}, -1)
+images = pixels.permute(0, 3, 1, 2)  # uint8: they are normalised inside"""
+
+
 def _outputs(given: Given) -> str:
     if given.head is None:
         return f"outputs = model(images)  # (1, {given.encoder.width}), one vector an image"
@@ -176,10 +200,12 @@ def _outputs(given: Given) -> str:
 def _exported(given: Given) -> str:
     return block(
         f"""\
+import numpy
 import torch
+from PIL import Image
 
 model = torch.export.load("model.pt2").module()
-{_images(given)}
+{prepared(given)}
 with torch.no_grad():
     {_outputs(given)}
 """,
@@ -197,7 +223,7 @@ import mpp
 import torch
 
 model = mpp.{load}("{place}"{facts}).eval()
-{_images(given)}
+{_images(given)}, or: model.prepare("picture.jpg")
 with torch.no_grad():
     {_outputs(given)}
 """,

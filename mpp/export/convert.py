@@ -5,7 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mpp import budget
+from mpp import budget, jsons
+from mpp.augment.input import Input
 from mpp.errors import UserError, cause, counted, shown
 from mpp.export import onnx
 from mpp.export.card import WRITERS, card, facts_needed
@@ -29,7 +30,7 @@ from mpp.recipe.check import check as check_values
 from mpp.recipe.check import hints_of
 from mpp.recipe.files import settings_of
 from mpp.recipe.text import NO_YAML
-from mpp.weights import CLASSIFIER, ENCODER, files, foreign, own
+from mpp.weights import CLASSIFIER, ENCODER, files, foreign, huggingface, load_classifier, load_encoder, own
 
 CHOICES = (*WRITERS, "safetensors", "export", "onnx")
 EXPORTED = "model.pt2"
@@ -88,6 +89,8 @@ def convert(weights: str | Path, out: str | Path, to: str, *, head: bool = True,
         if any(path.name != ".lock" for path in target.iterdir()):
             raise ConvertError(f"{shown(out)}: not empty; choose a new folder")
         given = load(Path(weights), head, facts)
+        if not _any_size(given.encoder, to) and given.encoder.input.image != given.encoder.config.image:
+            given = replace(given, encoder=given.encoder.resized(given.encoder.input.image))  # as it is used, so exact
         shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left
         try:
             partial.mkdir()
@@ -122,7 +125,7 @@ def facts_of(settings: Sequence[str]) -> dict[str, Any]:
         values["image"] = [values["image"], values["image"]]
     if type(values.get("mixer")) is str:
         values["mixer"] = [values["mixer"]]
-    hints = hints_of(ViTConfig)
+    hints = hints_of(Input) | hints_of(ViTConfig)
     check_values(values, hints, "command line")
     return {key: made(hints[key], value) for key, value in values.items()} | place
 
@@ -130,18 +133,22 @@ def facts_of(settings: Sequence[str]) -> dict[str, Any]:
 def load(path: Path, head: bool, facts: dict[str, Any]) -> Given:
     """What a path holds, as `mpp.load_classifier` and `mpp.load_encoder` take it: with its head where it has one."""
     if file := own.find(path, *CLASSIFIER, *ENCODER):
-        if facts:
-            raise files.WeightsError(f"{path}: it says all about its encoder itself; {', '.join(facts)} can't be given")
         if head and _names_classes(file):
-            classifier = own.load_classifier(file).eval()
+            classifier = load_classifier(file, **facts)
             return Given(path, file, "mpp", classifier.encoder, classifier.head, classifier.classes)
-        return Given(path, file, "mpp", own.load_encoder(file).eval())
+        return Given(path, file, "mpp", load_encoder(file, **facts))
     found = foreign.read(path, facts)
     encoder, aside, kept = found.encoder.eval(), found.aside, None
     classes: tuple[str, ...] = ()
     if head and found.head is not None:
         kept, classes = found.head.eval(), found.classes
     return Given(path, path, found.format, encoder, kept, classes, aside)
+
+
+def _any_size(encoder: Encoder, to: str) -> bool:
+    """Whether what reads a format back feeds it images of another size than its positions are for."""
+    dinov2 = isinstance(encoder, ViT) and huggingface.family_of(encoder.config) != "vit"
+    return to == "safetensors" or (to == "huggingface" and dinov2)
 
 
 def _names_classes(file: Path) -> bool:
@@ -185,7 +192,8 @@ def exported(model: nn.Module, encoder: Encoder) -> bytes:
         # Without `strict`, len() of a tensor would fix the batch to the example's.
         batch = {"images": {0: torch.export.Dim("batch", min=1)}}
         program = torch.export.export(model, (images,), dynamic_shapes=batch, strict=True)
-        torch.export.save(program, file)
+        fed = jsons.text(asdict(encoder.input))  # what is to be done to pictures; README.md says it in Python
+        torch.export.save(program, file, extra_files={"input.json": fed})
     return file.getvalue()
 
 

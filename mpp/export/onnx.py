@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def metadata(given: Given) -> dict[str, str]:
     found: dict[str, Any] = {
         "model": config.describe(),
         "image": list(config.image),  # (h, w) pixels
+        "input": asdict(given.encoder.input),  # how a picture becomes one: the fields of mpp.Input
         "channels": config.channels,
         # Done inside: the input is pixels as they are, 0 to 255.
         "mean": list(config.mean),

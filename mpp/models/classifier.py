@@ -1,10 +1,12 @@
 """An encoder with a head that tells classes apart."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpp.augment.input import Input
 from mpp.models.encoder import Encoder
 
 
@@ -33,6 +35,15 @@ class Classifier(nn.Module):
     def __init__(self, encoder: Encoder, head: Head, classes: Sequence[str]) -> None:
         super().__init__()
         self.encoder, self.head, self.classes = encoder, head, tuple(classes)
+
+    @property
+    def input(self) -> Input:
+        """What it is fed in evaluation."""
+        return self.encoder.input
+
+    def prepare(self, *pictures: Any) -> Tensor:
+        """Pictures as it is fed them, uint8 (b, c, h, w): see `Encoder.prepare`."""
+        return self.encoder.prepare(*pictures)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.encoder(images))

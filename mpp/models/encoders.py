@@ -30,7 +30,7 @@ def build_encoder(config: EncoderConfig) -> "Encoder":
     return ENCODERS[config.name].make(config)
 
 
-def facts_of(config: EncoderConfig) -> dict[str, Any]:
-    """What a file of weights says of its encoder: the config, and by which import its kind came, if by any."""
-    origin = ENCODERS.origin(config.name)
-    return asdict(config) | ({"import": origin} if origin else {})
+def facts_of(encoder: "Encoder") -> dict[str, Any]:
+    """What a file of weights says of its encoder: config, what it is fed, and by which import its kind came, if any."""
+    origin = ENCODERS.origin(encoder.config.name)
+    return asdict(encoder.config) | {"input": asdict(encoder.input)} | ({"import": origin} if origin else {})

@@ -9,7 +9,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from mpp.models.resnet_stem import Root, StandardisedConv, Unit
-from mpp.models.vit_config import RESNET_WIDTH, ViTConfig
+from mpp.models.vit_config import ViTConfig
 
 GROUPS = 32  # at most, of the convolutional stem's GroupNorm: the best in that norm's paper (arXiv 1803.08494, table 3)
 
@@ -141,13 +141,13 @@ class HybridStem(Stem):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
-        self.root = Root(config.channels, RESNET_WIDTH)
+        self.root = Root(config.channels, config.stem_width)
         self.stages = nn.ModuleList()
-        channels = RESNET_WIDTH
+        channels = config.stem_width
         for stage, count in enumerate(config.stages):
             units = nn.Sequential()
             for unit in range(count):
-                width = RESNET_WIDTH * 2**stage
+                width = config.stem_width * 2**stage
                 units.append(Unit(channels, width, stride=2 if stage and not unit else 1))
                 channels = width * Unit.expansion
             self.stages.append(units)

@@ -37,9 +37,8 @@ class ViT(Encoder, Trunk):
 
     def grid(self, images: Tensor) -> Grid:
         """The rows and columns of patches of images (b, c, h, w)."""
-        channels, height, width = images.shape[-3:]
-        if channels != self.config.channels:
-            raise ValueError(f"the encoder takes {self.config.channels} channels, got images with {channels}")
+        self.check(images)
+        height, width = images.shape[-2:]
         if height % self.config.patch or width % self.config.patch:
             raise ValueError(f"image sides must be multiples of the patch ({self.config.patch}), got {height}x{width}")
         return height // self.config.patch, width // self.config.patch
@@ -59,6 +58,7 @@ class ViT(Encoder, Trunk):
         return self.norm(vectors) if self.config.pool == "avg_norm" else vectors
 
     def forward(self, images: Tensor) -> Tensor:
+        self.check(images)
         at = None
         if self.config.pool == "cls":  # the last block computes that token's output alone: 3 to 8 % of a pass
             at = torch.full((len(images), 1), -self.prefix, device=images.device)  # counted from the first patch
@@ -73,10 +73,7 @@ class ViT(Encoder, Trunk):
 
     def resized(self, image: Grid | None = None, patch: int | None = None) -> "ViT":
         """A copy for images (h, w) and patches of another size; positions and a linear stem are resampled for it."""
-        config = replace(self.config, image=image or self.config.image, patch=patch or self.config.patch)
-        copy = ViT(config)
-        copy.adopt(self)
-        return copy
+        return self._copied(replace(self.config, image=image or self.config.image, patch=patch or self.config.patch))
 
     @torch.no_grad()
     def adopt(self, given: Encoder) -> None:
@@ -96,7 +93,7 @@ class ViT(Encoder, Trunk):
         if there.depth == here.depth:
             pairs["mixer"] = there.mixers, here.mixers  # however they are given
         if there.stem != "hybrid":
-            del pairs["stages"]
+            del pairs["stages"], pairs["stem_width"]
         if there.stem == "linear":
             del pairs["patch"]
         if here.has_class_token > there.has_class_token:

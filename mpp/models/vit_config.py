@@ -8,7 +8,7 @@ from mpp.models.trunk_config import MIXER_NAMES, Grid, TrunkConfig
 
 OVERLAPPING = ("overlap", "conv", "hybrid")  # stems that show a token pixels of other patches than its own
 OF_CLASS_TOKEN = ("cls", "cls_avg")  # pools that look at it
-RESNET_WIDTH = 64  # channels of the hybrid stem's first convolution; its first stage gives four times as many
+RESNET_GROUPS = 32  # of the hybrid stem's group norms (flax's default)
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ViTConfig(TrunkConfig, EncoderConfig):
     stem: Literal["linear", "overlap", "conv", "hybrid"] = "linear"
     stem_bias: bool = True  # of the stem's last map; CLIP has none, as its norm before the blocks (pre_norm) follows
     stages: tuple[int, ...] = (3, 4, 9)  # units of each stage of the hybrid stem's ResNet: R50 of the paper
+    stem_width: int = 64  # channels of the hybrid stem's first convolution; its first stage gives four times as many
     # avg: of the normalised patches; avg_norm: then normalised; cls_avg: class token and average, one behind the other
     pool: Literal["cls", "avg", "avg_norm", "cls_avg", "map"] = "cls"
 
@@ -63,6 +64,8 @@ class ViTConfig(TrunkConfig, EncoderConfig):
         if self.stem == "hybrid":
             if any(not 1 <= units <= 1000 for units in self.stages):
                 raise ValueError(f"model.stages must be 1 to 1000 each, got {self.stages}")
+            if not 1 <= self.stem_width <= 10**4 or self.stem_width % RESNET_GROUPS:
+                raise ValueError(f"model.stem_width must be a multiple of {RESNET_GROUPS}, got {self.stem_width}")
             if self.patch % self.resnet_stride:
                 raise ValueError(
                     f"model.stem hybrid with {len(self.stages)} stages has stride {self.resnet_stride}, "

@@ -14,7 +14,7 @@ from mpp.errors import UserError, cause
 from mpp.execution import Once, choose
 from mpp.jsons import encoded
 from mpp.loop import steps_of
-from mpp.models.encoder import Encoder
+from mpp.models.encoder import Encoder, feed
 from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from mpp.objectives.base import Objective
@@ -186,7 +186,9 @@ def build(recipe: Recipe, weights: Encoder | None = None) -> Objective:
             encoder.adopt(weights)
         except ValueError as error:
             raise RunError(f"{recipe.weights}: another encoder than the recipe's: {error}") from None
-    return build_objective(encoder, recipe.objective)
+    objective = build_objective(encoder, recipe.objective)
+    feed(objective, recipe.data.augment.input(recipe.model.image))
+    return objective
 
 
 def at_start(recipe: Recipe) -> Objective:

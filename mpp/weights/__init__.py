@@ -7,7 +7,7 @@ from typing import Any
 from mpp.errors import shown
 from mpp.models.classifier import Classifier
 from mpp.models.encoder import Encoder
-from mpp.weights import foreign, own
+from mpp.weights import fed, foreign, own
 from mpp.weights.files import WeightsError
 from mpp.weights.format import joint
 from mpp.weights.own import fingerprint, save_classifier, save_encoder, save_result
@@ -33,8 +33,10 @@ def load_encoder(path: str | Path, **facts: Any) -> Encoder:
 
     path: a run folder, a checkpoint folder, an `encoder.safetensors` or a `classifier.safetensors`; Google's or
         big_vision's `.npz`; a file or folder of timm, Hugging Face, MAE, DINO, DINOv2 or CAPI (docs/weights.md).
-    facts: what another's file can't tell, named as in ViTConfig: `heads=2`, `image=(96, 128)`, `mean=...`; and where it
-        holds several models, `prefix=`, what the names of the wanted tensors begin with.
+    facts: what the encoder is to be fed, named as in `mpp.Input`: for `image=224` or `image=(96, 128)`, which its patch
+        divides, positions are resampled as the format does it. What another's file can't tell, named as in ViTConfig:
+        `heads=2`, `mean=...`; and where it holds several models, `prefix=`, what the names of the wanted tensors begin
+        with.
 
     Of a run that is not at its end, the last checkpoint counts, and of one with a running average that average. Nothing
     in a file is run. Raises WeightsError, one line that names the file. Tensors of the file that are no part of the
@@ -42,8 +44,7 @@ def load_encoder(path: str | Path, **facts: Any) -> Encoder:
     """
     path = Path(path)
     if found := own.find(path, *ENCODER, *CLASSIFIER):
-        _no_facts(found, facts)
-        return own.load_encoder(found).eval()
+        return fed.fed(own.load_encoder(found), _asked(found, facts), path).eval()
     return _foreign(path, facts).encoder.eval()
 
 
@@ -55,8 +56,8 @@ def load_classifier(path: str | Path, **facts: Any) -> Classifier:
     """
     path = Path(path)
     if found := own.find(path, *CLASSIFIER):
-        _no_facts(found, facts)
-        return own.load_classifier(found).eval()
+        asked, classifier = _asked(found, facts), own.load_classifier(found)
+        return Classifier(fed.fed(classifier.encoder, asked, path), classifier.head, classifier.classes).eval()
     if own.find(path, *ENCODER):
         raise WeightsError(f"{path}: holds no classifier.safetensors, which a finished run with labels leaves")
     read = _foreign(path, facts)
@@ -78,6 +79,9 @@ def _foreign(path: Path, facts: dict[str, Any]) -> foreign.Foreign:
     return read
 
 
-def _no_facts(path: Path, facts: dict[str, Any]) -> None:
-    if facts:
-        raise WeightsError(f"{path}: says everything about its encoder itself; {', '.join(facts)} can't be given")
+def _asked(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the encoder of a file of ours is to be fed; all else it says itself."""
+    told, asked = fed.apart(path, facts)
+    if told:
+        raise WeightsError(f"{path}: says everything about its encoder itself; {', '.join(told)} can't be given")
+    return asked

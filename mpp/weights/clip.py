@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mpp.augment.input import Input
+from mpp.models.trunk_config import Grid
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
 from mpp.weights.format import (
@@ -88,7 +90,21 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         head, classes = projection(f"{prefix}proj", rows, transposed=True), joint(rows)
     aside = tuple(name for name in source.tensors if not name.startswith(prefix))
     guessed = tuple(name for name in ("heads", "gelu", "mean", "std") if name not in told)
-    return Layout(config, parts(config, prefix), head, classes, aside, guessed)
+    fed, notes = _fed(source.config, config.image)
+    return Layout(config, parts(config, prefix), head, classes, aside, guessed, fed, notes)
+
+
+def _fed(config: dict[str, Any], image: Grid) -> tuple[Input | None, tuple[str, ...]]:
+    """What open_clip feeds the tower in evaluation (transform.py), and what of it is not done here."""
+    if not isinstance(config.get("model_cfg"), dict):
+        return None, ()
+    pixels = config.get("preprocess_cfg") or {}
+    mode, filter = pixels.get("resize_mode"), pixels.get("interpolation")
+    notes = ("open_clip_config.json: resize_mode longest, a frame around the picture, is not done here; shortest is",)
+    fed = Input(
+        image, fit="squeeze" if mode == "squash" else "crop", filter="bilinear" if filter == "bilinear" else "bicubic"
+    )
+    return fed, notes if mode == "longest" else ()
 
 
 def parts(config: ViTConfig, prefix: str) -> dict[str, Part]:

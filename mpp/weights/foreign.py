@@ -14,6 +14,7 @@ from mpp.errors import cause, shown
 from mpp.finite import all_finite, broken
 from mpp.models.classifier import Head
 from mpp.models.encoder import fill
+from mpp.models.trunk_config import Grid
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import (
@@ -21,6 +22,7 @@ from mpp.weights import (
     capi,
     clip,
     dino,
+    fed,
     files,
     google,
     huggingface,
@@ -73,9 +75,10 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
     Raises WeightsError if the format is not known, or if anything is missing, unexpected or of another shape; of a kind
     of model that is not read it names the kind.
     """
-    facts = _checked(source, facts)
+    told, asked = fed.apart(source.path, facts)
+    told = _checked(source, told)
     try:
-        return _load(source, facts)
+        return _load(source, told, asked)
     except WeightsError as error:
         if what := unread.named(source):
             raise WeightsError(f"{shown(source.path)}: {what}") from error
@@ -84,13 +87,11 @@ def load(source: Source, facts: dict[str, Any]) -> Foreign:
 
 def _checked(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
     """Fields of ViTConfig, each of its type."""
-    names = {field.name for field in fields(ViTConfig)} - {"name"}
+    names = {field.name for field in fields(ViTConfig)} - {"name", "image"}
     for name in facts.keys() - names:
-        near = get_close_matches(name, names) or sorted(names)
+        near = get_close_matches(name, every := names | {*fed.NAMES}) or sorted(every)
         raise WeightsError(f"{source.path}: {name}: no setting of an encoder; did you mean {', '.join(near)}?")
     facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-    if type(facts.get("image")) is int:
-        facts["image"] = (facts["image"], facts["image"])
     if type(facts.get("mixer")) is str:
         facts["mixer"] = (facts["mixer"],)
     try:
@@ -100,7 +101,7 @@ def _checked(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _load(source: Source, facts: dict[str, Any]) -> Foreign:
+def _load(source: Source, facts: dict[str, Any], asked: dict[str, Any]) -> Foreign:
     format = next((format for format in FORMATS if format.recognises(source)), None)
     if format is None:
         if what := unread.model_type(source):
@@ -110,9 +111,11 @@ def _load(source: Source, facts: dict[str, Any]) -> Foreign:
         raise WeightsError(f"{shown(source.path)}: none of the formats {known}; its tensors: {some}, ...")
     place = f"{shown(source.path)}: {format.NAME}"
     try:
-        layout: Layout = format.layout(source, facts)
+        layout = _layout(format, source, facts, asked.get("image"))
         with torch.device("meta"):  # what the file claims costs no memory before its tensors are seen to be there
             encoder = ViT(replace(layout.config, **facts))
+        told = fed.read(source.config) or layout.input
+        encoder.config.check_image(told.image if told else encoder.config.image)
     except (*MISFITS, ArithmeticError) as error:
         raise WeightsError(f"{place}: {shown(cause(error))}") from error
     with torch.device("meta"):
@@ -132,7 +135,12 @@ def _load(source: Source, facts: dict[str, Any]) -> Foreign:
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
     for module, parts in ((encoder, layout.encoder), (head, layout.head)):
         _refuse_not_finite(place, module, parts, source)
-    _say_guesses(place, layout, encoder, facts)
+    for note in layout.notes if told is layout.input else ():
+        logger.warning("%s: %s", place, note)
+    same_image = asked.get("image") == layout.config.image  # else it is not what positions are taken to be for
+    _say_guesses(place, layout, encoder, facts | ({"image": asked["image"]} if same_image else {}))
+    encoder.input = told or encoder.input
+    encoder = fed.fed(encoder, asked, source.path)
     numbers = range(0 if head is None else head.linear.out_features)
     return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
 
@@ -161,6 +169,40 @@ def _refuse_not_finite(place: str, module: ViT | Head | None, parts: dict[str, P
             pieces = [piece for piece in parts[name].names if not all_finite(source.tensors[piece])]
             which, found = (pieces[0], source.tensors[pieces[0]]) if pieces else (name, tensor)
             raise WeightsError(f"{place}: {shown(which)}: {broken(found)}; restore the file, or take an earlier one")
+
+
+def _layout(format: ModuleType, source: Source, facts: dict[str, Any], image: Grid | None) -> Layout:
+    """What a file holds. An image asked for is the one that its positions are for where they are of so many patches.
+
+    That is a guess, and said, where they are a square's as well; and not so where a config.json tells their image.
+    """
+    if image is None:
+        return format.layout(source, facts)
+    try:
+        layout: Layout = format.layout(source, facts)
+    except MISFITS:
+        return format.layout(source, facts | {"image": image})  # it does not tell
+    if source.config or image == layout.config.image:
+        return layout
+    try:
+        asked: Layout = format.layout(source, facts | {"image": image})
+    except MISFITS:
+        return layout
+    if not _fits(source, asked):
+        return layout
+    if _fits(source, layout) and "positions.table" in layout.encoder:
+        way = f"{image[0] // asked.config.patch}x{image[1] // asked.config.patch} patches"
+        there = shown(source.path)
+        logger.warning("%s: its positions are taken to be for %s, as image= says, and not for a square", there, way)
+    return asked
+
+
+def _fits(source: Source, layout: Layout) -> bool:
+    """Whether the table of positions, if there is one, has a row for each patch of the image."""
+    with torch.device("meta"):
+        own = ViT(layout.config).state_dict()
+    _, wrong = _found(source, layout.encoder, {name: own[name] for name in own if name == "positions.table"})
+    return not wrong
 
 
 def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from mpp.augment.input import Input
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
 
@@ -34,6 +35,8 @@ class Layout:
     classes: tuple[str, ...] = ()  # names of the head's classes
     aside: tuple[str, ...] = ()  # tensors of the file that belong to something else, such as a decoder
     guessed: tuple[str, ...] = ()  # fields of the config that nothing in the file tells, and on which models differ
+    input: Input | None = None  # what the encoder is fed, where files say it
+    notes: tuple[str, ...] = ()  # what they say of it that is not done here: to be said
 
 
 def shape_of(source: Source, name: str, axes: int) -> tuple[int, ...]:
@@ -80,13 +83,23 @@ CLIP_EPS = 1e-5  # of its norms, torch's default
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of MAE, DINO and CAPI too
 
 # Heads of the published models by (width, depth): ViT paper, table 1; DeiT and AugReg (Ti, S); DINOv2's giant;
-# big_vision's mu and So400m (models/vit.py, `decode_variant`).
+# big_vision's mu and So400m (models/vit.py, `decode_variant`);
+# timm's own sizes, of which there is one number of heads each (vision_transformer.py).
 HEADS = {
     (32, 1): 2,
     (192, 12): 3,
+    (256, 10): 4,
+    (256, 14): 4,
+    (320, 14): 5,
     (384, 12): 6,
+    (384, 36): 6,
     (512, 12): 8,
+    (512, 20): 8,
+    (640, 12): 10,
     (768, 12): 12,
+    (832, 21): 13,
+    (896, 12): 14,
+    (896, 18): 14,
     (1024, 24): 16,
     (1152, 27): 16,
     (1280, 32): 16,

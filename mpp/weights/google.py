@@ -52,8 +52,9 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     side, channels = patch_of(tensors["embedding/kernel"])
     stem: dict[str, Any] = {"stem": "linear", "patch": side, "channels": channels}
     if any(name.startswith(("conv_root/", "gn_root/", "block1/")) for name in tensors):
-        stages, channels = resnet_of(tensors)
+        stages, channels, stem_width = resnet_of(tensors)
         stem = {"stem": "hybrid", "patch": side * resnet_stride(stages), "channels": channels, "stages": stages}
+        stem["stem_width"] = stem_width
     patch, without = stem["patch"], facts.get("positions") == "none"
     config = ViTConfig(
         **published_settings(),
@@ -80,14 +81,14 @@ def image_in(tensors: dict[str, Tensor], patch: int, facts: dict[str, Any]) -> t
     return image_of(tensors[TABLE].shape[1] - ("cls" in tensors), patch, facts)
 
 
-def resnet_of(tensors: dict[str, Tensor]) -> tuple[tuple[int, ...], int]:
-    """Units of each stage of a hybrid's ResNet, and the channels of its images."""
+def resnet_of(tensors: dict[str, Tensor]) -> tuple[tuple[int, ...], int, int]:
+    """Units of each stage of a hybrid's ResNet, the channels of its images, and those of its first convolution."""
     if "conv_root/kernel" not in tensors or tensors["conv_root/kernel"].ndim != 4:
-        raise ValueError("conv_root/kernel missing, or not of shape (7, 7, channels, 64)")
+        raise ValueError("conv_root/kernel missing, or not of shape (7, 7, channels, width)")
     units = {tuple(map(int, m.groups())) for n in tensors if (m := re.match(r"block(\d{1,2})/unit(\d{1,3})/", n))}
     last = max((stage for stage, _ in units), default=0)
     stages = tuple(max((unit for at, unit in units if at == stage), default=1) for stage in range(1, last + 1))
-    return stages, tensors["conv_root/kernel"].shape[2]
+    return stages, *tensors["conv_root/kernel"].shape[2:]
 
 
 # The tables of parts, for both directions
@@ -200,7 +201,11 @@ def usage(encoder: ViT, head: Head | None) -> str:
     hybrid = config.stem == "hybrid"
     side = config.patch // (config.resnet_stride if hybrid else 1)
     hidden = None if head is None or head.hidden is None else head.hidden.out_features
-    resnet = f'ConfigDict({{"num_layers": {config.stages}, "width_factor": 1}})' if hybrid else "None"
+    resnet = (
+        f'ConfigDict({{"num_layers": {config.stages}, "width_factor": {config.stem_width / 64:g}}})'
+        if hybrid
+        else "None"
+    )
     height, width = config.image
     return f"""\
 from ml_collections import ConfigDict

@@ -19,6 +19,7 @@ from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import huggingface_clip
+from mpp.weights.fed import written
 from mpp.weights.files import Source
 from mpp.weights.format import Layout, Part, patch_convolution, row, same, stacked
 from mpp.weights.huggingface_config import (
@@ -30,9 +31,9 @@ from mpp.weights.huggingface_config import (
     depth_told,
     guessed_in,
     mlp_ratio,
-    preprocessing_of,
     settings_of,
 )
+from mpp.weights.huggingface_input import croppable, input_of, preprocessing_of
 
 NAME = "huggingface"
 CLASS_TOKEN, TABLE = "embeddings.cls_token", "embeddings.position_embeddings"
@@ -89,7 +90,9 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     known = {f"{names.prefix}pooler.dense.{w}" for w in BOTH} | {f"{names.prefix}embeddings.mask_token"}
     known |= {f"classifier.{w}" for w in BOTH if not head}
     aside = tuple(name for name in tensors if name in known or name.startswith("decoder."))
-    return Layout(config, parts(config, names), head, classes, aside, guessed_in(source, family, names.swiglu))
+    fed, notes = input_of(source.preprocessing, config.image, family.dinov2)
+    guessed = guessed_in(source, family, names.swiglu)
+    return Layout(config, parts(config, names), head, classes, aside, guessed, fed, notes)
 
 
 def parts(config: ViTConfig, names: Names | None = None) -> dict[str, Part]:
@@ -208,8 +211,8 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
     if family != "vit":  # only pretraining uses it, but without one transformers draws it anew and warns
         tensors[f"{_prefix(family, head)}embeddings.mask_token"] = torch.zeros(1, encoder.config.width)
     return {
-        "config.json": _json(settings_of(family, encoder.config, labels)),
-        "preprocessor_config.json": _json(preprocessing_of(encoder.config)),
+        "config.json": _json(settings_of(family, encoder.config, labels) | written(encoder.input)),
+        "preprocessor_config.json": _json(preprocessing_of(encoder.config, encoder.input)),
         "model.safetensors": save(tensors, {"format": "pt"}),  # release 4 asks for it
     }
 
@@ -283,6 +286,7 @@ def usage(encoder: ViT, head: Head | None) -> str:
     if head is not None:
         kind, options = kind.replace("Model", "ForImageClassification"), ""
         output = "logits  # (1, classes)"
+    resizes = "makes" if croppable(encoder.input) else "squeezes every picture, which mpp crops, to"
     if family != "vit" and config.positions == "learned" and config.resize == FAMILIES[family].resize:
         other = "# Other sizes, multiples of the patch, need nothing else."
     elif config.image[0] != config.image[1]:
@@ -298,7 +302,7 @@ from transformers import AutoImageProcessor, {kind}
 
 folder = "."  # where this file is, or its name on the Hub
 model = {kind}.from_pretrained(folder{options}).eval()
-processor = AutoImageProcessor.from_pretrained(folder)  # resizes to {size}
+processor = AutoImageProcessor.from_pretrained(folder)  # {resizes} {size}
 pixels = processor(Image.open("picture.jpg"){mode}, return_tensors="pt")["pixel_values"]
 with torch.inference_mode():
     output = model(pixels).{output}

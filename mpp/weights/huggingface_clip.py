@@ -15,6 +15,7 @@ from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.clip import projection
+from mpp.weights.fed import written
 from mpp.weights.files import Source
 from mpp.weights.format import (
     CLIP_EPS,
@@ -28,7 +29,8 @@ from mpp.weights.format import (
     shape_of,
     stacked,
 )
-from mpp.weights.huggingface_config import ADDED, GELUS, Family, Told, config_of, depth_told, preprocessing_of
+from mpp.weights.huggingface_config import ADDED, GELUS, Family, Told, config_of, depth_told
+from mpp.weights.huggingface_input import input_of, preprocessing_of
 
 NAME = "huggingface-clip"
 MARK, PATCHES, TABLE = (
@@ -87,7 +89,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     guessed: tuple[str, ...] = () if settings else ("heads", "gelu")
     if "image_mean" not in source.preprocessing:
         guessed += ("mean", "std")
-    return Layout(config, parts(config, prefix), head, classes, aside, guessed)
+    fed, notes = input_of(source.preprocessing, config.image, any_size=False)
+    return Layout(config, parts(config, prefix), head, classes, aside, guessed, fed, notes)
 
 
 def section(config: dict[str, Any], whole: tuple[str, ...], tower: tuple[str, ...], defaults: dict[str, Any]) -> dict:
@@ -175,8 +178,8 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
         **({"projection_dim": rows} if rows else {}),
     }
     return {
-        "config.json": _json(settings),
-        "preprocessor_config.json": _json(preprocessing_of(config)),
+        "config.json": _json(settings | written(encoder.input)),
+        "preprocessor_config.json": _json(preprocessing_of(config, encoder.input)),
         "model.safetensors": save(tensors, {"format": "pt"}),
     }
 

@@ -19,9 +19,6 @@ GELUS: dict[Literal["erf", "tanh", "quick"], tuple[str, ...]] = {
     "tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
     "quick": ("quick_gelu",),
 }
-BILINEAR = 2  # PIL's number of the triangle filter, by which our evaluation resizes
-
-
 # Sizes that the tensors show, named as in config.json, and `patches`; each with the tensor that shows it.
 Told = dict[str, tuple[int, str]]
 
@@ -204,19 +201,3 @@ def settings_of(family: str, config: ViTConfig, classes: Sequence[str] | None) -
         settings["id2label"] = {str(number): name for number, name in enumerate(classes)}
         settings["label2id"] = {name: number for number, name in enumerate(classes)}
     return settings
-
-
-def preprocessing_of(config: ViTConfig) -> dict[str, Any]:
-    """preprocessor_config.json: pictures squeezed to the encoder's size, whatever their shape."""
-    mean, std = (value * config.channels if len(value) == 1 else value for value in (config.mean, config.std))
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": config.image[0], "width": config.image[1]},
-        "resample": BILINEAR,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-    }

@@ -14,6 +14,7 @@ from mpp.weights.files import Source
 from mpp.weights.format import Layout, Part, patch_convolution, row, same
 from mpp.weights.huggingface_clip import BOTH, PATCHES, TABLE, blocks, section, told_of
 from mpp.weights.huggingface_config import HALF, Family, classes_of, config_of
+from mpp.weights.huggingface_input import input_of
 
 NAME = "huggingface-siglip"
 WHOLE, TOWER = ("siglip",), ("siglip_vision_model",)  # model_type
@@ -70,7 +71,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     beside += () if head else (f"{outer}classifier.",)
     beside += () if pool == "map" else (f"{prefix}head.",)
     aside = tuple(name for name in tensors if name.startswith(beside) or name == f"{prefix}embeddings.position_ids")
-    return Layout(config, parts(config, prefix), head, classes, aside)
+    fed, notes = input_of(source.preprocessing, config.image, any_size=False)
+    return Layout(config, parts(config, prefix), head, classes, aside, input=fed, notes=notes)
 
 
 def parts(config: ViTConfig, prefix: str) -> dict[str, Part]:

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mpp import budget, checkpoint, jsons
+from mpp.augment.input import Input
 from mpp.errors import cause, shown
 from mpp.files import write_atomically
 from mpp.finite import all_finite, broken
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder, fill
+from mpp.models.encoder_config import EncoderConfig
 from mpp.models.encoders import ENCODERS, build_encoder, facts_of
 from mpp.weights.files import WeightsError
 
@@ -43,7 +45,7 @@ def save_result(module: nn.Module, path: Path) -> None:
 
 def save_encoder(encoder: Encoder, path: Path) -> None:
     """Writes an encoder with its config, whole or not at all; FileError on a full disk."""
-    _save(encoder, path, {"encoder": jsons.text(facts_of(encoder.config))})
+    _save(encoder, path, {"encoder": jsons.text(facts_of(encoder))})
 
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
@@ -51,7 +53,7 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
 
     In one entry of metadata: safetensors writes several in random order, and equal runs are to leave equal files.
     """
-    facts = facts_of(classifier.encoder.config) | {"classes": classifier.classes}
+    facts = facts_of(classifier.encoder) | {"classes": classifier.classes}
     _save(classifier, path, {"encoder": jsons.text(facts)})
 
 
@@ -150,12 +152,26 @@ def _built(metadata: dict[str, str], path: Path) -> Encoder:
         kind = ENCODERS[name].config
         names = {field.name for field in fields(kind)}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        config = kind(**known)
+        fed = _input(values.get("input"), config)
         with torch.device("meta"):  # what a file claims costs no memory before its tensors are seen to be there
-            return build_encoder(kind(**known))
+            encoder = build_encoder(config)
+        encoder.input = fed
+        return encoder
     except WeightsError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"{path}: its encoder's config does not fit ({error})") from error
+
+
+def _input(found: Any, config: EncoderConfig) -> Input:
+    """What a file says that its encoder is fed; ValueError if that is nothing, or nothing that goes with the config."""
+    if not isinstance(found, dict):
+        raise ValueError("no 'input', what it is fed: a file of an earlier version of mpp; train or convert it again")
+    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    fed = Input(**known)
+    config.check_image(fed.image)
+    return fed
 
 
 def _fill(module: nn.Module, found: dict[str, Tensor], path: Path) -> None:

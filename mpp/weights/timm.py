@@ -182,7 +182,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         layer_scale=told.args.get("init_values") or LAYER_SCALE if "blocks.0.ls1.gamma" in tensors else None,
     )
     head = _pairs("linear", "head") if tensors.keys() & {"head.weight", "head.bias"} else {}
-    aside = () if pool == "map" else tuple(name for name in tensors if name.startswith("attn_pool."))
+    other = (() if pool == "map" else ("attn_pool.",)) + (() if head else ("head.",))  # as the MLP of MoCo v3 is a head
+    aside = tuple(name for name in tensors if name.startswith(other))
     classes = told.classes(shape_of(source, "head.weight", 2)[0]) if "head.weight" in tensors else ()
     guessed = list(told.guessed(clip, swiglu))
     if not told.images():
@@ -191,7 +192,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
         guessed.append("pool")
     if clip and not classes and _projects(tensors):
         classes = joint(len(tensors["head.weight"]))
-    return Layout(config, parts(config, placed, split), head, classes, aside, tuple(guessed))
+    fed, notes = told.fed(image)
+    return Layout(config, parts(config, placed, split), head, classes, aside, tuple(guessed), fed, notes)
 
 
 def _projects(tensors: dict[str, Tensor]) -> bool:
@@ -223,6 +225,9 @@ def _places(source: Source, told: Told, facts: dict[str, Any], patch: int, prefi
     images: list[Grid] = [facts["image"]] if "image" in facts else told.images()
     grids = [(image[0] // patch, image[1] // patch) for image in images]  # timm leaves out pixels beyond the last patch
     if "pos_embed" not in source.tensors:
+        # Rotary positions have no tensors either, and are not read.
+        if (facts.get("positions") or told.args.get("pos_embed")) != "none":
+            raise ValueError('no pos_embed; of a model with no positions at all, of any kind, say positions="none"')
         if not grids:
             raise ValueError("no pos_embed, so that nothing tells for which image it is: image=(h, w)")
         return (grids[0][0] * patch, grids[0][1] * patch), 0
@@ -269,7 +274,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
             written[theirs] = piece.detach().cpu().contiguous()
     if head is not None:
         written |= {f"head.{name}": value.detach().cpu() for name, value in head.linear.state_dict().items()}
-    told = about(config, 0 if head is None else len(head.linear.weight), classes, placed)
+    told = about(config, 0 if head is None else len(head.linear.weight), classes, placed, encoder.input)
     return {
         "config.json": encoded(told, indent=2),
         "model.safetensors": save(written, {"format": "pt"}),
@@ -303,6 +308,7 @@ def _refuse(config: ViTConfig, head: Head | None) -> None:
 def usage(encoder: ViT, head: Head | None) -> str:
     """Python that loads the folder it runs in with timm."""
     config = encoder.config
+    mode = "L" if config.channels == 1 else "RGB"
     result = f"(1, {config.width}), one vector an image" if head is None else f"(1, {len(head.linear.weight)}), logits"
     return f"""\
 import timm
@@ -314,4 +320,5 @@ mean, std = (torch.tensor(told[name]).reshape(-1, 1, 1) for name in ("mean", "st
 images = torch.rand(1, {config.channels}, {config.image[0]}, {config.image[1]})  # on [0, 1]
 with torch.no_grad():
     outputs = model((images - mean) / std)  # {result}
+# A picture of PIL's, {mode}, is resized, cropped and normalised by timm.data.create_transform(**told)(picture)
 """

@@ -1,11 +1,17 @@
 """What timm's config.json tells about its VisionTransformer beside the tensors, read and written (timm 1.0.31)."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
+from mpp.augment.input import Filter, Input
 from mpp.models.trunk_config import Grid
 from mpp.models.vit_config import ViTConfig
+from mpp.weights.fed import enlarged, written
 from mpp.weights.format import CLIP_EPS
 
+CROP_PCT = 0.875  # timm's data/constants.py, where a config does not say
+FILTERS: dict[str, Filter] = {"bilinear": "bilinear", "bicubic": "bicubic"}
+FITS: dict[str, Literal["crop", "squeeze"]] = {"center": "crop", "squash": "squeeze"}
 POOLS = {"token": "cls", "avg": "avg", "map": "map"}  # timm's names to ours
 GELU = {"gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 HALF = (0.5,)  # mean and std of most of its models
@@ -107,6 +113,24 @@ class Told:
         """`mean` or `std` of the images, `otherwise` where they are not told."""
         return tuple(float(number) for number in self.pretrained.get(name) or otherwise)
 
+    def fed(self, image: Grid) -> tuple[Input | None, tuple[str, ...]]:
+        """What timm feeds the model in evaluation (data/transforms_factory.py), and what of it is not done here."""
+        if not self.config:
+            return None, ()
+        share = self.pretrained.get("crop_pct") or CROP_PCT
+        filter = self.pretrained.get("interpolation") or "bicubic"
+        mode = self.pretrained.get("crop_mode") or "center"
+        if type(share) not in (int, float) or not share > 0:
+            raise ValueError(f"config.json: crop_pct must be a number above 0, found {share!r}")
+        notes = []
+        if filter not in FILTERS:
+            notes.append(f"config.json: interpolation {filter} is not done here; bicubic is, in its place")
+        if mode not in FITS:
+            notes.append(f"config.json: crop_mode {mode} is not done here; center is, in its place")
+        if share > 1:
+            notes.append(f"config.json: crop_pct {share}, a frame around the picture, is not done here; 1 is")
+        return Input(image, min(share, 1.0), FITS.get(mode, "crop"), FILTERS.get(filter, "bicubic")), tuple(notes)
+
     def classes(self, count: int) -> tuple[str, ...]:
         """The names of the head's classes; none where they are not told, or not of all."""
         names = self.config.get("label_names") or self.pretrained.get("label_names") or self.pretrained.get("labels")
@@ -117,16 +141,29 @@ class Told:
         return tuple(str(name) for name in names)
 
 
+def _crop_pct(side: int, centre: float) -> float:
+    """The share by which timm, which cuts off fractions of pixels, enlarges a side as it should be (`enlarged`)."""
+    wanted = enlarged(side, centre)
+    if math.floor(side / centre) == wanted:
+        return centre
+    share = side / wanted
+    return share if math.floor(side / share) == wanted else math.nextafter(share, 0)
+
+
 def of_clip(config: ViTConfig) -> bool:
     """Whether an encoder is written as timm's CLIP, which its epsilon asks for; sizes and activation are given too."""
     return config.norm_eps == CLIP_EPS and config.norm == "layer" and not config.swiglu
 
 
-def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) -> dict[str, Any]:
+def about(
+    config: ViTConfig, classes: int, names: tuple[str, ...], placed: int, fed: Input | None = None
+) -> dict[str, Any]:
     """The config.json of an encoder with a head of so many classes (0 without one).
 
+    fed: timm's `crop_pct` is the same share but for rounding: it resizes pictures, then crops them; we crop first.
     placed: tokens in front of the patches that have a row in `pos_embed`, as in `mpp.weights.timm.parts`.
     """
+    fed = fed or Input(config.image)
     told = names and names != tuple(map(str, range(classes)))  # numbers stand in for names
     inner = 2 * config.hidden if config.swiglu else config.hidden
     ratio = inner / config.width
@@ -159,9 +196,9 @@ def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) 
     pretrained = {
         "input_size": [config.channels, *config.image],
         "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,  # as evaluation here has it by default (data.augment.centre)
-        "crop_mode": "center",
+        "interpolation": fed.filter,
+        "crop_pct": _crop_pct(config.image[0], fed.centre),
+        "crop_mode": "squash" if fed.fit == "squeeze" else "center",
         "mean": list(config.mean) * (config.channels // len(config.mean)),
         "std": list(config.std) * (config.channels // len(config.std)),
         "num_classes": classes,
@@ -177,4 +214,5 @@ def about(config: ViTConfig, classes: int, names: tuple[str, ...], placed: int) 
         **({"label_names": list(names)} if told else {}),
         "model_args": arguments,
         "pretrained_cfg": pretrained,
+        **written(fed),
     }

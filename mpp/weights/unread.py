@@ -40,11 +40,11 @@ class Unread:
 # The first that fits names the file.
 KINDS = (
     Unread(
-        "DINOv3's ViT, whose positions are rotary",
+        "DINOv3's ViT or one like it, whose positions are rotary",
         lambda file: (
             file.kind.startswith("dinov3")
             or file.any(".rope_embed.periods", ".storage_tokens", ".rope_embeddings.")
-            or (file.all("reg_token", "blocks.0.gamma_1") and not file.all("pos_embed"))
+            or (file.all("cls_token", "reg_token", "blocks.0.gamma_1") and not file.all("pos_embed"))
             or (file.all("embeddings.register_tokens", "embeddings.patch_embeddings.weight"))
         ),
     ),
@@ -94,12 +94,12 @@ KINDS = (
         "a ViT whose positions are relative", lambda file: file.any(".rel_pos.", ".rel_pos_bias.", ".relative_position")
     ),
     Unread(
-        "timm's hybrid of a ResNet and a ViT",
+        "timm's hybrid of a CNN and a ViT",
         lambda file: file.any(".patch_embed.backbone."),
         "Google's .npz of the R50 hybrids are",
     ),
     Unread(
-        "EVA",
+        "EVA, or another of timm's ViTs whose positions are rotary",
         lambda file: (
             file.all("blocks.0.attn.q_proj.weight", "blocks.0.norm1.weight")
             or file.all("blocks.0.attn.q_bias")
@@ -128,6 +128,13 @@ KINDS = (
         lambda file: file.kind == "resnet" or file.all("layer1.0.conv1.weight", "conv1.weight"),
         "mpp's own ResNets are trained here (model.name=resnet)",
     ),
+    Unread("timm's ViT with differential attention", lambda file: file.all("blocks.0.attn.lambda_q1")),
+    Unread(
+        "timm's ViT with parallel blocks",
+        lambda file: file.any(".blocks.0.attns.0.") or file.all("blocks.0.in_norm.weight", "blocks.0.in_proj.weight"),
+    ),
+    Unread("timm's NaFlexViT", lambda file: file.all("embeds.proj.weight", "blocks.0.norm1.weight")),
+    Unread("Hiera", lambda file: file.any(".blocks.1.proj.weight", ".blocks.2.proj.weight")),
     Unread("an MLP-Mixer", lambda file: file.all("blocks.0.mlp_tokens.fc1.weight")),
 )
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -105,6 +106,7 @@ ARRAYS = {  # their types in the file and in memory
     "key_bytes": "uint8",
     "key_ends": "int64",
 }
+CHECKSUM = "crc32"  # beside the facts, of them and all arrays
 FACTS = ("shards", "shard_bytes", "classes", "mode", "labels")
 # What foreign files cause.
 NO_INDEX = (
@@ -121,8 +123,16 @@ def write_index(index: Index) -> Path:
         write_atomically(private, encoded({"shards": index.shards}), private=True)
     path = index.folder / (index.split + SUFFIX)
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
-    write_atomically(path, save(arrays, {"mpp": jsons.text(facts)}))
+    write_atomically(path, save(arrays, {"mpp": jsons.text(facts | {CHECKSUM: _checksum(facts, arrays)})}))
     return path
+
+
+def _checksum(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> int:
+    """CRC-32 of what an index says, so that a flipped bit gives no image another label or place."""
+    checksum = zlib.crc32(jsons.text([facts[name] for name in FACTS]).encode())
+    for name in ARRAYS:
+        checksum = zlib.crc32(arrays[name], checksum)
+    return checksum
 
 
 def _with_secrets(index: Index) -> Index:
@@ -219,6 +229,8 @@ def loaded(path: Path, split: str) -> Index:
     with safe_open(path, framework="np") as file:
         facts = budget.json_of((file.metadata() or {})["mpp"])
         arrays = {name: file.get_tensor(name) for name in ARRAYS}
+    if CHECKSUM in facts and facts[CHECKSUM] != _checksum(facts, arrays):  # earlier versions wrote none
+        raise ValueError("its checksum is of something else")
     shards, sizes, classes = (tuple(facts[name]) for name in ("shards", "shard_bytes", "classes"))
     labels = facts.get("labels", "cls")
     index = Index(path.parent, split, shards, sizes, classes, facts["mode"], **arrays, labels=labels)

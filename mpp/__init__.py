@@ -4,6 +4,41 @@ The public names are resolved when they are first used, so that `mpp --help` imp
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal to _HOMES
+    from mpp import eval as eval
+    from mpp import targets as targets
+    from mpp.augment.config import AugmentConfig as AugmentConfig
+    from mpp.augment.input import Input as Input
+    from mpp.batch import Batch as Batch
+    from mpp.data.config import ViewConfig as ViewConfig
+    from mpp.data.read import read_shards as read_shards
+    from mpp.eval.probes.protocols import PROTOCOLS as PROTOCOLS
+    from mpp.eval.probes.task import Row as Row
+    from mpp.export.convert import convert as convert
+    from mpp.loop import train as train
+    from mpp.models.encoder import Encoder as Encoder
+    from mpp.models.encoder import PixelWarning as PixelWarning
+    from mpp.models.encoder_config import EncoderConfig as EncoderConfig
+    from mpp.models.encoders import ENCODERS as ENCODERS
+    from mpp.models.layers import put as put
+    from mpp.models.layers import take as take
+    from mpp.models.presets import presets as presets
+    from mpp.models.trunk import Trunk as Trunk
+    from mpp.models.trunk_config import TrunkConfig as TrunkConfig
+    from mpp.models.vit import ViT as ViT
+    from mpp.models.vit_config import ViTConfig as ViTConfig
+    from mpp.objectives import OBJECTIVES as OBJECTIVES
+    from mpp.objectives import Metric as Metric
+    from mpp.objectives import Needs as Needs
+    from mpp.objectives import ObjectiveConfig as ObjectiveConfig
+    from mpp.objectives.base import Objective as Objective
+    from mpp.optim import Scale as Scale
+    from mpp.recipe import load_recipe as load_recipe
+    from mpp.train_config import TrainConfig as TrainConfig
+    from mpp.weights import load_classifier as load_classifier
+    from mpp.weights import load_encoder as load_encoder
 
 _HOMES = {
     "ViT": "mpp.models.vit",

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import stat
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,16 +133,25 @@ class _Bounded(io.BufferedReader):
         return data
 
 
+def _zip(file: _Bounded) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except Overrun:
+        raise
+    except (ValueError, ArithmeticError, LookupError, struct.error) as error:  # of names that are no text, and places
+        raise zipfile.BadZipFile(f"its list of members is damaged ({error})") from error
+
+
 @contextmanager
 def zip_archive(path: str | Path, most: int = MOST_DIRECTORY) -> Iterator[zipfile.ZipFile]:
     """A zip archive whose members lie one behind the other and don't claim too much; `most` bytes of their list.
 
-    Raises Overrun, OSError, zipfile.BadZipFile, or what else zipfile raises on hostile bytes.
+    Raises Overrun, OSError, zipfile.BadZipFile or NotImplementedError.
     """
     raw = opened(path).detach()
     with _Bounded(raw) as file:
         file.most = most  # zipfile reads the whole list of members at once
-        with zipfile.ZipFile(file) as archive:
+        with _zip(file) as archive:
             file.most = None
             size, end = os.fstat(file.fileno()).st_size, 0
             hold_expanded(sum(member.file_size for member in archive.infolist()), size)

@@ -162,6 +162,8 @@ def _open(data: bytes) -> Image.Image:
         if data[:3] == b"\xff\xd8\xff":
             raise DamagedImage("damaged JPEG: its header cannot be read") from None
         raise DamagedImage(f"not an image (starts with {bytes(data[:6])!r})" if data else "empty file") from None
+    except Image.DecompressionBombError:
+        raise DamagedImage(f"more pixels than the limit of {MAX_PIXELS}") from None
     except PILLOW_ERRORS as error:
         raise DamagedImage(_cause(error, data)) from None
     _check_pixels(image.height, image.width)

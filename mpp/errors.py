@@ -17,6 +17,7 @@ NAMED = re.compile(
 SENT = re.compile(r"""(authorization:\s*(?:\w+\s+)?|\s(?:-u|--user|--password|--token)[\s=])[^\s'"]+""", re.I)
 
 LONGEST = 400  # characters of a name in a message; paths that people make have fewer
+LONGEST_CAUSE = 1500  # characters of a cause; our own errors, which may be causes, have fewer
 # What the system refuses whatever a program does: rights, disks, limits, and network file systems that fail.
 REFUSALS = frozenset(
     getattr(errno, name)
@@ -62,9 +63,13 @@ def terminable() -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """Why something failed, on one line: the system's words alone, without number and file name, where it has some."""
+    """Why something failed, on one line: the system's words alone, without number and file name, where it has some.
+
+    Libraries repeat what a file holds: characters that are no text are escaped, and long causes cut in the middle.
+    """
     words = error.strerror if isinstance(error, OSError) else None
-    return " ".join((words or str(error)).split()) or type(error).__name__
+    text = printable(" ".join((words or str(error)).split())) or type(error).__name__
+    return text if len(text) <= LONGEST_CAUSE else f"{text[: LONGEST_CAUSE // 2]}[...]{text[-LONGEST_CAUSE // 2 :]}"
 
 
 ALLOCATOR = re.compile(r"allocate memory|not enough memory|out of memory|bad_alloc", re.I)  # in RuntimeErrors of torch
@@ -138,6 +143,11 @@ def bare_address(url: str) -> str:
     rest = rest[inside.end() :] if inside else rest
     place, mark, behind = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest, re.S).groups()  # type: ignore[union-attr]
     return f"{scheme}{slashes}{place}{mark}{'...' if behind else ''}"
+
+
+def printable(text: object) -> str:
+    """What a terminal shows as it stands: lines, with all characters that would steer it or turn its text escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def counted(number: int, thing: str, things: str = "") -> str:

@@ -20,6 +20,7 @@ from mpp.log import Log
 from mpp.models.encoder import Encoder, feed
 from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
+from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
 from mpp.seeds import seed_of
 from mpp.shards.classes import translation
@@ -97,7 +98,8 @@ def train(
                 forward, objective, optimizer, batch, config, execution.micro_batch, seed, step
             )
             objective.progress.fill_(step / steps)
-            objective.after_step(step / steps)
+            with called(objective.config.name, "after_step()"):
+                objective.after_step(step / steps)
             average(ema, objective, ema_decay(step, config.ema))
             clock.count(step, loss, norm, len(batch))
             logger.advance()
@@ -109,9 +111,10 @@ def train(
             if saves:
                 clock.check_tensors(step, lasting(objective, ema))
             if logs:
-                values = {"loss": loss, **metrics, "norm": norm}
+                with called(objective.config.name, "metrics"):  # checked at the first step; later ones may differ
+                    values = {key: float(value) for key, value in {"loss": loss, **metrics, "norm": norm}.items()}
                 rate = {"lr": rate_at(step, config)}
-                logger.scalars(step, {k: float(v) for k, v in values.items()} | rate | clock.figures(device))
+                logger.scalars(step, values | rate | clock.figures(device))
             if saves:  # before what takes long, and may be interrupted
                 with clock.stopped():
                     save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep, kept)
@@ -279,7 +282,8 @@ def checked(objective: Objective, forward: Callable[[Batch], Loss]) -> Callable[
         nonlocal seen
         if not seen and batch.images.is_floating_point():
             objective.encoder.look(batch.images)  # one wait for the device, and none for uint8
-        outputs = forward(batch)
+        with called(objective.config.name, "forward()"):
+            outputs = forward(batch)
         if not seen:
             _check_outputs(objective.config.name, outputs)
             seen = True
@@ -347,9 +351,10 @@ def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
 def pictures(objective: Objective, batch: Batch) -> dict[str, Tensor]:
     """What the objective shows of some images."""
     torch.manual_seed(PICTURE_SEED)
-    shown = objective.pictures(batch)
+    with called(objective.config.name, "pictures()"):
+        shown = objective.pictures(batch)
     for name, row in shown.items():
-        if row.dtype != torch.uint8 or row.ndim != 4:
-            found = f"{row.dtype} of shape {tuple(row.shape)}"
+        if not isinstance(row, Tensor) or row.dtype != torch.uint8 or row.ndim != 4:
+            found = f"{row.dtype} of shape {tuple(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
             raise TrainingError(f"{objective.config.name}: pictures() must give uint8 (b, c, h, w), got {name} {found}")
     return shown

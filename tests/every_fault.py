@@ -33,7 +33,17 @@ from tqdm import tqdm
 FAULTS = ("killed", "one error", "full disk")
 CALLS = [(os, name) for name in ("fsync", "replace", "rename", "mkdir", "open", "ftruncate")] + [(fcntl, "flock")]
 OTHER = {"images/s", "waiting", "memory"}  # of metrics.jsonl: differ from run to run
-SKIPPED = (".lock", "events.out", ".machine.lock")
+SKIPPED = (".lock", "events.out", ".machine.lock", "report.html")
+
+
+STRIDE = {"compare": 11}  # places of those that have hundreds
+COMPARE = """\
+base: labels.yaml
+compare:
+  arms: {scratch: {finetune: labels}, mpp: {pretrain: before, finetune: labels}}
+  seeds: [0]
+  protocols: [finetune, knn]
+"""
 
 
 class Met(NamedTuple):
@@ -54,6 +64,8 @@ def commands(root: Path) -> dict[str, Callable[[Path], list[object]]]:
             picture_folder(source / split, count)
         (root / "mpp.yaml").write_text(RECIPE.replace("PATH", str(shards)).replace("steps: 6", "steps: 4"))
         (root / "labels.yaml").write_text(LABELS.replace("PATH", str(shards)).replace("steps: 6", "steps: 4"))
+        (root / "before.yaml").write_text((root / "mpp.yaml").read_text().replace("depth: 1", "depth: 2, pool: avg"))
+        (root / "compare.yaml").write_text(COMPARE)
         call(["shards", "make", source, shards, "--per-shard", "10"])
         call(["finetune", root / "labels.yaml", f"out={root / 'run'}"])
     run, test = root / "run", ("--split", "test")
@@ -67,6 +79,7 @@ def commands(root: Path) -> dict[str, Callable[[Path], list[object]]]:
         "probe": lambda out: ["probe", run, "--data", shards, "--protocol", "knn", "--json", out / "p.json"],
         "convert": lambda out: ["convert", run, out / "timm", "--to", "timm"],
         "check": lambda out: ["shards", "check", copied(shards, out / "marked", "*"), "--mark"],
+        "compare": lambda out: ["compare", root / "compare.yaml", f"out={out / 'both'}"],
         "stats": lambda out: ["shards", "stats", shards, "--json", out / "s.json"],
     }
 
@@ -225,6 +238,8 @@ def left(out: Path) -> dict[str, str]:
         if not path.is_file() or path.name.startswith(SKIPPED):
             continue
         data = path.read_bytes()
+        if path.name == "results.json":
+            data = json.dumps({key: json.loads(data)[key] for key in ("rows", "failures", "unfinished")}).encode()
         if path.name == "metrics.jsonl":
             rows = [{k: v for k, v in json.loads(line).items() if k not in OTHER} for line in data.splitlines()]
             data = json.dumps(rows).encode()
@@ -255,6 +270,8 @@ def tried(root: Path, name: str, fault: str, stride: int = 1, first: int = 1) ->
             assert code == -signal.SIGKILL, met
         elif code == 2:
             assert lines, met
+        elif code == 1:  # of a comparison whose other runs go on
+            assert "failed: " in said, met
         else:
             assert (code, left(out)) == (0, undisturbed), (met, difference(left(out), undisturbed))
         code, said, _ = child(arguments, out, "none", 0)
@@ -278,7 +295,7 @@ def main(root: Path, names: list[str]) -> None:
     for name in names or list(commands(root)):
         for fault in FAULTS:
             try:
-                met = tried(root, name, fault)
+                met = tried(root, name, fault, STRIDE.get(name, 1))
             except AssertionError as error:
                 failed += 1
                 print(f"{name}, {fault}: WRONG: {error}")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from shard_files import three_shards
 
 import mpp
-from mpp import budget
+from mpp import budget, checkpoint
 from mpp.budget import Overrun
 from mpp.cli import main
 from mpp.errors import UserError
@@ -236,3 +236,87 @@ def test_an_index_with_impossible_sizes_of_images_is_refused(size, tmp_path):
     write_index(replace(index, height=height, width=width))
     with pytest.raises(UserError, match="its images have impossible sizes"):
         read_index(tmp_path, "train")
+
+
+# What `tests/fuzz.py` found, by kind
+
+
+def line_of(capsys, *arguments: str) -> str:
+    """The one line with which the command line refuses something."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.isprintable()
+    assert len(line) < 3000
+    return line
+
+
+def archive_of(path: Path, name: str, old: bytes, new: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, b"x")
+    path.write_bytes(path.read_bytes().replace(old, new))
+    return path
+
+
+def test_a_zip_whose_names_are_no_text_is_one_line(tmp_path, capsys):
+    path = archive_of(tmp_path / "x.zip", "ü.png", "ü".encode(), b"\xbb\xbb")
+    assert "its list of members is damaged" in line_of(capsys, "shards", "make", str(path), str(tmp_path / "out"))
+
+
+def test_a_member_without_a_name_is_no_image(tmp_path, capsys):
+    path = archive_of(tmp_path / "x.zip", "a", b"\1\0\0\0a", b"\0\0\1\0a")  # its name counts as something else
+    with rewritten(path) as data:
+        place = data.find(b"PK\1\2") + 28
+        data[place : place + 4] = b"\0\0\1\0"
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == [""]
+    assert "no images found" in line_of(capsys, "shards", "make", str(path), str(tmp_path / "out"))
+
+
+def test_a_tar_with_a_name_of_gigabytes_takes_no_memory(tmp_path, capsys):
+    header = bytearray(512)
+    header[0:1], header[156:157], header[257:263] = b"x", b"L", b"ustar\0"
+    header[124:136] = b"77777777777\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "x.tar").write_bytes(bytes(header) + bytes(2048))
+    assert "cut" in line_of(capsys, "shards", "make", str(tmp_path / "x.tar"), str(tmp_path / "out"))
+
+
+def test_a_base_with_a_name_that_no_file_has_is_one_line(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text(f"base: {'b' * 5000}\n")
+    assert "base: expected a file beside" in line_of(capsys, "plan", str(tmp_path / "x.yaml"))
+
+
+def test_a_result_that_no_float_holds_is_left_out_of_the_card(tmp_path):
+    from mpp.export import origin
+
+    rows = [{"protocol": "knn", "metric": "top1", "value": value} for value in (10**400, 0.5, True)]
+    (tmp_path / "probe.json").write_text(json.dumps({"weights": "x", "rows": rows}))
+    assert [line.count("knn") for line in origin._measured(tmp_path, None) if "protocol" in line] == [1]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        '{"step": 1e999, "sha256": {}}', '{"step": 10, "sha256": {"../x.safetensors": ""}}',
+        '{"step": 10, "sha256": {"' + "a" * 5000 + '": ""}}', '{"step": 10, "sha256": {"a\\u202e\\n": ""}}',
+        "[" * 10**6,
+    ],
+)  # fmt: skip
+def test_a_strange_state_of_a_checkpoint_is_one_line(state, tmp_path):
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.load(tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 3000
+
+
+def test_a_cause_that_repeats_a_file_is_cut(tmp_path):
+    header = json.dumps({"a" * 10**5: {"dtype": "b\u202e" * 10**5, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "train-index.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(UserError) as caught:
+        read_index(tmp_path, "train")
+    assert len(str(caught.value)) < 3000
+    assert str(caught.value).isprintable()

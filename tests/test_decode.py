@@ -2,9 +2,11 @@
 
 import io
 import random
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from mpp.decode import DamagedImage, decode, decode_again, decode_first, image_size, room
+from mpp.decode import MAX_PIXELS, DamagedImage, decode, decode_again, decode_first, image_size, room
 
 ODD_MODES = (
     "1 PNG, L PNG, P PNG, P GIF, RGB BMP, RGB PPM, L PPM, 1 PPM, CMYK TIFF, CMYK JPEG, YCbCr JPEG, RGB TIFF, RGB WEBP"
@@ -273,3 +275,39 @@ except DamagedImage as error:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout == "its pixels do not fit into memory\n", run.stderr
+
+
+def huge_png(side: int) -> bytes:
+    """A white picture of side x side pixels of one bit."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, row = zlib.compressobj(9), b"\0" + b"\xff" * ((side + 7) // 8)
+    body = b"".join(packer.compress(row * 128) for _ in range(side // 128)) + packer.compress(row * (side % 128))
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", body + packer.flush()) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def test_the_limit_of_pixels_is_that_of_the_docs_for_every_format():
+    """Pillow alone refuses 2 * 89,478,485 pixels; 2^28 are promised, of JPEG and of the others alike."""
+    assert Image.MAX_IMAGE_PIXELS is None or 2 * Image.MAX_IMAGE_PIXELS >= MAX_PIXELS
+    assert image_size(huge_png(16384)) == (16384, 16384)
+    for data in (huge_png(16512), huge_bmp(16385, 16384), huge_bmp(2**31 - 1, 2**31 - 1), huge_bmp(2**31 - 1, 1)):
+        with pytest.raises(DamagedImage, match="than the limit of 268435456"):
+            image_size(data)
+        with pytest.raises(DamagedImage, match="than the limit of 268435456"):
+            decode(data, "L")
+
+
+def huge_bmp(width: int, height: int) -> bytes:
+    """The header of a bitmap, which claims so many pixels."""
+    return struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 62, 0, 0, 62, 40, width, height, 1, 1, 0, 0, 0, 0, 2, 2) + bytes(8)
+
+
+@pytest.mark.slow
+def test_a_picture_of_more_pixels_than_pillow_allows_is_decoded():
+    found = decode(huge_png(14_200), "L")
+    assert found.shape == (14_200, 14_200, 1)
+    assert found.min() == 255

@@ -1,5 +1,6 @@
 """mpp/errors.py and how the command line says what a user can mend."""
 
+import logging
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from tiny_runs import run, write_recipe
 
 from mpp import cli
 from mpp.checkpoint import CheckpointError
-from mpp.errors import UserError, cause, counted, out_of_memory, shown
+from mpp.errors import UserError, cause, counted, out_of_memory, printable, shown
 from mpp.hardware import HardwareError
 from mpp.recipe import RecipeError
 from mpp.recipe.settled import RunError
@@ -64,6 +65,31 @@ def test_names_that_a_terminal_cannot_show_do_no_harm(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert run.returncode == 0, run.stderr
     assert "cat, \\u65e5\\u672c" in run.stdout
+
+
+def test_what_steers_a_terminal_is_escaped_wherever_it_stands(capsys, monkeypatch):
+    """An arm's title, a class, a key: characters that turn text (U+202E), move the cursor or clear the screen."""
+    hostile = "a\u202eb\x1b[2Jc\x9bd\te\ud800f"
+
+    def say(_: object) -> None:
+        logging.getLogger("mpp.test").warning("log %s", hostile)
+        raise UserError(f"error {hostile}")
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(cli.commands, "recipes", say)
+    with pytest.raises(SystemExit):
+        cli.main(["recipes"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.isprintable() and line.startswith("mpp: ") for line in lines)
+    assert printable(f"x\n{hostile}\n").splitlines() == ["x", r"a\u202eb\x1b[2Jc\x9bd\te\ud800f"]
+
+
+def test_a_long_name_is_cut_in_the_middle():
+    assert shown("a" * 400) == "a" * 400
+    assert shown("a" * 5000 + "z").startswith("a" * 200 + "[...]a")
+    assert shown("a" * 5000 + "z").endswith("az")
+    assert len(shown("\u202e" * 10**6)) < 3000
 
 
 # Memory

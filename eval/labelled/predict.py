@@ -22,6 +22,7 @@ from .images import Images, open_images, outputs
 from .scores import Answers, Scores, answers, scored
 
 logger = logging.getLogger("mpp.eval")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # what cells begin with that are no plain text (OWASP, CSV injection)
 
 
 class PredictError(UserError):
@@ -174,8 +175,16 @@ def _csv(made: Sequence[Prediction]) -> str:
     """Columns key, label (empty where not known), class, score, class_2, score_2, ..."""
     places = range(1, len(made[0].top) + 1)
     names = [f"{kind}_{place}" if place > 1 else kind for place in places for kind in ("class", "score")]
-    rows = ([one.key, one.label or "", *(value for pair in one.top for value in pair)] for one in made)
+    rows = (
+        [_cell(one.key), _cell(one.label or ""), *(part for name, score in one.top for part in (_cell(name), score))]
+        for one in made
+    )
     return _csv_line(["key", "label", *names]) + "".join(_csv_line(row) for row in rows)
+
+
+def _cell(text: str) -> str:
+    """A text that a spreadsheet would take for a formula gets a ' in front, as does one that begins with a '."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _csv_line(cells: Sequence[object]) -> str:

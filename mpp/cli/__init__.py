@@ -11,16 +11,16 @@ from types import TracebackType
 from typing import NoReturn
 
 from mpp.cli.parser import parsed
-from mpp.errors import Terminated, UserError, out_of_memory, refusal, terminable, without_secrets
+from mpp.errors import Terminated, UserError, out_of_memory, printable, refusal, terminable, without_secrets
 from mpp.extend import ExtensionError, import_parts
 from mpp.workers import end_soon
 
 
 class Discreet(logging.Formatter):
-    """What anybody logs, libraries and their tracebacks too, without the secrets of addresses."""
+    """What anybody logs, libraries and their tracebacks too, without secrets; names in it may be anybody's."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
+        return printable(without_secrets(super().format(record)))
 
 
 def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -93,5 +93,5 @@ def _status(ended: BaseException | None) -> int:
 def _refuse(error: Exception, words: str) -> NoReturn:
     if os.environ.get("MPP_TRACEBACK"):
         _told(type(error), error, error.__traceback__)
-    print(f"mpp: {without_secrets(' '.join(words.split()))}", file=sys.stderr)
+    print(f"mpp: {printable(without_secrets(' '.join(words.split())))}", file=sys.stderr)
     raise SystemExit(2) from None

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from mpp.errors import printable
+
 if TYPE_CHECKING:
     from mpp.recipe import Recipe
 
@@ -57,7 +59,7 @@ def shards_stats(options: argparse.Namespace) -> None:
     from mpp.shards.stats_table import table
 
     found = folder_stats(options.folder, options.images)
-    print(table(found))
+    print(printable(table(found)))
     if options.json:
         found.save(options.json)
 
@@ -77,7 +79,7 @@ def finetune(options: argparse.Namespace) -> None:
 
     out, scores = stoppable(lambda: finetune(recipe))
     if scores:
-        print(scores)
+        print(printable(scores))
     print(f"{out}/classifier.safetensors: encoder and head; {out}/metrics.jsonl: how it went")
 
 
@@ -125,7 +127,7 @@ def probe(options: argparse.Namespace) -> None:
         untrained=options.untrained,
         image=options.image,
     )
-    print(found)
+    print(printable(found))
     if options.json:
         found.save(options.json)
 
@@ -138,7 +140,7 @@ def compare(options: argparse.Namespace) -> None:
     from mpp.eval.compare.summary import table
 
     out, results = stoppable(lambda: compare(options.recipe, options.overrides))
-    print(table(results))
+    print(printable(table(results)))
     print(f"{out}/report.html: the report, for a browser; {out}/results.json: every figure")
     if results["failures"]:
         raise SystemExit(1)
@@ -167,7 +169,8 @@ def predict(options: argparse.Namespace) -> None:
 def convert(options: argparse.Namespace) -> None:
     from mpp.export.convert import convert, facts_of
 
-    print(convert(options.weights, options.out, options.to, head=not options.encoder, **facts_of(options.overrides)))
+    found = convert(options.weights, options.out, options.to, head=not options.encoder, **facts_of(options.overrides))
+    print(printable(found))
 
 
 def recipes(options: argparse.Namespace) -> None:

@@ -93,12 +93,30 @@ class Batches:
             raise ShardError(f"{self.index.origin}: {self.epoch} images make no batch of {self.batch} to keep")
         cv2.setNumThreads(1)  # the threads here are enough; OpenCV's own would fight them and torch's for the cores
 
+    def __repr__(self) -> str:
+        kind = "training" if self.train else "evaluation"
+        size = "x".join(map(str, self.image))
+        return (
+            f"<{type(self).__name__} for {kind}: {len(self)} an epoch, each {self.batch} images of {size}; "
+            f"{self.epoch} images of split {self.index.split} of {self.index.origin}>"
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch, from its start; `iterate` goes on without end in training."""
+        return itertools.islice(self.iterate(), len(self))
+
     def __len__(self) -> int:
         """Batches an epoch; a chained one's last may reach into the next epoch."""
         return batches_of(self.epoch, self.batch, self._last)
 
     def at(self, step: int) -> Batch:
-        """The batch of a step, or this rank's part: uint8 (b, c, h, w) and, if the shards have them, labels (b,)."""
+        """The batch of a step, or this rank's part: uint8 (b, c, h, w) and, if the shards have them, labels (b,).
+
+        Steps go on without end in training. Raises IndexError for one that there is not.
+        """
+        if step < 0 or (not self.train and step >= len(self)):
+            steps = "without end" if self.train else f"to {len(self) - 1}"
+            raise IndexError(f"no batch {step}: steps go from 0 {steps}")
         positions = self._positions(step)
         if self._reading.windowed and len(positions):
             self._images.shards.ahead(self._order.shards(int(positions[0]), int(positions[-1])))

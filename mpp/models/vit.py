@@ -86,7 +86,7 @@ class ViT(Encoder, Trunk):
         if not isinstance(given, ViT):
             raise ValueError(f"model: name {given.config.name} there, {self.config.name} here")
         there, here = given.config, self.config
-        pairs = {name: (getattr(there, name), getattr(here, name)) for name in asdict(here).keys() - FREE}
+        pairs = {name: (getattr(there, name), getattr(here, name)) for name in asdict(here) if name not in FREE}
         pairs["mlp"] = there.hidden, here.hidden
         if (there.layer_scale is None) == (here.layer_scale is None):  # its first value, which was trained since
             del pairs["layer_scale"]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mpp.errors import UserError, without_secrets
+from mpp.errors import UserError, shown, without_secrets
 from mpp.hints import fits
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -37,7 +37,9 @@ def check(values: dict[str, Any], hints: dict[str, Any], source: str, above: str
         dotted = f"{above}{key}"
         if key not in hints:
             below = [f"{section}.{key}" for section in sections if key in sections[section]]
-            raise RecipeError(f"{source}: {dotted}: unknown key.{near(below[0] if below else key, below or hints)}")
+            raise RecipeError(
+                f"{source}: {shown(dotted)}: unknown key.{near(below[0] if below else key, below or hints)}"
+            )
         if key in sections and isinstance(value, dict):
             check(value, sections[key], source, f"{dotted}.")
         elif get_origin(hints[key]) is dict and isinstance(value, dict):
@@ -45,7 +47,7 @@ def check(values: dict[str, Any], hints: dict[str, Any], source: str, above: str
                 if part is not None:  # null leaves out what a base names
                     check({name: part}, {name: _required(get_args(hints[key])[1])}, source, f"{dotted}.")
         elif not fits(tupled(value), hints[key]):
-            raise RecipeError(f"{source}: {dotted}: expected {_expected(hints[key])}, found {quoted(value)}")
+            raise RecipeError(f"{source}: {shown(dotted)}: expected {_expected(hints[key])}, found {quoted(value)}")
 
 
 def _required(hint: Any) -> Any:
@@ -72,7 +74,7 @@ def _expected(hint: Any) -> str:
 
 def quoted(value: Any) -> str:
     """A value as JSON, cut short, on one line, without the secrets of addresses, which a cut could hide."""
-    return without_secrets(json.dumps(value, default=str, ensure_ascii=False, skipkeys=True))[:80]
+    return shown(without_secrets(json.dumps(value, default=str, ensure_ascii=False, skipkeys=True))[:80])
 
 
 def near(word: object, names: Collection[str]) -> str:

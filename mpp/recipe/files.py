@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpp import budget
-from mpp.errors import cause
+from mpp.errors import cause, shown
 from mpp.recipe.build import dotted, merged
 from mpp.recipe.check import RecipeError, leaves, near, quoted
 from mpp.recipe.text import NO_YAML, read_yaml
@@ -89,12 +89,14 @@ def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
         raise RecipeError(f"{source}: cannot be read: {cause(error)}") from error
     except NO_YAML as error:
         problem = " ".join(re.sub(r'in "[^"]*",', "at", str(error)).split())
-        raise RecipeError(f"{source}: expected keys with values in YAML, found an error: {problem}") from error
+        raise RecipeError(f"{source}: expected keys with values in YAML, found an error: {shown(problem)}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{source}: expected keys with values, found {quoted(values)}")
     for key, value in leaves(values):
         if "${" in (key if isinstance(value, list) else f"{key}{value}"):  # lists hold names, such as those of classes
-            raise RecipeError(f"{source}: {key}: recipes are plain values and take no ${{...}}, found {quoted(value)}")
+            raise RecipeError(
+                f"{source}: {shown(key)}: recipes are plain values and take no ${{...}}, found {quoted(value)}"
+            )
     _spell_out(values)
     return values  # keys that are no strings are unknown keys
 

@@ -62,9 +62,13 @@ def check_sizes(recipe: Recipe) -> None:
     """
     import torch
 
+    from mpp.objectives.calls import called
+
     try:
         with torch.device("meta"):
-            build_objective(build_encoder(recipe.model), recipe.objective)
+            encoder = build_encoder(recipe.model)
+            with called(recipe.objective.name, "its constructor", ValueError):
+                build_objective(encoder, recipe.objective)
     except (RuntimeError, ArithmeticError) as error:
         raise ValueError(f"model has impossible sizes: {str(error).splitlines()[0]}") from error
 

@@ -9,6 +9,7 @@ import torch
 from mpp.execution import forward_pass
 from mpp.hardware import device_of
 from mpp.objectives.base import Objective
+from mpp.objectives.calls import called
 from mpp.recipe import Recipe
 from mpp.run.images import RunImages
 from mpp.seeds import seed_of
@@ -45,9 +46,10 @@ def evaluation(
             if not len(batch):
                 continue  # all of its images are damaged
             torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
-            loss, metrics = forward(batch.to(device))
-            for name, value in {"loss": loss, **metrics}.items():
-                totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + float(value) * len(batch)
+            with called(objective.config.name, "forward()"):
+                loss, metrics = forward(batch.to(device))
+                for name, value in {"loss": loss, **metrics}.items():
+                    totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + float(value) * len(batch)
             seen += len(batch)
         objective.train()
         if stop:

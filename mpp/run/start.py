@@ -18,6 +18,7 @@ from mpp.models.encoder import Encoder, feed
 from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from mpp.objectives.base import Objective
+from mpp.objectives.calls import called
 from mpp.recipe import Recipe, load_recipe, save_recipe
 from mpp.recipe.check import quoted
 from mpp.recipe.recipe import changes, lasting
@@ -186,7 +187,8 @@ def build(recipe: Recipe, weights: Encoder | None = None) -> Objective:
             encoder.adopt(weights)
         except ValueError as error:
             raise RunError(f"{recipe.weights}: another encoder than the recipe's: {error}") from None
-    objective = build_objective(encoder, recipe.objective)
+    with called(recipe.objective.name, "its constructor", ValueError):
+        objective = build_objective(encoder, recipe.objective)
     feed(objective, recipe.data.augment.input(recipe.model.image))
     return objective
 

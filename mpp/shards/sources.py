@@ -10,7 +10,6 @@ import inspect
 import io
 import lzma
 import os
-import tarfile
 import zipfile
 import zlib
 from collections import Counter
@@ -25,7 +24,7 @@ from PIL import Image
 from mpp import budget
 from mpp.errors import cause, shown
 from mpp.shards.classes import look_alikes_line
-from mpp.shards.tar import IMAGE_ENDINGS, LARGEST_IMAGE, Bytes, ShardError, walk_tar
+from mpp.shards.tar import BLOCK, IMAGE_ENDINGS, LARGEST_IMAGE, Bytes, ShardError, is_header, walk_tar
 
 T = TypeVar("T")
 
@@ -137,9 +136,9 @@ def _walk(root: Path, out: Path) -> list[str]:
 def _tar(path: Path, out: Path, stack: ExitStack) -> Files:
     try:
         plain = _unpacked(path, out, stack)
-        if not tarfile.is_tarfile(plain):
-            raise ShardError(f"{path}: no archive; {EXPECTED}")
         tar = Bytes(plain, path)
+        if not is_header(tar.read(0, BLOCK)):
+            raise ShardError(f"{path}: no archive; {EXPECTED}")
         members = list(walk_tar(tar))
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {cause(error)}") from None

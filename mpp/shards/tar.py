@@ -170,7 +170,7 @@ def walk_tar(tar: Bytes) -> Iterator[Member]:
             raise ShardError(f"{path}: cut: it ends at byte {tar.size} without the end mark of a tar")
         if not any(header):
             return
-        if sum(header) - sum(header[148:156]) + 8 * 32 != _number(header[148:156], path, place):
+        if not is_header(header):
             raise ShardError(f"{path}: no tar header at byte {place} (wrong checksum); damaged or compressed?")
         kind = header[156:157]
         size = int(pax.get(b"size", _number(header[124:136], path, place)))
@@ -194,6 +194,15 @@ def walk_tar(tar: Bytes) -> Iterator[Member]:
                 raise ShardError(f"{path}: a name of {len(name)} bytes; expected at most {LONGEST_NAME}")
             if kind in b"0127\0" and not name.endswith(b"/"):
                 yield Member(name.decode("utf-8", "surrogateescape"), data, size, link=kind in b"12")
+
+
+def is_header(block: bytes) -> bool:
+    """Whether a block may begin a member, by its checksum, or end a tar."""
+    if len(block) < BLOCK or not any(block):
+        return len(block) == BLOCK
+    digits = block[148:156].split(b"\0", 1)[0].strip()
+    wanted = sum(block) - sum(block[148:156]) + 8 * 32  # as if the checksum were eight spaces
+    return not digits.strip(b"01234567") and int(digits or b"0", 8) == wanted
 
 
 def _number(field: bytes, path: Path, place: int) -> int:

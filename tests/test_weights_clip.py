@@ -237,12 +237,15 @@ def test_settings_that_a_file_leaves_out_are_those_of_transformers(tmp_path):
         load_encoder(tmp_path)
 
 
-def test_the_mean_of_preprocessor_config_counts(tmp_path, caplog):
+def test_what_preprocessor_config_says_counts(tmp_path, caplog):
     of_transformers("CLIPVisionModel", tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
+    says = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3, "size": 32, "crop_size": 32}
+    about = says | {"feature_extractor_type": "CLIPFeatureExtractor"}  # as beside OpenAI's
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
     with caplog.at_level(logging.INFO):
-        config = load_encoder(tmp_path).config
-    assert (config.mean, config.std, caplog.messages) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), [])
+        encoder = load_encoder(tmp_path)
+    assert (encoder.config.mean, encoder.config.std, caplog.messages) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), [])
+    assert (encoder.input.fit, encoder.input.centre, encoder.input.filter) == ("crop", 1.0, "bicubic")
 
 
 # SigLIP in transformers' names

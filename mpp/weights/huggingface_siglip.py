@@ -72,7 +72,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     beside += () if pool == "map" else (f"{prefix}head.",)
     aside = tuple(name for name in tensors if name.startswith(beside) or name == f"{prefix}embeddings.position_ids")
     fed, notes = input_of(source.preprocessing, config.image, any_size=False)
-    return Layout(config, parts(config, prefix), head, classes, aside, input=fed, notes=notes)
+    guessed = () if settings else ("heads",)
+    return Layout(config, parts(config, prefix), head, classes, aside, guessed, fed, notes)
 
 
 def parts(config: ViTConfig, prefix: str) -> dict[str, Part]:

@@ -4,6 +4,7 @@ The public names are resolved when they are first used, so that `mpp --help` imp
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal to _HOMES
@@ -34,8 +35,13 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from mpp.objectives import Needs as Needs
     from mpp.objectives import ObjectiveConfig as ObjectiveConfig
     from mpp.objectives.base import Objective as Objective
+    from mpp.objectives.labels import Classification as Classification
+    from mpp.objectives.labels_config import LabelsConfig as LabelsConfig
+    from mpp.objectives.masked_patch import MaskedPatchPrediction as MaskedPatchPrediction
+    from mpp.objectives.masked_patch_config import MaskedPatchConfig as MaskedPatchConfig
     from mpp.optim import Scale as Scale
     from mpp.recipe import load_recipe as load_recipe
+    from mpp.train_config import LogConfig as LogConfig
     from mpp.train_config import TrainConfig as TrainConfig
     from mpp.weights import load_classifier as load_classifier
     from mpp.weights import load_encoder as load_encoder
@@ -61,6 +67,11 @@ _HOMES = {
     "Trunk": "mpp.models.trunk",
     "TrunkConfig": "mpp.models.trunk_config",
     "TrainConfig": "mpp.train_config",
+    "LogConfig": "mpp.train_config",
+    "MaskedPatchPrediction": "mpp.objectives.masked_patch",
+    "MaskedPatchConfig": "mpp.objectives.masked_patch_config",
+    "Classification": "mpp.objectives.labels",
+    "LabelsConfig": "mpp.objectives.labels_config",
     "AugmentConfig": "mpp.augment.config",
     "ViewConfig": "mpp.data.config",
     "take": "mpp.models.layers",
@@ -77,6 +88,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.metadata.version("mpp")
     if name not in _HOMES:
         raise AttributeError(f"mpp has no {name!r}; it has {', '.join(sorted(_HOMES))}")
     if _HOMES[name] == "mpp":
@@ -85,4 +98,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOMES)
+    return sorted([*_HOMES, "__version__"])

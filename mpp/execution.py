@@ -1,8 +1,10 @@
 """How training is carried out on this machine: precision, compiling, threads, and how many images a forward pass."""
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpp.batch import Batch
+from mpp.data.loader import Images
 from mpp.hardware import device_of, multiplies_bfloat16
 from mpp.objectives.base import Objective
 from mpp.train_config import Execution, TrainConfig
@@ -20,15 +23,24 @@ Once = Callable[[str, Callable[[], Any]], Any]  # gives what a function chooses,
 # Tokens of a micro-batch on a CPU: below, throughput grows with the batch; above, activations leave the caches and take
 # memory (`python -m benchmarks.step --sizes tiny32 --micro-batches 16 32 128`).
 CPU_TOKENS = 8192
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it torch refuses CUDA's matrix products in deterministic mode
 
 
-class Images(Protocol):
-    """Where batches come from; `mpp.read_shards` gives one."""
-
-    def at(self, step: int) -> Batch: ...
-
-    def iterate(self, start: int, stop: Sequence[int] = ()) -> Iterator[Batch]:
-        """Yields the batches from `start` on; ends early, instead of waiting for one, once `stop` holds something."""
+@contextmanager
+def callers_state() -> Iterator[None]:
+    """Puts back what training sets for the whole process: torch's generators, threads and deterministic mode."""
+    threads, variable = torch.get_num_threads(), os.environ.get(WORKSPACE)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+            if variable is None:
+                os.environ.pop(WORKSPACE, None)
 
 
 def at_once(what: str, choose: Callable[[], Any]) -> Any:

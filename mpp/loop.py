@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpp import checkpoint, jsons
+from mpp import begun, checkpoint, jsons
 from mpp.batch import Batch
 from mpp.data.batches import Batches
+from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import Images, Loss, choose, forward_pass
+from mpp.execution import WORKSPACE, Loss, callers_state, choose, forward_pass
 from mpp.hardware import device_of
 from mpp.log import Log
 from mpp.models.encoder import Encoder, feed
@@ -32,12 +33,13 @@ PICTURED = 8  # images of a picture grid
 PICTURE_SEED = 1  # the same for all pictures of a run, which then show the same patches corrupted
 
 
+@callers_state()
 def train(
     objective: Objective,
-    batches: Images,
+    batches: Images | Iterable[Any],
     config: TrainConfig,
     *,
-    out: Path,
+    out: Path | str,
     seed: int = 0,
     log: LogConfig | None = None,
     execution: Execution | None = None,
@@ -46,35 +48,42 @@ def train(
 ) -> None:
     """Trains `objective` up to step `config.steps`, from the last whole checkpoint below `out` if there is one.
 
+    batches: what `mpp.read_shards` gives; or a DataLoader or another iterable of (images, labels), which is read again
+        and again. An iterable has no place to go on from: interrupted, a run goes on, but with its beginning.
     execution: how, where that is chosen already; else what `config` leaves open is chosen here.
     evaluate: gives figures to log every `evaluate_every` steps and at the end. What it is called with is a list that
         holds something as soon as a signal asks to stop.
 
     The losses of all steps, and so the weights at the end, are the same however often a run was interrupted, bit for
-    bit on the CPU. Raises TrainingError if a loss or gradient is not finite, Interrupted after SIGINT or SIGTERM, and
-    ValueError for a config that does not say in steps how long.
+    bit on the CPU. Torch's generators, number of threads and deterministic mode are the caller's again afterwards.
+    Raises TrainingError if a loss or gradient is not finite, Interrupted after SIGINT or SIGTERM, CheckpointError if
+    `out` holds a training with other settings, and ValueError for a config that does not say in steps how long.
     """
+    out, images = Path(out), as_batches(batches)
+    folder, settings = out / "checkpoints", begun.settings_of(objective, images, config, seed)
+    config = begun.same(folder, settings, config)
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
-    if isinstance(batches, Batches):
-        feed(objective, batches.input)
-    _refuse_other_numbers(objective, batches)
+    if isinstance(images, Batches):
+        feed(objective, images.input)
+    _refuse_other_numbers(objective, images)
     described = {"encoder": jsons.text(facts_of_result(objective))}  # goes with the weights of every checkpoint
     evaluation = evaluate_every if evaluate else 0
     kept = kept_steps(config)
-    execution = execution or choose(objective, batches, config)
+    execution = execution or choose(objective, images, config)
     torch.set_num_threads(execution.threads)
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses CUDA's matrix products
+        os.environ.setdefault(WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     objective.to(device).train()
     optimizer = build_optimizer(objective, config)
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
-    start = resume(objective, optimizer, ema, out / "checkpoints")
+    start = resume(objective, optimizer, ema, folder)
     objective.progress.fill_(start / steps)
     forward = checked(objective, forward_pass(objective, config, execution))
     clock = Clock(config.lr)
+    record = functools.cache(lambda: begun.write(folder, settings, execution))  # once, before the first checkpoint
     # Read once: the first batch of streamed shards may have to be fetched again.
-    shown = functools.cache(lambda: next(batches.at(0).split(PICTURED)).to(device))
+    shown = functools.cache(lambda: next(images.at(0).split(PICTURED)).to(device))
     metrics_beside_bar = ("loss", *list(objective.config.metrics)[:1], "images/s")
     with Log(out, start, steps, log.tensorboard, metrics_beside_bar) as logger, stop_signals() as signals:
 
@@ -91,7 +100,7 @@ def train(
         if start:  # what was interrupted after this step was saved
             scores, shows = (due(start, every, start == steps) for every in (evaluation, log.pictures))
             look(start, scores and not logger.scored(start), shows and not logger.pictured(start))
-        read, step = clock.waits(batches.iterate(start, signals), signals), start
+        read, step = clock.waits(images.iterate(start, signals), signals), start
         for step, batch in zip(range(start + 1, steps + 1), read, strict=False):
             batch = checked_batch(objective, batch, step).to(device)
             loss, norm, metrics = update(
@@ -117,7 +126,8 @@ def train(
                 logger.scalars(step, values | rate | clock.figures(device))
             if saves:  # before what takes long, and may be interrupted
                 with clock.stopped():
-                    save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep, kept)
+                    record()
+                    save(objective, optimizer, ema, folder, step, described, config.keep, kept)
             look(step, scores, shows)
             if signals:
                 break
@@ -125,7 +135,8 @@ def train(
             if step > start and not saves:
                 clock.check()
                 clock.check_tensors(step, lasting(objective, ema))
-                save(objective, optimizer, ema, out / "checkpoints", step, described, config.keep, kept)
+                record()
+                save(objective, optimizer, ema, folder, step, described, config.keep, kept)
             raise Interrupted(signals[0], step)
     adopt(objective, ema)
 

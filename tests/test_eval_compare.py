@@ -2,6 +2,7 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ from tiny_runs import finished, run, small_splits, start
 
 from mpp.data.read import read_shards
 from mpp.eval.compare.arms import load_comparison
+from mpp.eval.compare.chains import Chains
+from mpp.eval.compare.compare import other_than_wanted
 from mpp.files import claimed, sealed
+from mpp.shards.index import read_index, write_index
 from mpp.weights import load_classifier, load_encoder, save_encoder
 
 BASE = """\
@@ -246,6 +250,21 @@ def test_data_by_another_path_is_the_same_comparison(done, shards, tmp_path, mon
     assert json.loads((copy / "results.json").read_text())["rows"] == results["rows"]
 
 
+def test_figures_of_other_test_images_do_not_pass_for_those_of_these(done, shards, tmp_path):
+    out, recipe, _ = done
+    others = shutil.copytree(shards, tmp_path / "others")
+    index = read_index(others, "test")
+    write_index(replace(index, label=index.label[::-1].copy()))
+    before = times(out)
+    result = run("compare", recipe, f"out={out}", f"data.path={others}")
+    assert result.code == 2
+    assert "is of other images (" in result.line
+    for path, stages in ((others, {"finetune", "probe"}), (shards, set())):
+        jobs = Chains(load_comparison(recipe, [f"out={out}", f"data.path={path}"])).jobs()
+        assert {job.stage for job in jobs if "is of other images" in (other_than_wanted(job) or "")} == stages
+    assert times(out) == before
+
+
 def test_arms_may_name_the_same_images_by_different_paths(done, shards, tmp_path):
     folder = shutil.copytree(done[1].parent, tmp_path / "recipes", ignore=lambda path, names: {"out"})
     shutil.copytree(shards, tmp_path / "same")
@@ -269,6 +288,11 @@ def test_weights_trained_anew_under_the_same_name_do_not_pass_for_the_old_ones(d
     assert result.code == 2
     assert f"holds a run that began from other weights than {path.parent} now holds" in result.line
     assert times(copy) == before
+    for checkpoints in copy.glob("finetune/**/checkpoints"):
+        shutil.rmtree(checkpoints)
+    result = run("compare", recipe, f"out={copy}")
+    assert result.code == 2, "scores without checkpoints are of the same weights alone as well"
+    assert f"holds a run that began from other weights than {path.parent} now holds" in result.line
 
 
 def test_a_run_that_is_done_again_in_the_same_comparison_is_looked_at_too(done, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -187,6 +188,37 @@ def test_weights_to_start_from_are_those_of_a_run(recipe, pretrained, tmp_path):
     assert found.keys() == given.keys() - {"class_token"}
     assert all(torch.equal(value, given[name]) for name, value in found.items())
     assert load_recipe(out / "recipe.yaml").weights == str(pretrained)
+
+
+def test_a_finished_run_is_done_wherever_its_weights_and_images_lie_and_not_if_they_are_others(
+    recipe, splits, pretrained, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pretrained, "pre")
+    shutil.copytree(splits, "images")
+    finetune(recipe, "out", "--from", "pre", "data.path=images")
+    before = contents(Path("out"))
+    finetune(recipe, "out", "--from", tmp_path / "pre", f"data.path={tmp_path / 'images'}")
+    os.rename("pre", "archived")
+    os.rename("images", "pictures")
+    finetune(recipe, "out", "--from", "pre", "data.path=pictures")
+    finetune(recipe, "out", "--from", "archived/encoder.safetensors", "data.path=pictures")
+    assert contents(Path("out")) == before
+    assert (
+        run("pretrain", recipe, "seed=8", "objective.name=mpp", "train.steps=2", "data.val=null", "out=pre").code == 0
+    )
+    line = refused("finetune", recipe, "--from", "pre", "data.path=pictures", "out=out")
+    assert "out: holds a run that began from other weights than pre now holds" in line
+    assert contents(Path("out")) == before
+
+
+def test_results_without_the_checkpoints_of_their_run_are_not_taken_for_those_of_another(tuned, recipe, tmp_path):
+    out = shutil.copytree(tuned, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    before = contents(out)
+    line = refused("finetune", recipe, "seed=4", f"out={out}")
+    assert line.startswith(f"mpp: {out / 'encoder.safetensors'}: of a run whose checkpoints are gone")
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("image", [8, 32])

@@ -106,7 +106,7 @@ def test_transformers_does_with_pictures_as_predict(fed, tmp_path):
     back = load_classifier(tmp_path / "huggingface")
     assert back.input == fed
     # Without our own note of it, what the processor says is the same but for whole pixels.
-    path = tmp_path / "huggingface/config.json"
+    path = tmp_path / "huggingface/preprocessor_config.json"
     path.write_text(
         json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "mpp_input"})
     )
@@ -334,7 +334,7 @@ def test_what_transformers_does_and_we_do_not_is_said(changes, said, tmp_path, c
     assert [said in line for line in caplog.messages] == [True]
 
 
-@pytest.mark.parametrize("size", [{"longest_edge": 32}, {}, "large", [32, 32], -1, {"height": 32}])
+@pytest.mark.parametrize("size", [{"longest_edge": 32}, "large", [32, 32], -1, {"height": 32}])
 def test_a_processors_size_that_can_not_be_is_one_line(size, tmp_path):
     folder = hf_folder(tmp_path / "hf", PROCESSORS["vit"]())
     path = folder / "preprocessor_config.json"

@@ -9,12 +9,12 @@ OUT/probe/ARM/seed-0                   what is read off frozen features
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpp.data.config import SubsetConfig
-from mpp.data.subset import drawn
+from mpp.data.subset import contents, drawn
 from mpp.execution import Once
 from mpp.files import claimed, sealed, unsealed, write_atomically
 from mpp.log import METRICS, read_metrics
@@ -60,6 +60,7 @@ class Job:
     recipe: Callable[[], Recipe] | None = None  # of the run, known once what it needs is done
     encoder: Callable[[], Encoder] | None = None  # of a probing, known then as well
     asked: tuple[Asked, ...] = ()  # of a probing
+    images: Callable[[], str] | None = None  # of what its figures are, where they are not only of the images trained on
 
     @property
     def done(self) -> bool:
@@ -168,7 +169,7 @@ class Chains:
         name = f"{arm} fine-tuning, seed {seed}, {shown(fraction)}"
         names = tuple(job.name for job in needs)
         work = partial(self._carry_out, finetune, recipe)
-        return Job(name, "finetune", arm, seed, fraction, names, out / SCORES, work, recipe)
+        return Job(name, "finetune", arm, seed, fraction, names, out / SCORES, work, recipe, images=self.scored)
 
     def _carry_out(self, how: Callable[[Recipe, Once], object], recipe: Callable[[], Recipe]) -> None:
         how(recipe(), self.machine.once)
@@ -211,8 +212,35 @@ class Chains:
             names = tuple(job.name for job in self.pretraining(arm, seed, part[-1]))
             work = partial(self.probe, arm, seed, part[-1], asked, out)
             name, encoder = f"{arm}{place} probing, seed {seed}", partial(self.probed, arm, seed, part[-1])
-            jobs.append(Job(name, "probe", arm, seed, None, names, out / ROWS, work, encoder=encoder, asked=asked))
+            jobs.append(
+                Job(
+                    name,
+                    "probe",
+                    arm,
+                    seed,
+                    None,
+                    names,
+                    out / ROWS,
+                    work,
+                    encoder=encoder,
+                    asked=asked,
+                    images=self.read,
+                )
+            )
         return jobs
+
+    def scored(self) -> str:
+        """Which images fine-tuning is scored on, by their content."""
+        return self._contents[1]
+
+    def read(self) -> str:
+        """Which images frozen features are of, by their content."""
+        return "; ".join(self._contents)
+
+    @cached_property
+    def _contents(self) -> tuple[str, str]:
+        shards, train, test = self.comparison.data
+        return contents(read_index(shards, train)), contents(read_index(shards, test))
 
     def asked(self, fractions: Sequence[float], draws: bool) -> tuple[Asked, ...]:
         """The protocols at fractions; with `draws` also those that draw their own labels from all of train, once."""
@@ -246,7 +274,13 @@ class Chains:
                     place = {"protocol": row.protocol, "fraction": share, "metric": row.metric}
                     rows.append({**place, "value": row.value, "detail": row.detail})
             shutil.rmtree(out / "features", ignore_errors=True)
-            results = {"format": FORMAT, "weights": weights, "asked": [*done, *missing], "rows": rows}
+            results = {
+                "format": FORMAT,
+                "weights": weights,
+                "images": self.read(),
+                "asked": [*done, *missing],
+                "rows": rows,
+            }
             write_atomically(out / ROWS, sealed(results, indent=None))
 
 
@@ -277,11 +311,14 @@ def read_scores(path: Path) -> dict[str, Any] | None:
 
 def _unsealed(path: Path) -> dict[str, Any] | None:
     """A file of rows of this format as it was written, or None."""
-    try:
-        results = unsealed(path, indent=None)
-    except (OSError, ValueError):
-        return None
-    return results if results.get("format") == FORMAT else None
+    results = read_scores(path)
+    return results if results and results.get("format") == FORMAT else None
+
+
+def images_of_result(path: Path) -> str | None:
+    """Which images a result says that it is of, by their content; None where it does not, or is not there."""
+    results = read_scores(path)
+    return str(results["images"]) if results and "images" in results else None
 
 
 def images_of(recipe: Recipe, train: int) -> int:

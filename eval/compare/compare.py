@@ -21,7 +21,7 @@ from mpp.weights import WeightsError
 
 from ..report.report import write_report
 from .arms import load_comparison
-from .chains import Chains, Job, identity, probed_weights
+from .chains import Chains, Job, identity, images_of_result, probed_weights
 from .gather import gather
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing
@@ -74,12 +74,16 @@ def check_folder(jobs: Sequence[Job]) -> None:
 def other_than_wanted(job: Job) -> str | None:
     """Why what a job's folder holds is not of this job; None if it is, or holds nothing yet."""
     folder = job.result.parent
+    then = images_of_result(job.result) if job.images and job.done else None
+    if job.images and then is not None and then != job.images():
+        now = f"is of other images ({then}) than there are now ({job.images()})"
+        return f"{job.result}: {now}; restore them, or choose another out="
     if job.encoder and (weights := probed_weights(job.result)) is not None:
         with suppress(WeightsError):  # gone: what was read off them stays
             if identity(job.encoder()) != weights:
                 return f"{job.result}: was read off other weights than there are now; delete it, or choose another out="
     try:
-        if job.recipe is not None and (before := earlier(folder)) is not None:
+        if job.recipe is not None and (before := earlier(folder, done=job.done)) is not None:
             recipe = job.recipe()
             images = open_images(recipe, before.settled, at_once)
             same_run(before, recipe, images)

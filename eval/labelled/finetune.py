@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from mpp.data.subset import contents
 from mpp.errors import UserError
 from mpp.execution import Once, at_once
 from mpp.files import sealed, write_atomically
 from mpp.recipe import Recipe
 from mpp.run import run
+from mpp.shards.index import read_index
 from mpp.weights import load_classifier
 
 from .predict import score_split
@@ -33,5 +35,7 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
         return out, None
     classifier = load_classifier(out)
     scores = score_split(classifier, recipe.data.path, recipe.data.val)
-    write_atomically(out / "scores.json", sealed({"classes": classifier.classes, **scores.to_json()}, indent=None))
+    images = contents(read_index(recipe.data.path, recipe.data.val, recipe.data.allow))
+    facts = {"classes": classifier.classes, "images": images, **scores.to_json()}
+    write_atomically(out / "scores.json", sealed(facts, indent=None))
     return out, scores

@@ -49,6 +49,11 @@ def digest(index: Index) -> str:
     return f"{len(index)} images {zlib.crc32(index.crc32.tobytes(), zlib.crc32(index.key_bytes.tobytes())):08x}"
 
 
+def contents(*indexes: Index) -> str:
+    """What tells whether figures are of these images and labels."""
+    return "; ".join(f"{digest(index)}, {label_digest(index)}" for index in indexes)
+
+
 def label_digest(index: Index) -> str:
     """Which label each image has: a checksum of the labels and of the classes' names."""
     names = "\0".join(index.classes).encode("utf-8", "surrogatepass")

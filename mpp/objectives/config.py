@@ -45,6 +45,11 @@ class ObjectiveConfig:
         """What the objective asks of the data, the loop and the encoder."""
         return Needs()
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the encoder stays as it is, and only what is beside it learns."""
+        return False
+
     def settled(self, index: Index) -> Self:
         """The settings with what follows from the images to train on; ValueError if the two do not go together."""
         return self

@@ -1,6 +1,7 @@
 """Training with labels: the supervised baseline, fine-tuning, and training from scratch, by cross-entropy."""
 
 import math
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,15 @@ class Classification(Objective):
         self.classes = max(1, len(config.classes))  # a recipe that does not know its shards yet has a head of one
         self.head = Head(encoder.width, self.classes, encoder.width if config.hidden else 0)
         self.register_buffer("weights", torch.tensor(config.weights), persistent=False)
+        if config.freeze:
+            encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """The mode of all but a frozen encoder, whose batch norm and dropout stay as they are when it is used."""
+        super().train(mode)
+        if self.config.freeze:
+            self.encoder.eval()
+        return self
 
     @property
     def classifier(self) -> Classifier:
@@ -55,7 +65,8 @@ class Classification(Objective):
         if labels.dtype not in WHOLE or labels.shape != (len(batch),):
             found = f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
             raise ValueError(f"labels are {found}; expected whole numbers (int64) of shape ({len(batch)},), {expected}")
-        if labels.device.type == "cpu" and (outside := self._outside(labels)).any():
+        values = type(labels) is Tensor and labels.device.type == "cpu"  # stand-ins of `mpp plan` have none
+        if values and (outside := self._outside(labels)).any():
             place = int(outside.nonzero()[0])
             none = " (none)" if labels[place] == -1 else ""
             raise ValueError(f"image {place} of the batch has label {int(labels[place])}{none}; expected {expected}")

@@ -21,10 +21,11 @@ class LabelsConfig(ObjectiveConfig):
     cutmix: float = 0.0  # the same (arXiv 1905.04899); with both, each is as likely
     balance: bool = False  # weigh classes by the inverse of their number of images
     weights: tuple[float, ...] = ()  # of the classes in the loss, as torch's cross_entropy takes them; of any scale
+    freeze: bool = False  # train the head alone: the encoder stays bit for bit, in eval mode
     hidden: bool = False  # a tanh layer before the last: the paper's head for pretraining
 
     results = ("encoder", "classifier")
-    adjustable = ("smoothing", "mixup", "cutmix", "balance", "weights")
+    adjustable = ("smoothing", "mixup", "cutmix", "balance", "weights", "freeze")
     metrics: ClassVar = {"accuracy": Metric("Accuracy", share=True), "top5": Metric("Top-5 accuracy", share=True)}
 
     def __post_init__(self) -> None:
@@ -36,6 +37,10 @@ class LabelsConfig(ObjectiveConfig):
             raise ValueError(f"objective.weights needs {len(self.classes)} numbers, got {len(self.weights)}")
         if not all(0 <= weight < math.inf for weight in self.weights) or max(self.weights, default=1) <= 0:
             raise ValueError("objective.weights must be at least 0 and finite, and one of them above 0")
+
+    @property
+    def frozen(self) -> bool:
+        return self.freeze
 
     @property
     def needs(self) -> Needs:

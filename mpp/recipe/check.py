@@ -1,13 +1,13 @@
 """Values of recipes against the type hints of config fields, and the words of what is wrong with them."""
 
 import difflib
-import json
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mpp.errors import UserError, shown, without_secrets
+from mpp.differing import quoted
+from mpp.errors import UserError, shown
 from mpp.hints import fits
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -72,22 +72,8 @@ def _expected(hint: Any) -> str:
     return KINDS.get(hint, "a section of keys")
 
 
-def quoted(value: Any) -> str:
-    """A value as JSON, cut short, on one line, without the secrets of addresses, which a cut could hide."""
-    return shown(without_secrets(json.dumps(value, default=str, ensure_ascii=False, skipkeys=True))[:80])
-
-
 def near(word: object, names: Collection[str]) -> str:
     """The names that are most like a word, or all of them, as a sentence to end an error with."""
     lower = {name.lower(): name for name in names}
     close = [lower[name] for name in difflib.get_close_matches(str(word).lower(), lower)]
     return f" {'Did you mean' if close else 'Expected one of'}: {', '.join(close or names)}{'?' if close else ''}"
-
-
-def leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested dicts with their dotted keys."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpp import budget
+from mpp.differing import leaves, quoted
 from mpp.errors import cause, shown
 from mpp.recipe.build import dotted, merged
-from mpp.recipe.check import RecipeError, leaves, near, quoted
+from mpp.recipe.check import RecipeError, near
 from mpp.recipe.text import NO_YAML, read_yaml
 
 BUNDLED = Path(str(resources.files("mpp.recipes"))).resolve()

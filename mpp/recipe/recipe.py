@@ -7,11 +7,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from mpp import differing
 from mpp.data.config import DataConfig, batches_of
 from mpp.models.encoder_config import EncoderConfig
 from mpp.models.vit_config import ViTConfig
 from mpp.objectives import ObjectiveConfig
-from mpp.recipe.check import leaves, quoted
 from mpp.train_config import UNITS, EvalConfig, LogConfig, TrainConfig
 
 
@@ -63,6 +63,9 @@ class Recipe:
                 f"train.micro_batch ({micro_batch}) must be train.batch ({batch}): objective.name {name} looks across "
                 "the whole batch"
             )
+        if self.objective.frozen and (self.train.layer_decay != 1 or self.train.activation_checkpointing):
+            key = "activation_checkpointing" if self.train.layer_decay == 1 else "layer_decay"
+            raise ValueError(f"train.{key} is of an encoder that is trained, and objective.freeze keeps it as it is")
         sizes = self.view_sizes
         if 1 + len(sizes) < needs.views:
             raise ValueError(
@@ -115,9 +118,6 @@ class Recipe:
         return replace(self, train=replace(self.train, steps=steps, epochs=None, images=None, warmup=warmup))
 
 
-# Settings that change how a run goes, but not what it computes.
-FREE = ("out", "log.", "train.save_every", "train.keep", *(f"data.{name}" for name in ("threads", "reader", "memory")))
-FETCHING = ("data.cache", "data.cache_gib", "data.allow")
 BY_CONTENT = (
     "weights",
     "continues",
@@ -140,16 +140,12 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
     Whatever the old recipe chose agrees with "auto" in the new one; null is filled in before (`Settled.for_machine`).
     """
-    there, here = computed(old), computed(new)
-    keys = list({**there, **here})
-    keys = [key for key in keys if there.get(key) != here.get(key) != "auto"]
-    return [f"{key}: {quoted(there.get(key))} there, {quoted(here.get(key))} here" for key in keys]
+    return differing.differing(computed(old), computed(new))
 
 
 def computed(recipe: Recipe) -> dict[str, Any]:
     """What decides what a run computes, by dotted key."""
-    settings = dict(leaves(plain(recipe))) | {"data.views": _order(recipe)}
-    return {key: value for key, value in settings.items() if not key.startswith((*FREE, *FETCHING))}
+    return differing.computed(plain(recipe)) | {"data.views": _order(recipe)}
 
 
 def _order(recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ from mpp.run.evaluation import evaluation
 from mpp.run.finished import drop_state, is_finished
 from mpp.run.images import open_images
 from mpp.run.onward import go_on_from, open_source, same_source
-from mpp.run.start import begin, earlier, go_on
+from mpp.run.start import begin, earlier, go_on, refuse_leftovers
 from mpp.weights import save_result
 
 SIZES = "model.width or model.depth"
@@ -28,6 +28,8 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
     with claimed(out, BUSY), ExitStack() as stack:
         before = earlier(out)
         source = None
+        if before is None:
+            refuse_leftovers(out, recipe.objective)
         if before is not None:
             same_source(before, recipe)
         elif recipe.continues is not None:

@@ -10,6 +10,7 @@ import torch
 
 from mpp import checkpoint
 from mpp.data.subset import digest, label_digest
+from mpp.differing import quoted
 from mpp.errors import UserError, cause
 from mpp.execution import Once, choose
 from mpp.jsons import encoded
@@ -20,7 +21,6 @@ from mpp.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.recipe import Recipe, load_recipe, save_recipe
-from mpp.recipe.check import quoted
 from mpp.recipe.recipe import changes, lasting
 from mpp.recipe.settled import FILE, RunError, Settled, load_settled
 from mpp.run.finished import FILE as FINISHED
@@ -42,10 +42,13 @@ class Earlier(NamedTuple):
     settled: Settled
 
 
-def earlier(out: Path) -> Earlier | None:
-    """The run that a folder goes on with; one that never saved is none to go on with."""
+def earlier(out: Path, *, done: bool = False) -> Earlier | None:
+    """The run that a folder goes on with; one that never saved is none to go on with.
+
+    done: whether its results are there already, of which its recipe tells what they are of, saved or not.
+    """
     path = out / "recipe.yaml"
-    if not checkpoint.steps(out / "checkpoints") and not (out / FINISHED).exists():
+    if not done and not checkpoint.steps(out / "checkpoints") and not (out / FINISHED).exists():
         return None
     if not path.exists():
         raise RunError(
@@ -65,6 +68,8 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
     index, epoch = images.batches.index, images.batches.epoch
     settings = with_index(recipe, index).in_steps(epoch)
     given = load_encoder(recipe.weights) if recipe.weights else None
+    if given is None and recipe.objective.frozen:
+        logger.warning("objective.freeze: the encoder that stays as it is has random weights; give --from WEIGHTS")
     objective = build(settings, given)
 
     def once_a_kind(what: str, choose: Callable[[], Any]) -> Any:
@@ -87,6 +92,16 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
     )
     save_start(recipe, settled)
     return objective, settled
+
+
+def refuse_leftovers(out: Path, objective: ObjectiveConfig) -> None:
+    """RunError if a folder without a checkpoint holds results, which a new run's recipe would claim as its own."""
+    names = [f"{name}.safetensors" for name in objective.results]
+    if left := [name for name in (*names, "scores.json") if (out / name).exists()]:
+        raise RunError(
+            f"{out / left[0]}: of a run whose checkpoints are gone, without which it can't go on; delete it, or choose "
+            "another folder with out="
+        )
 
 
 def save_start(recipe: Recipe, settled: Settled) -> None:
@@ -150,8 +165,8 @@ def same_weights(before: Earlier, recipe: Recipe) -> Encoder | None:
     if recipe.weights is None:
         return None
     if not Path(recipe.weights).exists() and recipe.weights == before.recipe.weights:
-        if (folder / FINISHED).exists():
-            return None
+        if (folder / FINISHED).exists() or not checkpoint.steps(folder / "checkpoints"):
+            return None  # it is done
         if checkpoint.load_latest(folder / "checkpoints") is None:
             raise RunError(f"{recipe.weights}: gone, and {folder} holds no whole checkpoint to go on from; restore it")
         logger.info("%s: gone; the run goes on from its checkpoint, which holds all that it needs", recipe.weights)

@@ -10,7 +10,7 @@ from mpp.errors import cause, shown
 from mpp.models.encoder import Encoder
 from mpp.weights.files import WeightsError
 
-KEY = "mpp_input"  # in config.json, beside what other libraries understand, which round to whole pixels
+KEY = "mpp_input"  # in JSON of ours, beside what other libraries understand, which round to whole pixels
 NAMES = tuple(field.name for field in fields(Input))  # that `load_encoder` takes for files of any kind
 
 E = TypeVar("E", bound=Encoder)
@@ -43,16 +43,16 @@ def fed(encoder: E, asked: Mapping[str, Any], path: str | Path) -> E:
 
 
 def written(fed: Input) -> dict[str, Any]:
-    """What a config.json of ours says beside what other libraries look for, so that mpp reads back what it wrote."""
+    """What JSON of ours says beside what other libraries look for, so that mpp reads back what it wrote."""
     return {KEY: asdict(fed)}
 
 
 def read(config: Mapping[str, Any]) -> Input | None:
-    """What such a config.json says; ValueError if it can't be."""
+    """What such JSON says; ValueError if it can't be."""
     if (found := config.get(KEY)) is None:
         return None
     if not isinstance(found, dict) or found.keys() != {*NAMES}:
-        raise ValueError(f"config.json: {KEY}: expected {', '.join(NAMES)}, found {found!r}")
+        raise ValueError(f"{KEY}: expected {', '.join(NAMES)}, found {found!r}")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     return Input(**values)
 

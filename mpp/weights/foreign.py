@@ -114,7 +114,7 @@ def _load(source: Source, facts: dict[str, Any], asked: dict[str, Any]) -> Forei
         layout = _layout(format, source, facts, asked.get("image"))
         with torch.device("meta"):  # what the file claims costs no memory before its tensors are seen to be there
             encoder = ViT(replace(layout.config, **facts))
-        told = fed.read(source.config) or layout.input
+        told = fed.read(source.config | source.preprocessing) or layout.input
         encoder.config.check_image(told.image if told else encoder.config.image)
     except (*MISFITS, ArithmeticError) as error:
         raise WeightsError(f"{place}: {shown(cause(error))}") from error

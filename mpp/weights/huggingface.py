@@ -19,7 +19,6 @@ from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import huggingface_clip
-from mpp.weights.fed import written
 from mpp.weights.files import Source
 from mpp.weights.format import Layout, Part, patch_convolution, row, same, stacked
 from mpp.weights.huggingface_config import (
@@ -211,7 +210,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
     if family != "vit":  # only pretraining uses it, but without one transformers draws it anew and warns
         tensors[f"{_prefix(family, head)}embeddings.mask_token"] = torch.zeros(1, encoder.config.width)
     return {
-        "config.json": _json(settings_of(family, encoder.config, labels) | written(encoder.input)),
+        "config.json": _json(settings_of(family, encoder.config, labels)),
         "preprocessor_config.json": _json(preprocessing_of(encoder.config, encoder.input)),
         "model.safetensors": save(tensors, {"format": "pt"}),  # release 4 asks for it
     }

@@ -15,7 +15,6 @@ from mpp.models.classifier import Head
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.clip import projection
-from mpp.weights.fed import written
 from mpp.weights.files import Source
 from mpp.weights.format import (
     CLIP_EPS,
@@ -178,7 +177,7 @@ def write(encoder: ViT, head: Head | None, classes: tuple[str, ...]) -> dict[str
         **({"projection_dim": rows} if rows else {}),
     }
     return {
-        "config.json": _json(settings | written(encoder.input)),
+        "config.json": _json(settings),
         "preprocessor_config.json": _json(preprocessing_of(config, encoder.input)),
         "model.safetensors": save(tensors, {"format": "pt"}),
     }

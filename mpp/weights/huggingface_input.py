@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mpp.augment.input import Filter, Input
 from mpp.models.vit_config import ViTConfig
-from mpp.weights.fed import enlarged
+from mpp.weights.fed import enlarged, written
 
 RESAMPLE: dict[int, Filter] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 OTHERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
@@ -47,7 +47,7 @@ def _box(says: dict[str, Any], image: Sides) -> tuple[Fit, float, Sides, str]:
     crop = _sides(says.get("crop_size", 224)) if cropped else None
     if not says.get("do_resize", True):
         return "crop", 1.0, crop or image, "pictures are not resized there; here they are, to the encoder's size"
-    size = says.get("size", 224)
+    size = says.get("size") or {"height": image[0], "width": image[1]}
     edge = size.get("shortest_edge") if isinstance(size, dict) else None
     if type(size) is int and _kind(says).startswith(SHORTEST):
         edge = size
@@ -93,6 +93,7 @@ def preprocessing_of(config: ViTConfig, fed: Input) -> dict[str, Any]:
         "do_convert_rgb": config.channels == 3,
     }
     return {
+        **written(fed),
         "image_processor_type": "BitImageProcessor" if cropped or share < 1 else "ViTImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": size["height"]} if cropped else size,

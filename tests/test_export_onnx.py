@@ -118,9 +118,10 @@ def test_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
     done = convert(saved(given, tmp_path), tmp_path / "out", "onnx")
     assert done.files == ("README.md", "model.onnx", "model.onnx.data")
     assert (done.folder / "model.onnx.data").stat().st_size > 4 * sum(p.numel() for p in given.encoder.parameters()) / 2
+    images = pictures(2)
     with torch.no_grad():
-        expected = given(pictures(2)).numpy()
-    assert np.abs(ran(done.folder, pictures(2))[1] - expected).max() <= CLOSE * np.abs(expected).max()
+        expected = given(images).numpy()
+    assert np.abs(ran(done.folder, images)[1] - expected).max() <= CLOSE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("missing", format.PACKAGES)

@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, written whole or not at all, and checked when they are read.
 
 A checkpoint is a folder `step-00001000` with `model.safetensors`, `optimizer.safetensors`, perhaps `ema.safetensors`,
-and `state.json`, which names the step and each file's SHA-256. It is written under another name and renamed when all
-of it is on the disk, so that a folder of that name is complete.
+and `state.json`, which names the step and each file's SHA-256, and holds a checksum of itself: no byte of a checkpoint
+can change unnoticed. It is written under another name and renamed when all of it is on the disk, so that a folder of
+that name is complete.
 """
 
 import hashlib
@@ -16,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpp import budget, jsons
+from mpp import jsons
 from mpp.errors import UserError, cause, shown
-from mpp.files import sync
+from mpp.files import sealed, sync, unsealed
 
 logger = logging.getLogger("mpp.checkpoint")
 
+STATE = "state.json"
 State = dict[str, dict[str, Tensor]]  # file name without ending -> its tensors
 
 
@@ -45,8 +47,7 @@ def save(
             path = partial / f"{name}.safetensors"
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
             digests[path.name] = _digest(path)
-        text = jsons.text({"step": step, "sha256": digests}, indent=1)
-        (partial / "state.json").write_text(text + "\n", encoding="utf-8")
+        (partial / STATE).write_bytes(sealed({"step": step, "sha256": digests}))
         for path in [*partial.iterdir(), partial]:
             sync(path)
         shutil.rmtree(final, ignore_errors=True)  # one of this step that was found damaged
@@ -81,16 +82,22 @@ def steps(folder: Path) -> list[int]:
 def load(path: Path) -> tuple[int, State]:
     """Reads and checks one checkpoint; CheckpointError names the file that is not as it was written."""
     try:
-        described = budget.json_file(path / "state.json")
+        described = unsealed(path / STATE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / STATE}: not as it was written ({cause(error)})") from error
+    try:
+        step, digests = described["step"], described["sha256"]
+        if path.name != f"step-{step:08d}":
+            raise CheckpointError(f"{path / STATE}: is of step {step}, which its folder is not named for")
         state = {}
-        for name, digest in described["sha256"].items():
+        for name, digest in digests.items():
             if name != Path(name).name:
                 raise CheckpointError(f"{path}: names a file outside of it: {shown(name)}")
             if _digest(path / name) != digest:
                 raise CheckpointError(f"{path / shown(name)}: not as it was written (cut or changed)")
             tensors = load_file(path / name)  # only maps the file, which training goes on to delete: hence copies
             state[name.removesuffix(".safetensors")] = {key: tensor.clone() for key, tensor in tensors.items()}
-        return int(described["step"]), state
+        return step, state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -100,7 +107,7 @@ def load(path: Path) -> tuple[int, State]:
 def digest(path: Path) -> str:
     """A digest of what one checkpoint holds, by what it says of its files; CheckpointError if it does not say it."""
     try:
-        digests = budget.json_file(path / "state.json")["sha256"]
+        digests = unsealed(path / STATE)["sha256"]
         return hashlib.sha256(jsons.text(digests, sort_keys=True).encode()).hexdigest()[:32]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
@@ -129,20 +136,32 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
     """Puts a checkpoint's tensors back; raises CheckpointError with the keys if they are not the module's."""
+    if lacks := [name for name in ("model", "optimizer") if name not in state]:
+        raise CheckpointError(f"the checkpoint has no {lacks[0]}.safetensors, which it needs to go on from")
     expected, found = dict(module.state_dict()), state["model"]
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += [key for key in expected if key in found and expected[key].shape != found[key].shape]
     if wrong:
         names = ", ".join(map(shown, wrong[:5]))
         raise CheckpointError(f"the checkpoint is of another model: {names} missing, unknown or of another shape")
-    module.load_state_dict(found)
     parameters = dict(module.named_parameters())
-    for key, value in state["optimizer"].items():
-        name, entry = key.rsplit("/", 1)
+    entries = [(key, *key.rpartition("/")[::2], value) for key, value in state["optimizer"].items()]
+    if foreign := [key for key, name, _, value in entries if not _fits(value, parameters.get(name))]:
+        raise CheckpointError(
+            f"the checkpoint's optimizer is of another model: {', '.join(map(shown, foreign[:5]))} unknown or of "
+            "another shape"
+        )
+    module.load_state_dict(found)
+    # Adam's count of steps stays on the CPU, unless the optimizer is fused: then it is beside the parameter.
+    fused = optimizer.defaults.get("fused")
+    for _, name, entry, value in entries:
         parameter = parameters[name]
-        # Adam's count of steps stays on the CPU, unless the optimizer is fused: then it is beside the parameter.
-        fused = optimizer.defaults.get("fused")
         optimizer.state[parameter][entry] = value.to(parameter.device) if value.ndim or fused else value
+
+
+def _fits(value: Tensor, parameter: Tensor | None) -> bool:
+    """Whether a tensor can be an optimizer's of this parameter: a number, such as a count of steps, or of its shape."""
+    return parameter is not None and (not value.ndim or value.shape == parameter.shape)
 
 
 def _digest(path: Path) -> str:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mpp.errors import shown
+from mpp.errors import shown, without_secrets
 
 # Settings that change how a run goes, but not what it computes.
 FREE = ("out", "log.", "train.save_every", "train.keep", *(f"data.{name}" for name in ("threads", "reader", "memory")))
@@ -35,5 +35,5 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def quoted(value: Any) -> str:
-    """A value as JSON, cut short, on one line."""
-    return shown(json.dumps(value, default=str, ensure_ascii=False, skipkeys=True)[:80])
+    """A value as JSON, cut short, on one line, without the secrets of addresses, which a cut could hide."""
+    return shown(without_secrets(json.dumps(value, default=str, ensure_ascii=False, skipkeys=True))[:80])

@@ -1,6 +1,7 @@
 """What a run tells: a progress bar, metrics.jsonl, TensorBoard, and pictures."""
 
 import functools
+import io
 import logging
 import math
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +19,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mpp.errors import cause
+from mpp.errors import cause, counted
 from mpp.files import FileError, write_atomically
 from mpp.jsons import encoded, read_lines
 
 PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
 LABEL_WIDTH = 64  # pixels
 GAP = 2  # pixels between images of a grid
+METRICS = "metrics.jsonl"
 
 logger = logging.getLogger("mpp.log")
 
@@ -54,9 +57,9 @@ class Log:
         _hush_tensorboard()
         with self._writing():
             out.mkdir(parents=True, exist_ok=True)
-            _forget_after(out / "metrics.jsonl", start)
+            _forget_after(out / METRICS, start)
             self._board = SummaryWriter(str(out), purge_step=start + 1) if tensorboard else None
-            self._metrics = (out / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics = (out / METRICS).open("a", encoding="utf-8")
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", mininterval=0.2 if terminal else 10)
 
@@ -98,11 +101,23 @@ class Log:
         if not pictures:
             return
         grid = labelled(picture_grid(pictures), list(pictures))
+        Image.fromarray(grid).save(png := io.BytesIO(), "PNG")
         with self._writing():
             (self.out / "pictures").mkdir(exist_ok=True)
-            Image.fromarray(grid).save(self.out / "pictures" / f"step-{step:08d}.png")
+            write_atomically(self._picture(step), png.getvalue())
             if self._board:
                 self._board.add_image("/".join(pictures), grid, step, dataformats="HWC")
+
+    def scored(self, step: int) -> bool:
+        """Whether metrics.jsonl has what scoring gave at a step; the lines of training have a rate."""
+        return any(row["step"] == step and "lr" not in row for row in read_metrics(self.out))
+
+    def pictured(self, step: int) -> bool:
+        """Whether the pictures of a step are there."""
+        return self._picture(step).exists()
+
+    def _picture(self, step: int) -> Path:
+        return self.out / "pictures" / f"step-{step:08d}.png"
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -133,6 +148,21 @@ def labelled(grid: np.ndarray, names: list[str]) -> np.ndarray:
         middle = (row + 0.5) * grid.shape[0] / len(names)
         ImageDraw.Draw(canvas).text((LABEL_WIDTH - GAP, middle), name, "black", anchor="rm", font_size=12)
     return np.asarray(canvas)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; says how many are cut or changed, and passes over those."""
+    path = folder / METRICS
+    try:
+        rows = [row for row in read_lines(path) if type(row.get("step")) is int]
+        lines = len(path.read_bytes().splitlines())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {cause(error)}") from None
+    if len(rows) < lines:
+        logger.warning("%s: passed over %s, cut or changed", path, counted(lines - len(rows), "line"))
+    return rows
 
 
 def _forget_after(metrics: Path, step: int) -> None:

@@ -67,6 +67,7 @@ def train(
         feed(objective, images.input)
     _refuse_other_numbers(objective, images)
     described = {"encoder": jsons.text(facts_of_result(objective))}  # goes with the weights of every checkpoint
+    evaluation = evaluate_every if evaluate else 0
     kept = kept_steps(config)
     execution = execution or choose(objective, images, config)
     torch.set_num_threads(execution.threads)
@@ -85,6 +86,20 @@ def train(
     shown = functools.cache(lambda: next(images.at(0).split(PICTURED)).to(device))
     metrics_beside_bar = ("loss", *list(objective.config.metrics)[:1], "images/s")
     with Log(out, start, steps, log.tensorboard, metrics_beside_bar) as logger, stop_signals() as signals:
+
+        def look(step: int, scores: bool, shows: bool) -> None:
+            """Scores and shows what a step left, unless a signal comes: then the next start does it."""
+            if signals or not (scores or shows):
+                return
+            with clock.stopped(), swapped(objective, ema):
+                if evaluate and scores and (figures := evaluate(signals)):
+                    logger.scalars(step, figures)
+                if shows and not signals:
+                    logger.pictures(step, pictures(objective, shown()))
+
+        if start:  # what was interrupted after this step was saved
+            scores, shows = (due(start, every, start == steps) for every in (evaluation, log.pictures))
+            look(start, scores and not logger.scored(start), shows and not logger.pictured(start))
         read, step = clock.waits(images.iterate(start, signals), signals), start
         for step, batch in zip(range(start + 1, steps + 1), read, strict=False):
             batch = checked_batch(objective, batch, step).to(device)
@@ -99,7 +114,7 @@ def train(
             logger.advance()
             last, ends = step == steps, step == steps or bool(signals)
             logs, saves = due(step, log.every, ends), due(step, config.save_every, ends or step in kept)
-            scores, shows = due(step, evaluate_every if evaluate else 0, last), due(step, log.pictures, last)
+            scores, shows = due(step, evaluation, last), due(step, log.pictures, last)
             if logs or saves or scores or shows:
                 clock.check()  # one wait for the device a log
             if saves:
@@ -109,20 +124,15 @@ def train(
                     values = {key: float(value) for key, value in {"loss": loss, **metrics, "norm": norm}.items()}
                 rate = {"lr": rate_at(step, config)}
                 logger.scalars(step, values | rate | clock.figures(device))
-            if scores or shows:
-                with clock.stopped(), swapped(objective, ema):
-                    if evaluate and scores:
-                        logger.scalars(step, evaluate(signals))
-                    if shows:
-                        logger.pictures(step, pictures(objective, shown()))
-            if saves:
+            if saves:  # before what takes long, and may be interrupted
                 with clock.stopped():
                     record()
                     save(objective, optimizer, ema, folder, step, described, config.keep, kept)
-            if ends and not last:  # a signal since then waits until the next step is saved
-                raise Interrupted(signals[0], step)
-        if step < steps:  # a signal came while a batch was waited for
-            if step > start:
+            look(step, scores, shows)
+            if signals:
+                break
+        if signals:
+            if step > start and not saves:
                 clock.check()
                 clock.check_tensors(step, lasting(objective, ema))
                 record()

@@ -53,24 +53,6 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, before[number])
 
 
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Makes SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that work which is no training can be left in order."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # only the main thread may
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Clock:
     """Counts what a run does between two logs, and finds the step at which it went wrong."""
 

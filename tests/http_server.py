@@ -1,5 +1,6 @@
 """A real HTTP server on loopback whose answers follow a script, for the tests of fetching."""
 
+import base64
 import re
 import threading
 import time
@@ -26,6 +27,10 @@ class File:
     claim: int = 0  # bytes by which the Content-Length is too large
     tag: str = ""
     shift: int = 0  # bytes by which answered ranges are others than those asked for
+    whole: bool = False  # every range is answered with bytes 0-END, and status 206
+    login: str = ""  # USER:PASSWORD without which it is not given
+    patience: str = ""  # the header Retry-After that goes with a faulty status
+    dated: str = ""  # the header Last-Modified of faulty answers
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -38,8 +43,14 @@ class Handler(BaseHTTPRequestHandler):
         file = self.server.files.get(path, File(b"", status=404))
         self.server.counts[path] += 1
         faulty = self.server.counts[path] <= file.times
+        self.server.times.append(time.monotonic())
+        if (
+            file.login
+            and self.headers.get("Authorization") != f"Basic {base64.b64encode(file.login.encode()).decode()}"
+        ):
+            return self.answer(b"who?", 401)
         if faulty and file.status != 200:
-            return self.answer(b"sorry", file.status)
+            return self.answer(b"sorry", file.status, file=File(b"sorry", patience=file.patience))
         if faulty and file.page:
             return self.answer(file.page, kind="text/html", lengths=file.lengths)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -49,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
         start, end = int(asked[1]), int(asked[2] or len(file.data) - 1) + 1
         if start >= len(file.data):
             return self.answer(b"", 416)
+        if file.whole:
+            return self.answer(file.data, 206, file=file, faulty=faulty)
         start += file.shift if faulty else 0
         return self.answer(file.data[start:end], 206, start=start, file=file, faulty=faulty)
 
@@ -69,6 +82,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         if file.tag:
             self.send_header("ETag", file.tag)
+        if file.patience:
+            self.send_header("Retry-After", file.patience)
+        if file.dated:
+            self.send_header("Last-Modified", file.dated if faulty else "now")
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{start + len(data) - 1}/{len(file.data)}")
         if file.lengths:
@@ -99,6 +116,7 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, File] = {}
         self.counts: Counter[str] = Counter()  # requests by path
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.times: list[float] = []  # when, of each request
         self.ended = threading.Event()
 
     def put(self, name: str, file: File) -> str:

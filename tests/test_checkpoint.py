@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny_runs import small_disk
 from mpp import checkpoint
 from mpp.batch import Batch
 from mpp.checkpoint import CheckpointError
+from mpp.files import sealed
 from mpp.models.vit import ViT
 from mpp.objectives.masked_patch import MaskedPatchPrediction
 from mpp.objectives.masked_patch_config import MaskedPatchConfig
@@ -83,8 +85,6 @@ def test_without_a_checkpoint_there_is_none_to_load(tmp_path):
 def test_the_one_before_a_damaged_one_is_taken_and_it_is_said(harm, name, tmp_path, caplog):
     save(tmp_path, 10, 20, 30)
     harm(step_folder(tmp_path, 30) / name)
-    if name == "state.json" and harm is flip:  # its last byte is the end of the line
-        (step_folder(tmp_path, 30) / name).write_text('{"step": 30}')
     with caplog.at_level(logging.WARNING, "mpp"):
         step, loaded = checkpoint.load_latest(tmp_path)
     assert step == 20
@@ -92,6 +92,50 @@ def test_the_one_before_a_damaged_one_is_taken_and_it_is_said(harm, name, tmp_pa
     [message] = caplog.messages
     assert "step-00000030" in message
     assert "going back" in message
+
+
+def test_a_flipped_bit_in_any_byte_of_any_file_is_noticed(tmp_path):
+    save(tmp_path, 10)
+    for path in sorted(step_folder(tmp_path, 10).iterdir()):
+        data = path.read_bytes()
+        for place in range(len(data)):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << place % 8
+            path.write_bytes(flipped)
+            with pytest.raises(CheckpointError, match=re.escape(str(path))):
+                checkpoint.load(path.parent)
+        path.write_bytes(data)
+    assert equal(checkpoint.load(step_folder(tmp_path, 10))[1], state(10.0))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "3", '"checksum"', "[" * 100_000, '{"checksum": ' * 50_000, "\xff", "1" * 5000]
+)
+def test_a_state_json_of_something_else_is_one_line(text, tmp_path):
+    save(tmp_path, 10)
+    (step_folder(tmp_path, 10) / "state.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"step-00000010/state.json: not as it was written") as caught:
+        checkpoint.load(step_folder(tmp_path, 10))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"step": 10}, {"step": "x", "sha256": {}}, {"step": 10, "sha256": 3}, {"step": 10, "sha256": {"gone": "0"}}],
+    ids=str,
+)
+def test_a_sealed_state_json_that_does_not_describe_a_checkpoint_is_one_line(facts, tmp_path):
+    save(tmp_path, 10)
+    (step_folder(tmp_path, 10) / "state.json").write_bytes(sealed(facts))
+    with pytest.raises(CheckpointError, match="step-00000010"):
+        checkpoint.load(step_folder(tmp_path, 10))
+
+
+def test_a_checkpoint_in_the_folder_of_another_step_is_refused(tmp_path):
+    save(tmp_path, 10)
+    step_folder(tmp_path, 10).rename(step_folder(tmp_path, 20))
+    with pytest.raises(CheckpointError, match="is of step 10, which its folder is not named for"):
+        checkpoint.load(step_folder(tmp_path, 20))
 
 
 def test_two_damaged_ones_are_both_passed_over(tmp_path, caplog):
@@ -202,3 +246,23 @@ def test_a_checkpoint_of_another_model_is_refused_with_its_keys():
     without = {name: value for name, value in narrow.state_dict().items() if name != "mask_token"}
     with pytest.raises(CheckpointError, match="another model: mask_token missing"):
         checkpoint.restore(narrow, optimizer, {"model": without, "optimizer": {}})
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"head.weigth/exp_avg": torch.zeros(3)}, "head.weigth/exp_avg unknown"),
+        ({"no slash": torch.zeros(())}, "no slash unknown"),
+        ({"mask_token/exp_avg": torch.zeros(3)}, "mask_token/exp_avg unknown or of another shape"),
+        (None, "no optimizer.safetensors"),
+    ],
+    ids=str,
+)
+def test_an_optimizer_of_another_model_or_none_is_one_line(entries, words):
+    module = objective()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    other = {name: torch.zeros_like(value) for name, value in before.items()}
+    found = {"model": other} | ({} if entries is None else {"optimizer": entries})
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.restore(module, torch.optim.Adam(module.parameters()), found)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items()), "nothing has changed"

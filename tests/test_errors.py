@@ -2,15 +2,19 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from shard_files import image, write_files
+from tiny_runs import run, write_recipe
 
 from mpp import cli
 from mpp.checkpoint import CheckpointError
-from mpp.errors import UserError, cause, counted, printable, shown
+from mpp.errors import UserError, cause, counted, out_of_memory, printable, shown
 from mpp.hardware import HardwareError
 from mpp.recipe import RecipeError
 from mpp.recipe.settled import RunError
@@ -86,3 +90,43 @@ def test_a_long_name_is_cut_in_the_middle():
     assert shown("a" * 5000 + "z").startswith("a" * 200 + "[...]a")
     assert shown("a" * 5000 + "z").endswith("az")
     assert len(shown("\u202e" * 10**6)) < 3000
+
+
+# Memory
+
+
+def test_memory_that_runs_out_is_known_whoever_says_so():
+    for ask in (lambda: np.empty(2**45), lambda: torch.empty(2**45), lambda: bytearray(2**60)):
+        with pytest.raises((MemoryError, RuntimeError)) as caught:
+            ask()
+        assert out_of_memory(caught.value).startswith("out of memory")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**45)
+    assert out_of_memory(caught.value) == "out of memory, 1.31e+05 GiB asked for at once"
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
+    assert out_of_memory(gpu) == "out of memory, 20.00 GiB asked for at once"
+    assert out_of_memory(RuntimeError("shapes cannot be multiplied")) is None
+    assert out_of_memory(OSError("out of memory")) is None
+
+
+def test_a_model_that_does_not_fit_is_one_line_that_says_what_to_lower(small_shards, tmp_path):
+    recipe = write_recipe(tmp_path, small_shards)
+    result = run("pretrain", recipe, "model.width=240000", f"out={tmp_path / 'run'}")
+    assert result.code == 2
+    assert "building" in result.line
+    assert re.search(r"out of memory, \S+ GiB asked for at once; lower model.width or model.depth", result.line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_does_not_fit_is_one_line_that_says_what_to_lower(small_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("mpp.loop.update", lambda *_: torch.empty(2**45))
+    result = run("pretrain", write_recipe(tmp_path, small_shards), f"out={tmp_path / 'run'}")
+    assert result.code == 2
+    assert "with 4 images at a time: out of memory" in result.line
+    assert "lower train.micro_batch (it is 4)" in result.line
+
+
+def test_memory_that_runs_out_in_any_command_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("mpp.shards.check.splits", lambda _: torch.empty(2**45))
+    result = run("shards", "check", tmp_path)
+    assert (result.code, result.line.startswith("mpp: out of memory")) == (2, True)

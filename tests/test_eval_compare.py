@@ -17,6 +17,7 @@ from mpp.data.read import read_shards
 from mpp.eval.compare.arms import load_comparison
 from mpp.eval.compare.chains import Chains
 from mpp.eval.compare.compare import other_than_wanted
+from mpp.files import claimed, sealed
 from mpp.shards.index import read_index, write_index
 from mpp.weights import load_classifier, load_encoder, save_encoder
 
@@ -332,8 +333,8 @@ def test_what_is_left_to_the_machine_is_chosen_once_for_all_runs(shards, tmp_pat
 def test_a_machine_json_that_is_cut_or_holds_nonsense_is_named(choices, done, tmp_path):
     out, recipe, _ = done
     copy = shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copy2)
-    text = "{" if choices is None else json.dumps({"format": 1, "choices": choices})
-    (copy / "machine.json").write_text(text)
+    data = b"{" if choices is None else sealed({"format": 2, "choices": choices})
+    (copy / "machine.json").write_bytes(data)
     result = run("compare", recipe, f"out={copy}", "compare.seeds=[0, 1, 2]")
     assert result.code == 2
     assert f"{copy / 'machine.json'}: cut, or not as it was written" in result.line
@@ -374,6 +375,91 @@ def test_two_processes_share_the_work_and_a_stopped_one_goes_on(shards, tmp_path
     alone = tmp_path / "alone"
     assert run("compare", recipe, f"out={alone}", *command[3:]).code == 0
     assert json.loads((alone / "results.json").read_text())["rows"] == results["rows"], "however it was done"
+
+
+FEW = [
+    "compare.protocols=[finetune]",
+    "compare.fractions=[0.5]",
+    "compare.images=[16]",
+    *(f"compare.arms.{name}=null" for name in ("labels", "few", "cnn", "scratch_total")),
+]
+
+
+def test_two_processes_that_start_before_the_shards_exist_make_them_once_and_share_the_work(tmp_path):
+    recipe, data = recipes(tmp_path, tmp_path / "shards"), tmp_path / "shards"
+    small = ["model.image=8", "model.patch=2", "data.source=digits", f"data.path={data}", "compare.seeds=[0]"]
+    command = ["compare", recipe, f"out={tmp_path / 'out'}", *FEW, "compare.lrs=[]", "compare.choose_at=null", *small]
+    with claimed(data, "held"):  # by a third that makes them, and ends before they are done
+        both = [start(*command), start(*command)]
+        time.sleep(6)
+        assert [process.poll() for process in both] == [None, None], [finished(process) for process in both]
+    ended = [finished(process) for process in both]
+    assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+    assert any("another process is making these shards; waiting for it" in one.err for one in ended)
+    assert sum("writing: " in one.out for one in ended) == 1
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (len(rows(results, metric="top1")), results["unfinished"], results["failures"]) == (2, [], [])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def brackets(path: Path) -> None:
+    path.write_text("[" * 10**5 + "\n")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def test_scores_and_logs_that_were_cut_or_changed_are_made_again_or_passed_over_with_a_word(done, tmp_path, caplog):
+    out, recipe, results = done
+    copy, tuned = shutil.copytree(out, tmp_path / "copy"), "finetune/mpp"
+    cut(copy / tuned / "0.5/seed-0/scores.json")
+    flip(copy / tuned / "0.5/seed-1/scores.json")
+    brackets(copy / tuned / "1/seed-0/scores.json")
+    empty(copy / tuned / "1/seed-1/scores.json")
+    for seed, harm in enumerate((flip, cut)):
+        harm(copy / f"probe/mpp/seed-{seed}/rows.json")
+    for share, seed, harm in ((0.5, 0, cut), (0.5, 1, brackets), (1, 0, empty)):
+        harm(copy / f"finetune/scratch/{share}/seed-{seed}/metrics.jsonl")
+    harmed = run("compare", recipe, f"out={copy}")
+    assert harmed.code == 0, harmed.err
+    assert json.loads((copy / "results.json").read_text())["rows"] == results["rows"]
+    for seed in (0, 1):
+        name = copy / f"finetune/scratch/0.5/seed-{seed}/metrics.jsonl"
+        assert any(f"{name}: passed over 1 line, cut or changed" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "words"),
+    [
+        ("choose/mpp/0.5/lr-0.01/metrics.jsonl", cut, "lacks val/accuracy"),
+        ("machine.json", flip, "cut, or not as it was written"),
+        ("finetune/mpp/0.5/seed-1/settled.json", flip, "cut, or not as it was written"),
+        ("finetune/mpp/0.5/seed-1/settled.json", Path.unlink, "settled.json"),
+        ("finetune/mpp/0.5/seed-1/recipe.yaml", Path.unlink, "recipe.yaml: missing"),
+    ],
+)
+def test_what_a_comparison_cannot_do_without_is_one_line(name, harm, words, done, tmp_path):
+    out, recipe, _ = done
+    copy = shutil.copytree(out, tmp_path / "copy")
+    if harm is cut:
+        lines = (copy / name).read_text().splitlines(keepends=True)
+        (copy / name).write_text("".join(line for line in lines if "val/" not in line))
+    else:
+        harm(copy / name)
+    result = run("compare", recipe, f"out={copy}")
+    assert result.code == 2
+    assert words in result.line
+    assert str(copy / name).rpartition("/")[0] in result.line
 
 
 @pytest.mark.parametrize(

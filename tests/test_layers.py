@@ -25,7 +25,8 @@ LAYERS = [
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode"},
-    {"files", "differing", "hardware", "extend", "finite", "jsons", "workers"},
+    {"files", "differing", "hardware", "extend", "finite", "workers"},
+    {"jsons"},
     {"batch", "seeds", "errors", "hints", "budget", "train_config"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-import torch
 from tiny_runs import RECIPE, run
 
 import mpp
@@ -98,15 +97,3 @@ def test_type_checkers_see_what_there_is():
     assert seen == mpp._HOMES
     assert get_type_hints(mpp.load_encoder)["return"] is mpp.Encoder
     assert get_type_hints(mpp.read_shards)["return"].__name__ == "Batches"
-
-
-def test_batches_say_what_they_are_and_end_where_they_end(small_shards):
-    train, test = mpp.read_shards(small_shards, 8), mpp.read_shards(small_shards, 8, train=False)
-    assert "7 an epoch, each 8 images of 16x16; 53 images of split train of" in repr(train)
-    assert [len(batch) for batch in test] == [8] * 6 + [5]
-    assert len(list(train)) == 7
-    assert torch.equal(next(iter(train)).images, train.at(0).images)
-    assert len(train.at(9999)) == 8, "training goes on without end"
-    for step in (7, 9999, -1):
-        with pytest.raises(IndexError, match=f"no batch {step}: steps go from 0 to 6"):
-            test.at(step)

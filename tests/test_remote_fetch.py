@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,9 @@ def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     running.files.clear()
     running.requests.clear()
     return running
+
+
+LACKS = "give its address with user and password, or what signs it: a saved recipe keeps neither (or ~/.netrc)"
 
 
 def fetched(url: str, path: Path, size: int | None = len(DATA), retry: Retry = QUICK, **options) -> bytes:
@@ -110,8 +115,8 @@ def test_an_object_that_changes_on_the_way_is_fetched_anew(server, tmp_path):
     [
         ({"status": 404}, "not there"),
         ({"status": 410}, "status 410 Gone"),
-        ({"status": 401}, "refused: status 401 Unauthorized"),
-        ({"status": 403}, "refused: status 403 Forbidden"),
+        ({"status": 401}, f"refused: status 401 Unauthorized; {LACKS}"),
+        ({"status": 403}, f"refused: status 403 Forbidden; {LACKS}"),
     ],
     ids=str,
 )
@@ -221,6 +226,50 @@ def test_secrets_of_a_url_are_used_and_not_shown(server, tmp_path):
         assert "geheim" not in message
         assert "word" not in message
         assert "127.0.0.1" in message
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {"whole": True},
+        {"whole": True, "tag": '"a"'},
+        {"shift": 7, "times": 2},
+        {"shift": 7, "times": 3, "tag": '"a"'},
+        {"dated": "then", "times": 1},
+    ],
+    ids=str,
+)
+def test_a_server_that_answers_with_other_ranges_or_another_version_still_gives_the_right_bytes(
+    faults, server, tmp_path
+):
+    file = File(DATA, **{"times": 1, **faults, "cut": 1_000_000})
+    patient = Retry(attempts=8, wait=0.01, longest=0.02, timeout=5)
+    assert fetched(server.put("a.tar", file), tmp_path / "a", retry=patient) == DATA
+
+
+def test_what_changed_between_two_ranges_is_fetched_from_the_start(server, tmp_path):
+    url = server.put("a.tar", File(bytes(len(DATA)), dated="then", cut=1_000_000))
+
+    def swap() -> None:
+        while not server.counts["/a.tar"]:
+            time.sleep(0.005)
+        server.files["/a.tar"] = File(DATA, dated="now", times=0)
+
+    threading.Thread(target=swap).start()
+    assert fetched(url, tmp_path / "a", retry=Retry(attempts=8, wait=0.5, longest=0.6, timeout=5)) == DATA
+
+
+@pytest.mark.parametrize(
+    ("asks", "bound", "least", "most"),
+    [("1", 9.0, 0.9, 5), ("5000", 0.4, 0.35, 5), ("soon", 9.0, 0, 0.8), ("DATE", 9.0, 0.8, 6), ("-1", 9, 0, 0.8)],
+)
+def test_a_server_that_says_when_to_come_back_is_obeyed_within_bounds(asks, bound, least, most, server, tmp_path):
+    if asks == "DATE":
+        asks = format_datetime(datetime.now(UTC) + timedelta(seconds=3), usegmt=True)
+    url, before = server.put("a.tar", File(DATA, status=503, times=1, patience=asks)), len(server.times)
+    patient = Retry(attempts=3, wait=0.01, longest=0.01, timeout=5, asked=bound)
+    assert fetched(url, tmp_path / "a", retry=patient) == DATA
+    assert least <= server.times[before + 1] - server.times[before] <= most
 
 
 def test_waiting_and_reading_end_soon_when_told_to(server, tmp_path):

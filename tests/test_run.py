@@ -16,6 +16,7 @@ import torch
 import yaml
 from tiny_runs import LABELS, digests, finished, metrics, run, small_disk, small_splits, start, write_recipe
 
+from mpp.files import sealed, unsealed
 from mpp.recipe import load_recipe
 from mpp.shards.build import index_folder
 from mpp.shards.index import read_index, write_index
@@ -126,8 +127,9 @@ def test_what_was_chosen_once_is_kept_where_the_machine_would_choose_otherwise(s
     recipe, out = write_recipe(tmp_path, splits), tmp_path / "run"
     auto = ["train.micro_batch=auto", "train.steps=2", "train.warmup=0"]
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0
-    text = (out / "settled.json").read_text()
-    (out / "settled.json").write_text(text.replace('"micro_batch": 8', '"micro_batch": 2'))
+    found = unsealed(out / "settled.json")
+    found["execution"]["micro_batch"] = 2
+    (out / "settled.json").write_bytes(sealed(found))
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0
     assert settled(out)["execution"]["micro_batch"] == 2
 
@@ -496,7 +498,9 @@ def test_a_run_folder_from_before_settled_json_gets_one_line(done, splits, tmp_p
     assert line.startswith(f"mpp: {out}: holds a run of an earlier version of mpp (it has no settled.json)")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "steps": [', "\x00\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 2}', '{"format": 2, "steps": [', "[" * 100_000, "\x00\xff"]
+)
 def test_a_settled_json_that_is_cut_is_named(text, done, splits, tmp_path):
     out = shutil.copytree(done, tmp_path / "run")
     (out / "settled.json").write_bytes(text.encode("latin-1"))
@@ -515,13 +519,13 @@ def test_a_settled_json_that_is_cut_is_named(text, done, splits, tmp_path):
 )  # fmt: skip
 def test_a_settled_json_with_a_value_that_none_can_have_chosen_is_named(key, value, done, splits, tmp_path):
     out = shutil.copytree(done, tmp_path / "run")
-    (out / "settled.json").write_text(json.dumps({**settled(out), key: value}))
+    (out / "settled.json").write_bytes(sealed({**unsealed(out / "settled.json"), key: value}))
     assert str(out / "settled.json") in refused("pretrain", write_recipe(tmp_path, splits), f"out={out}")
 
 
 def test_a_settled_json_of_a_later_version_is_named(done, splits, tmp_path):
     out = shutil.copytree(done, tmp_path / "run")
     text = (out / "settled.json").read_text()
-    (out / "settled.json").write_text(text.replace('"format": 1', '"format": 2'))
+    (out / "settled.json").write_text(text.replace('"format": 2', '"format": 3'))
     line = refused("pretrain", write_recipe(tmp_path, splits), f"out={out}")
-    assert "settled.json: has format 2, this version of mpp reads 1" in line
+    assert "settled.json: has format 3, this version of mpp reads 2" in line

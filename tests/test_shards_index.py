@@ -1,5 +1,6 @@
 """mpp/shards/index.py: an index is read as it was written, or refused in one line."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,3 +86,22 @@ def test_an_index_whose_parts_do_not_fit_is_refused(folder):
 def test_a_file_is_no_folder_of_shards(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     assert "a file, not a folder of shards" in message(tmp_path / "file")
+
+
+def test_a_flipped_bit_in_an_index_is_noticed_or_changes_nothing(small_shards, tmp_path):
+    shutil.copytree(small_shards, tmp_path / "shards")
+    path, index = tmp_path / "shards/train-index.safetensors", read_index(small_shards, "train")
+    data, noticed = path.read_bytes(), 0
+    places = range(0, len(data), 5)
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            found = read_index(tmp_path / "shards", "train")
+        except ShardError as error:
+            noticed += "train-index.safetensors: cut, or no index of mpp" in str(error)
+            continue
+        assert (found.shards, found.classes, found.labels) == (index.shards, index.classes, index.labels)
+        assert all((getattr(found, name) == getattr(index, name)).all() for name in ARRAYS)
+    assert noticed > 0.97 * len(places)

@@ -30,8 +30,10 @@ from shard_files import (
 
 from mpp.decode import decode
 from mpp.errors import UserError
+from mpp.remote.fetch import Retry
 from mpp.shards import write
 from mpp.shards.build import index_folder
+from mpp.shards.build_urls import index_urls
 from mpp.shards.check import check_folder
 from mpp.shards.index import read_index
 from mpp.shards.tar import ShardError
@@ -329,3 +331,22 @@ def test_shards_with_running_numbers_stay_but_are_not_gone_on_with(source, tmp_p
     assert lines == [f"{tmp_path / 'out'}: already complete"]
     (tmp_path / "out/train-000001.tar").unlink()
     assert "was begun with keys 'running numbers', now" in refused(source, tmp_path / "out", per_shard=4)
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [("digits", "digits"), ("digits", "./digits"), ("digits", "digits/shards"), ("CIFAR10", "CIFAR10")],
+)
+def test_an_out_that_would_make_a_path_of_the_sources_name_is_refused_and_not_made(source, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ShardError, match="is the source itself"):
+        write.make_shards(source, out, report=lambda line: None, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_command_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(ShardError, match="nowhere: not found"):
+        write.make_shards(tmp_path / "nowhere", tmp_path / "a/b/out", report=lambda line: None, progress=False)
+    with pytest.raises(UserError, match="x.tar: "):
+        index_urls([f"http://127.0.0.1:9/{'x' * 10}.tar"], tmp_path / "c/d", retry=Retry(attempts=1))
+    assert list(tmp_path.iterdir()) == []

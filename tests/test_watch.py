@@ -1,3 +1,6 @@
+import importlib
+import itertools
+import json
 import math
 import os
 import signal
@@ -7,7 +10,23 @@ from dataclasses import replace
 import pytest
 from conftest import tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import FEW, Brightness, Cut, digests, finished, fit, losses, masked, metrics, run, start, write_recipe
+from tiny_runs import (
+    FEW,
+    LABELS,
+    RECIPE,
+    Brightness,
+    Cut,
+    digests,
+    finished,
+    fit,
+    losses,
+    masked,
+    metrics,
+    run,
+    small_splits,
+    start,
+    write_recipe,
+)
 
 from mpp.data.read import read_shards
 from mpp.loop import train
@@ -57,17 +76,114 @@ def test_signals_save_and_say_how_to_go_on(small_shards, tmp_path):
     assert {event.step for event in scalars.Scalars("loss")} == set(range(1, steps + 1))
 
 
-def test_a_signal_while_scoring_stops_after_a_step_that_is_saved(images, tmp_path):
+def test_a_signal_while_scoring_stops_after_that_step_which_is_saved(images, tmp_path):
     def evaluate(stop) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
         return {"val/loss": 1.0}
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="SIGTERM after step 3") as caught:
+    with pytest.raises(Interrupted, match="SIGTERM after step 2") as caught:
         fit(tmp_path, images, replace(FEW, save_every=100), evaluate=evaluate, evaluate_every=2)
     assert caught.value.number == signal.SIGTERM
-    assert digests(tmp_path, 3)
+    assert digests(tmp_path, 2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    return small_splits(tmp_path_factory.mktemp("splits"))
+
+
+def in_module(place: str):
+    """A function's module and name; a package may hide the module behind a function of its name."""
+    module, _, name = place.rpartition(".")
+    return importlib.import_module(module), name
+
+
+def killed_at(monkeypatch, place: str, time: int, number: int) -> None:
+    """Sends this process a signal when a function is called for the given time."""
+    module, name = in_module(place)
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def interrupted(*arguments, **options):
+        if next(calls) == time:
+            os.kill(os.getpid(), number)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+def left(out) -> dict[str, bytes]:
+    """What a run leaves: the figures of each step but those of speed, pictures and weights."""
+    lines = [{key: value for key, value in line.items() if key not in SPEED} for line in metrics(out)]
+    found = {"metrics": "".join(sorted(json.dumps(line) + "\n" for line in lines)).encode()}
+    kept = [path for path in out.rglob("*") if path.suffix in (".png", ".safetensors", ".yaml")]
+    return found | {str(path.relative_to(out)): path.read_bytes() for path in kept if path.name != "recipe.yaml"}
+
+
+SPEED = ("images/s", "waiting", "memory")
+SEED_OF, GRID = "mpp.run.evaluation.seed_of", "mpp.log.picture_grid"  # called once a batch scored, once a grid made
+SCORED = "eval: {every: 2, images: 20}\n"
+
+
+@pytest.fixture(scope="module")
+def scored(splits, tmp_path_factory):
+    """A run of 6 steps that is scored, in five batches, and pictured every 2, and its recipe."""
+    folder = tmp_path_factory.mktemp("scored")
+    text = RECIPE.replace("path: PATH,", "path: PATH, val: test,").replace("save_every: 2", "save_every: 100, ema: 0.9")
+    recipe = write_recipe(folder, splits, text.replace("pictures: 0", "pictures: 2, tensorboard: false") + SCORED)
+    assert run("pretrain", recipe, f"out={folder / 'whole'}").code == 0
+    return recipe, left(folder / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("place", "time", "step"), [(SEED_OF, 3, 2), (SEED_OF, 13, 6), (SEED_OF, 15, 6), (GRID, 1, 2), (GRID, 3, 6)]
+)
+def test_a_signal_while_scoring_or_painting_is_obeyed_and_the_next_start_does_what_is_missing(
+    place, time, step, number, scored, tmp_path, monkeypatch
+):
+    recipe, whole = scored
+    with monkeypatch.context() as patch:
+        killed_at(patch, place, time, number)
+        stopped = run("pretrain", recipe, f"out={tmp_path / 'run'}")
+    assert stopped.code == 128 + number
+    name = signal.Signals(number).name
+    assert stopped.line == f"mpp: stopped by {name} after step {step}; run the same command again to go on"
+    assert digests(tmp_path / "run", step)
+    assert not (tmp_path / "run/encoder.safetensors").exists()
+    assert run("pretrain", recipe, f"out={tmp_path / 'run'}").code == 0
+    assert [line["step"] for line in metrics(tmp_path / "run") if "val/loss" in line] == [2, 4, 6], "each exactly once"
+    found = left(tmp_path / "run")
+    assert found["metrics"] == whole["metrics"]
+    assert {name: data for name, data in found.items() if "checkpoints" not in name} == {
+        name: data for name, data in whole.items() if "checkpoints" not in name
+    }
+
+
+def test_what_was_scored_is_not_scored_again_by_another_start(scored, tmp_path, monkeypatch):
+    recipe, whole = scored
+    for _ in range(3):
+        assert run("pretrain", recipe, f"out={tmp_path / 'run'}").code == 0
+        monkeypatch.setattr(*in_module(SEED_OF), lambda *_: pytest.fail("scored again"))
+    assert left(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_scoring_that_ends_fine_tuning_is_obeyed_and_the_next_start_scores(
+    number, splits, tmp_path, monkeypatch
+):
+    recipe, out = write_recipe(tmp_path, splits, LABELS), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        killed_at(patch, "mpp.eval.labelled.predict.label_numbers", 1, number)
+        stopped = run("finetune", recipe, f"out={out}")
+    assert (stopped.code, stopped.line) == (128 + number, "mpp: stopped")
+    assert (out / "classifier.safetensors").exists()
+    assert not (out / "scores.json").exists()
+    again = run("finetune", recipe, f"out={out}")
+    assert again.code == 0
+    assert "top-1" in again.out
+    assert (out / "scores.json").exists()
 
 
 # What goes wrong

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,9 @@ FEW = TrainConfig(
 )
 
 
+BAR = re.compile(r"step/s|[0-9]s/step|\?step")  # of a progress bar, on a slow machine too
+
+
 class Finished(NamedTuple):
     """What a command said, and its exit status."""
 
@@ -60,8 +64,7 @@ class Finished(NamedTuple):
     @property
     def line(self) -> str:
         """The error: the one line that begins with "mpp: ", and all there is but for a progress bar."""
-        lines = [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
-        lines = [line for line in lines if "?step" not in line]
+        lines = [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and not BAR.search(line)]
         assert [line[:5] for line in lines] == ["mpp: "], self.err
         return lines[0]
 

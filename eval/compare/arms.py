@@ -110,11 +110,11 @@ class Comparison:
     finetune: dict[str, Recipe]  # by arm
 
     @property
-    def data(self) -> tuple[Path, str, str]:
-        """The shards that are fine-tuned on, and their train and test splits."""
+    def data(self) -> tuple[str, str, str]:
+        """The shards, a folder or its URL, that are fine-tuned on, and their train and test splits."""
         data = self.finetune[self.config.baseline].data
         assert data.val is not None
-        return Path(data.path), data.train, data.val
+        return data.path, data.train, data.val
 
     def title(self, arm: str) -> str:
         return self.config.arms[arm].title or arm.replace("_", " ")

@@ -13,15 +13,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpp import budget
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import contents, drawn
 from mpp.execution import Once
-from mpp.files import claimed, write_atomically
-from mpp.jsons import encoded, read_lines
+from mpp.files import claimed, sealed, unsealed, write_atomically
+from mpp.log import METRICS, read_metrics
 from mpp.loop import steps_of
 from mpp.models.encoder import Encoder
 from mpp.recipe import Recipe
+from mpp.recipe.settled import RunError
 from mpp.run import run
 from mpp.run.start import at_start
 from mpp.shards.index import read_index
@@ -35,7 +35,7 @@ from .machine import Machine
 from .summary import shown
 
 ENCODER, SCORES, ROWS = "encoder.safetensors", "scores.json", "rows.json"
-FORMAT = 1  # of rows.json
+FORMAT = 2  # of rows.json
 
 
 class Asked(NamedTuple):
@@ -65,7 +65,11 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether nothing is left to do. A probing goes on where more fractions or protocols are asked for."""
-        return set(self.asked) <= set(read_rows(self.result)[0]) if self.asked else self.result.exists()
+        if self.asked:
+            return set(self.asked) <= set(read_rows(self.result)[0])
+        if self.stage == "finetune":
+            return read_scores(self.result) is not None
+        return self.result.exists()
 
 
 class Chains:
@@ -145,9 +149,11 @@ class Chains:
             return None
         tried = []
         for lr in self.config.lrs:
-            rows = read_lines(self._trial(arm, fraction, lr) / "metrics.jsonl")
-            accuracy = next(row["val/accuracy"] for row in reversed(rows) if "val/accuracy" in row)
-            tried.append({"lr": lr, "accuracy": accuracy})
+            trial = self._trial(arm, fraction, lr)
+            found = [row["val/accuracy"] for row in read_metrics(trial) if "val/accuracy" in row]
+            if not found:
+                raise RunError(f"{trial / METRICS}: lacks val/accuracy, which it was tried for; delete {trial}")
+            tried.append({"lr": lr, "accuracy": found[-1]})
         best = max(tried, key=lambda trial: trial["accuracy"])
         return {"arm": arm, "fraction": fraction, "lr": best["lr"], "tried": tried}
 
@@ -176,11 +182,13 @@ class Chains:
         data = replace(recipe.data, subset=SubsetConfig(share=fraction, hold_out=hold_out))
         train = replace(recipe.train, lr=lr or recipe.train.lr)
         recipe = replace(recipe, seed=seed, out=str(out), weights=weights, data=data, train=train)
-        labels = len(drawn(read_index(data.path, data.train), replace(data.subset, hold_out=0.0), seed)[0])
+        labels = len(drawn(read_index(data.path, data.train, data.allow), replace(data.subset, hold_out=0.0), seed)[0])
         images = self.config.images_at(fraction) or images_of(recipe, labels)
         if own.total_of and not hold_out:
             before_it = self.comparison.pretrain[own.total_of]
-            images += images_of(before_it, len(read_index(before_it.data.path, before_it.data.train)))
+            images += images_of(
+                before_it, len(read_index(before_it.data.path, before_it.data.train, before_it.data.allow))
+            )
         return recipe.lasting(images)
 
     def probings(self, arm: str, seed: int) -> list[Job]:
@@ -273,18 +281,13 @@ class Chains:
                 "asked": [*done, *missing],
                 "rows": rows,
             }
-            write_atomically(out / ROWS, encoded(results))
+            write_atomically(out / ROWS, sealed(results, indent=None))
 
 
 def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
-    """What a probing was asked for, and the rows it gave; nothing where there is no such file of this format."""
-    try:
-        results = budget.json_file(path)
-        if results["format"] != FORMAT:
-            return [], []
-        return [Asked(*one) for one in results["asked"]], results["rows"]
-    except (OSError, ValueError, LookupError, TypeError):  # what cut and foreign files cause
-        return [], []
+    """What a probing was asked for, and the rows it gave; nothing where there is no such file, or it was cut."""
+    results = _unsealed(path)
+    return ([Asked(*one) for one in results["asked"]], results["rows"]) if results else ([], [])
 
 
 def identity(encoder: Encoder) -> str:
@@ -293,19 +296,29 @@ def identity(encoder: Encoder) -> str:
 
 
 def probed_weights(path: Path) -> str | None:
-    """The digest of the weights that a probing read its rows off; None where there is no such file."""
+    """The digest of the weights that a probing read its rows off; None where there is no such file, or it was cut."""
+    results = _unsealed(path)
+    return results["weights"] if results else None
+
+
+def read_scores(path: Path) -> dict[str, Any] | None:
+    """What a fine-tuning left as scores.json; None where it has to be scored again."""
     try:
-        return str(budget.json_file(path)["weights"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return unsealed(path, indent=None)
+    except (OSError, ValueError):
         return None
+
+
+def _unsealed(path: Path) -> dict[str, Any] | None:
+    """A file of rows of this format as it was written, or None."""
+    results = read_scores(path)
+    return results if results and results.get("format") == FORMAT else None
 
 
 def images_of_result(path: Path) -> str | None:
     """Which images a result says that it is of, by their content; None where it does not, or is not there."""
-    try:
-        return str(budget.json_file(path)["images"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    results = read_scores(path)
+    return str(results["images"]) if results and "images" in results else None
 
 
 def images_of(recipe: Recipe, train: int) -> int:

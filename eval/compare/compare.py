@@ -8,10 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mpp.data.chosen import chosen
-from mpp.errors import UserError, cause
+from mpp.errors import UserError, cause, out_of_memory, terminable
 from mpp.execution import at_once
 from mpp.extend import imported
 from mpp.files import BusyError, write_atomically
@@ -19,7 +17,6 @@ from mpp.jsons import encoded
 from mpp.recipe.settled import RunError
 from mpp.run.images import check_classes, make_missing, open_images
 from mpp.run.start import earlier, same_run, same_weights
-from mpp.watch import sigterm_as_ctrl_c
 from mpp.weights import WeightsError
 
 from ..report.report import write_report
@@ -28,7 +25,6 @@ from .chains import Chains, Job, identity, images_of_result, probed_weights
 from .gather import gather
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing
-FAILURES = (UserError, torch.OutOfMemoryError, MemoryError)  # of a run, that the others survive
 
 
 class CompareError(UserError):
@@ -53,7 +49,7 @@ def compare(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict
     chains.machine.known()  # before any run that would fail by it
     check_folder(jobs)
     try:
-        with sigterm_as_ctrl_c():
+        with terminable():
             carry_out(jobs, failures)
     finally:  # what is known so far, also of a comparison that was stopped
         imports = [word for what in imported for word in ("--import", what)]
@@ -130,7 +126,10 @@ def attempt(job: Job, failures: dict[str, str], told: set[str]) -> bool:
         job.work()
     except BusyError:
         return False
-    except FAILURES as error:
-        failures[job.name] = cause(error)
-        print(f"mpp: {job.name} failed: {cause(error)}", file=sys.stderr)
+    except (UserError, MemoryError, RuntimeError) as error:
+        words = out_of_memory(error) or cause(error)
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise  # a bug
+        failures[job.name] = words
+        print(f"mpp: {job.name} failed: {words}", file=sys.stderr)
     return True

@@ -13,23 +13,24 @@ from typing import Any
 
 import torch
 
-from mpp import budget
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
-from mpp.jsons import read_lines
+from mpp.errors import cause, without_secrets
+from mpp.log import read_metrics
 from mpp.loop import steps_of
 from mpp.models.encoders import build_encoder
 from mpp.plan import cost
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import FILE as SETTLED
-from mpp.recipe.settled import load_settled
+from mpp.recipe.settled import RunError, load_settled
+from mpp.remote.urls import kept_url
 from mpp.shards.classes import translation, union
 from mpp.shards.index import read_index
 
 from ..probes.protocols import PROTOCOLS
 from ..report.report import FORMAT
-from .arms import FINETUNE, Comparison
-from .chains import Asked, Chains, Job, read_rows
+from .arms import FINETUNE, ArmConfig, Comparison
+from .chains import Asked, Chains, Job, read_rows, read_scores
 from .confusion import confusions
 from .summary import Figure, conclusions, summarise
 
@@ -41,20 +42,20 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
     comparison, config = chains.comparison, chains.config
     done = [job for job in jobs if job.done and job.name not in failures]  # one that failed may hold other content
     rows = [row for job in done for row in _rows(job)]
-    scored = {job: budget.json_file(job.result) for job in done if job.stage == "finetune"}
+    scored = {job: scores for job in done if job.stage == "finetune" and (scores := read_scores(job.result))}
     data = _data(comparison, [scores.get("classes", ()) for scores in scored.values()])
     classes = data["classes"]
     titles, known = {arm: comparison.title(arm) for arm in config.arms}, dict[Any, int]()
     return {
         "format": FORMAT,
         "name": comparison.name,
-        "command": command,
+        "command": without_secrets(command),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "hardware": _hardware(),
         "data": data,
         "baseline": config.baseline,
-        "compare": asdict(config),
+        "compare": {**asdict(config), "arms": {arm: _settings(own) for arm, own in config.arms.items()}},
         "protocols": [_protocol(name) for name in config.frozen],
         "recipes": _recipes(done),
         "arms": [_arm(comparison, arm) for arm in config.arms],
@@ -78,7 +79,8 @@ def gather(chains: Chains, jobs: Sequence[Job], failures: dict[str, str], comman
 def _rows(job: Job) -> list[Figure]:
     """What a job found of all that the comparison asks for."""
     if job.stage == "finetune":
-        scores = budget.json_file(job.result)
+        scores = read_scores(job.result)
+        assert scores
         assert job.fraction is not None
         figures = {name: scores[name] for name in ("top1", "top5", "ece", "loss") if scores[name] is not None}
         return [Figure(job.arm, job.seed, FINETUNE, job.fraction, name, value) for name, value in figures.items()]
@@ -126,12 +128,16 @@ def _arm(comparison: Comparison, arm: str) -> dict[str, Any]:
     return {
         "name": arm,
         "title": comparison.title(arm),
-        "pretrain": settings.pretrain or settings.weights,
+        "pretrain": kept_url(settings.pretrain or settings.weights or "") or None,
         "upper_bound": settings.upper_bound,
         "total_budget": settings.total_of is not None,
         "parameters": parameters,
         "encoder": recipe.model.describe(),
     }
+
+
+def _settings(arm: ArmConfig) -> dict[str, Any]:
+    return {key: kept_url(value) if isinstance(value, str) else value for key, value in asdict(arm).items()}
 
 
 def _costs(chains: Chains, arm: str, known: dict[Any, int], done: set[str]) -> list[dict[str, Any]]:
@@ -154,7 +160,7 @@ def _cost(folder: Path, known: dict[Any, int]) -> tuple[int, int, float]:
     recipe = load_settled(folder).fill(load_recipe(folder / "recipe.yaml"))
     images = steps_of(recipe.train) * recipe.train.batch
     seconds, before = 0.0, 0
-    for row in _metrics(folder):
+    for row in read_metrics(folder):
         if "images/s" in row:
             seconds += (row["step"] - before) * recipe.train.batch / row["images/s"]
             before = row["step"]
@@ -189,7 +195,7 @@ def _curves(job: Job) -> list[dict[str, Any]]:
     folder = job.result.parent
     batch = load_recipe(folder / "recipe.yaml").train.batch
     points: dict[str, list[list[float]]] = {}
-    for row in _metrics(folder):
+    for row in read_metrics(folder):
         for name, value in row.items():
             if name.startswith("val/"):
                 points.setdefault(name, []).append([row["step"] * batch, value])
@@ -217,13 +223,16 @@ def _recipes(done: Sequence[Job]) -> dict[str, str]:
     for job in done:
         if job.stage in ("pretrain", "finetune"):
             asked, settled = (job.result.parent / name for name in ("recipe.yaml", SETTLED))
-            text = f"{asked.read_text()}\n# What the first start found and chose ({SETTLED}):\n{settled.read_text()}"
+            text = f"{_text(asked)}\n# What the first start found and chose ({SETTLED}):\n{_text(settled)}"
             found.setdefault(f"{job.arm} {job.stage}", text)
     return found
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return read_lines(folder / "metrics.jsonl")
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: cannot be read: {cause(error)}; restore it, or delete {path.parent}") from None
 
 
 def _data(comparison: Comparison, named: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -231,7 +240,12 @@ def _data(comparison: Comparison, named: Sequence[Sequence[str]]) -> dict[str, A
     shards, train, test = comparison.data
     index, scored = read_index(shards, train), read_index(shards, test)
     sizes = {"train_images": len(index), "test_images": len(scored)}
-    return {"path": str(shards), **sizes, "test_split": test, "classes": list(union([index.classes, *named]))}
+    return {
+        "path": kept_url(shards),
+        **sizes,
+        "test_split": test,
+        "classes": list(union([index.classes, *named])),
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpp import budget
 from mpp.errors import UserError, cause
-from mpp.files import locked, write_atomically
-from mpp.jsons import encoded
+from mpp.files import locked, sealed, unsealed, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 # What a choice may be, by the first word of its name.
 VALID: dict[str, Callable[[Any], bool]] = {
     "precision": lambda value: value in ("bfloat16", "float32"),
@@ -40,7 +38,7 @@ class Machine:
             choices = self.known()
             if what not in choices:
                 choices[what] = choose()
-                write_atomically(self.path, encoded({"format": FORMAT, "choices": choices}, indent=1))
+                write_atomically(self.path, sealed({"format": FORMAT, "choices": choices}))
             return choices[what]
 
     def known(self) -> dict[str, Any]:
@@ -48,7 +46,7 @@ class Machine:
         if not self.path.exists():
             return {}
         try:
-            found = budget.json_file(self.path)
+            found = unsealed(self.path)
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']}, expected {FORMAT}")
             choices: dict[str, Any] = found["choices"]

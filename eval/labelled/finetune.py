@@ -5,8 +5,7 @@ from pathlib import Path
 from mpp.data.subset import contents
 from mpp.errors import UserError
 from mpp.execution import Once, at_once
-from mpp.files import write_atomically
-from mpp.jsons import encoded
+from mpp.files import sealed, write_atomically
 from mpp.recipe import Recipe
 from mpp.run import run
 from mpp.shards.index import read_index
@@ -38,5 +37,5 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
     scores = score_split(classifier, recipe.data.path, recipe.data.val)
     images = contents(read_index(recipe.data.path, recipe.data.val, recipe.data.allow))
     facts = {"classes": classifier.classes, "images": images, **scores.to_json()}
-    write_atomically(out / "scores.json", encoded(facts))
+    write_atomically(out / "scores.json", sealed(facts, indent=None))
     return out, scores

@@ -20,7 +20,7 @@ from mpp.finite import all_finite
 from mpp.hardware import autocast, device_of
 from mpp.models.encoder import Encoder
 from mpp.models.pictures import MODES
-from mpp.remote.urls import is_url
+from mpp.remote.urls import is_url, shown_url
 from mpp.shards.index import UNFINISHED, no_index, read_index, splits
 from mpp.shards.sources import open_source, understand
 from mpp.shards.tar import ShardError
@@ -120,7 +120,7 @@ def _of_shards(data: str | Path, encoder: Encoder, split: str) -> Images:
     # Decoded images are not kept: each is looked at once.
     batches = read_shards(data, BATCH, split=split, input=encoder.input, train=False, reader="indexed")
     marked = dict.fromkeys(np.flatnonzero(index.damaged).tolist(), "marked as damaged in the index")
-    return Images(f"{data}: split {split}", batches, marked, guessed=False)
+    return Images(f"{shown_url(str(data))}: split {split}", batches, marked, guessed=False)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from mpp.jsons import encoded
 from mpp.models.encoder import Encoder
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import load_settled
+from mpp.remote.urls import shown_url
 from mpp.run.start import at_start
 from mpp.shards.classes import lacking, listed, translation
 from mpp.shards.index import read_index
@@ -88,7 +89,8 @@ def probe(
     encoder = fed(_before_training(weights), asked, weights) if untrained else load_encoder(weights, **asked)
     task = _task(encoder, shards, train, test, None, _cache() if cache is None else cache, {})
     rows, images = _rows(task, protocols), (len(task.train), len(task.test))
-    return ProbeReport(str(weights), untrained, str(shards), train, test, *images, rows, asdict(encoder.input))
+    place, said = shown_url(str(shards)), asdict(encoder.input)
+    return ProbeReport(str(weights), untrained, place, train, test, *images, rows, said)
 
 
 def _cache() -> Path | None:

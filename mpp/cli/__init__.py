@@ -3,15 +3,29 @@
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import TracebackType
 from typing import NoReturn
 
 from mpp.cli.parser import parsed
-from mpp.errors import UserError, printable, refusal
+from mpp.errors import Terminated, UserError, out_of_memory, printable, refusal, terminable, without_secrets
 from mpp.extend import ExtensionError, import_parts
 from mpp.workers import end_soon
+
+
+class Discreet(logging.Formatter):
+    """What anybody logs, libraries and their tracebacks too, without secrets; names in it may be anybody's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(without_secrets(super().format(record)))
+
+
+def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of a bug, which libraries' messages may be part of."""
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def import_first(arguments: Sequence[str]) -> list[str]:
@@ -33,38 +47,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     With MPP_TRACEBACK=1 in the environment the traceback comes before that line.
     """
-    (handler := logging.StreamHandler(sys.stderr)).setFormatter(_Printable("mpp: %(message)s"))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Discreet("mpp: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    if arguments is None:  # else the process is somebody else's
+        sys.excepthook = _told
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal can't show
     try:
-        options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
-        options.run(options)
-        sys.stdout.flush()
+        with terminable():
+            options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
+            options.run(options)
+            sys.stdout.flush()
     except BrokenPipeError:  # of `mpp plan RECIPE | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not (words := out_of_memory(error)):
+            raise
+        _refuse(error, f"{words}; take a smaller model, smaller images, or a machine with more")
     except UserError as error:
         _refuse(error, str(error))
     except OSError as error:
         if (words := refusal(error)) is None:
             raise
         _refuse(error, words)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("mpp: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise SystemExit(128 + number) from None
     finally:
         if remote := sys.modules.get("mpp.remote.cache"):
             remote.close_caches()  # what still waits for a server would keep Python from exiting
         if arguments is None:  # a process of its own
             end_soon(_status(sys.exc_info()[1]))
-
-
-class _Printable(logging.Formatter):
-    """Names and causes may come from anybody's file."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
 
 
 def _status(ended: BaseException | None) -> int:
@@ -76,6 +92,6 @@ def _status(ended: BaseException | None) -> int:
 
 def _refuse(error: Exception, words: str) -> NoReturn:
     if os.environ.get("MPP_TRACEBACK"):
-        traceback.print_exception(error)
-    print(f"mpp: {printable(' '.join(words.split()))}", file=sys.stderr)
+        _told(type(error), error, error.__traceback__)
+    print(f"mpp: {printable(without_secrets(' '.join(words.split())))}", file=sys.stderr)
     raise SystemExit(2) from None

@@ -4,10 +4,10 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mpp.cli import commands
-from mpp.errors import shown
+from mpp.errors import shown, without_secrets
 from mpp.eval.probes.protocols import PROTOCOLS, cheap
 
 Group = Any  # what `add_subparsers` gives
@@ -40,11 +40,16 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors repeat arguments, but not the secrets of addresses."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(without_secrets(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
-        "mpp", description="Masked patch pretraining of Vision Transformers.", allow_abbrev=False
-    )
+    top = Parser("mpp", description="Masked patch pretraining of Vision Transformers.", allow_abbrev=False)
     top.add_argument("--import", **IMPORT)
     verbs = top.add_subparsers(metavar="VERB", required=True)
     _shards(verbs)

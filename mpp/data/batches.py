@@ -172,7 +172,9 @@ class Batches:
         while len(missing):
             missing = self._fill([view.numpy() for view in views], positions, numbers, missing)
             if not self.train and len(missing):
-                return self._read(np.delete(positions, missing))
+                good = np.setdiff1d(np.arange(len(positions)), missing)
+                views, numbers = [view[torch.from_numpy(good)] for view in views], numbers[good]
+                break
             numbers[missing] = self._numbers(positions[missing])
         return self._batch([view.permute(0, 3, 1, 2) for view in views], numbers)
 

@@ -11,13 +11,12 @@ from typing import Any
 from torch import nn
 
 from mpp import budget
-from mpp.errors import UserError, counted
+from mpp.errors import UserError, counted, without_secrets
 from mpp.export.markdown import block, code, table
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder
 from mpp.recipe import Recipe, load_recipe
 from mpp.recipe.settled import Settled, load_settled
-from mpp.remote.urls import without_secrets
 from mpp.weights.format import joint
 
 NO_RESULTS = {"step", "lr", "norm", "images/s", "waiting", "memory"}  # of metrics.jsonl: how training went

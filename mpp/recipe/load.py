@@ -25,6 +25,7 @@ from mpp.recipe.recipe import Recipe, plain
 from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import imports_of
 from mpp.recipe.text import write_yaml
+from mpp.remote.urls import kept_url
 from mpp.train_config import UNITS
 
 PRESET_SIZES = ("patch", "width", "depth", "heads", "mlp")  # of an encoder; its image is the data's
@@ -92,10 +93,22 @@ def load_section(
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Writes the whole recipe as plain YAML, atomically; `load_recipe` gives it back equal."""
+    """Writes the whole recipe as plain YAML, atomically; `load_recipe` gives it back equal.
+
+    But for URLs, of which only the address is kept: others may read the file.
+    """
     path = Path(path)
-    text = f"# {recipe.name}, with every setting.\n" + write_yaml(plain(recipe))
+    text = f"# {recipe.name}, with every setting.\n" + write_yaml(_addresses(plain(recipe)))
     write_atomically(path, text.encode())
+
+
+def _addresses(value: Any) -> Any:
+    """Nested plain values with the addresses of URLs in their place."""
+    if isinstance(value, dict):
+        return {key: _addresses(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_addresses(part) for part in value]
+    return kept_url(value) if isinstance(value, str) else value
 
 
 def list_recipes() -> list[tuple[str, str]]:

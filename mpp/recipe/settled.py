@@ -10,14 +10,13 @@ from typing import Any
 from mpp import budget
 from mpp.data.config import PrepareName, ShuffleName
 from mpp.errors import UserError, cause
-from mpp.files import write_atomically
-from mpp.jsons import encoded
+from mpp.files import sealed, unsealed, write_atomically
 from mpp.recipe.check import tupled
 from mpp.recipe.recipe import Recipe
 from mpp.train_config import Execution
 
 FILE = "settled.json"
-FORMAT = 1
+FORMAT = 2
 NOT_OURS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what cut files cause
 
 
@@ -90,7 +89,7 @@ class Settled:
 
     def save(self, folder: Path) -> None:
         """Writes settled.json, whole or not at all."""
-        write_atomically(folder / FILE, encoded({"format": FORMAT, **asdict(self)}, indent=1))
+        write_atomically(folder / FILE, sealed({"format": FORMAT, **asdict(self)}))
 
 
 def is_open(value: object) -> bool:
@@ -107,9 +106,9 @@ def load_settled(folder: Path) -> Settled:
             "choose another folder with out="
         )
     try:
-        facts = budget.json_file(path)
-        if facts["format"] != FORMAT:
-            raise RunError(f"{path}: has format {facts['format']}, this version of mpp reads {FORMAT}")
+        if (found := budget.json_file(path)["format"]) != FORMAT:
+            raise RunError(f"{path}: has format {found}, this version of mpp reads {FORMAT}")
+        facts = unsealed(path)
         values = {field.name: facts[field.name] for field in fields(Settled) if field.name != "continued"}
         state = facts.get("continued")
         continued = None if state is None else Continued(**state)

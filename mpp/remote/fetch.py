@@ -5,17 +5,19 @@ import logging
 import os
 import random
 import re
+import time
 import traceback
-from collections.abc import Callable, Collection
-from contextlib import closing
+from collections.abc import Callable, Collection, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Event
 from typing import IO, TypeVar
 
-from mpp.errors import cause
+from mpp.errors import bare_address, cause, without_secrets
 from mpp.remote.streams import Pieces, WrongSize, open_stream
-from mpp.remote.urls import RemoteError, check_url, shown_url, without_secrets
+from mpp.remote.urls import RemoteError, check_url, shown_url
 
 T = TypeVar("T")
 logger = logging.getLogger("mpp.data")
@@ -34,6 +36,7 @@ class Retry:
     wait: float = 0.5  # seconds before the second attempt, then twice as long each time
     longest: float = 30.0  # seconds, of any such wait
     timeout: float = 60.0  # seconds without a byte until an attempt has failed
+    asked: float = 120.0  # seconds, of a wait that the server asks for by Retry-After
 
 
 RETRY = Retry()
@@ -121,7 +124,15 @@ class _Tries:
     """Counts attempts that failed in a row, and waits between them; tells of the first."""
 
     def __init__(self, url: str, retry: Retry, stop: Event) -> None:
-        self.name, self.retry, self.stop, self.failures, self.told = shown_url(url), retry, stop, 0, False
+        self.url, self.name, self.retry, self.stop = url, shown_url(url), retry, stop
+        self.failures, self.told = 0, False
+
+    def _lacks(self, error: Exception) -> str:
+        """What an address without user, password and query may lack, where a server refuses it."""
+        plain = self.url.startswith("http") and bare_address(self.url) == self.url
+        if _status(error) not in (401, 403) or not plain:
+            return ""
+        return "; give its address with user and password, or what signs it: a saved recipe keeps neither (or ~/.netrc)"
 
     def failed(self, error: Exception, note: str = "") -> None:
         """Returns when it is time for another attempt, and raises RemoteError if there is to be none."""
@@ -130,7 +141,7 @@ class _Tries:
         if self.stop.is_set():
             raise RemoteError(f"{words}; given up, since reading has ended") from error
         if _is_final(error):
-            raise RemoteError(words) from error
+            raise RemoteError(words + self._lacks(error)) from error
         if self.failures >= self.retry.attempts:
             raise RemoteError(words + (f" (tried {self.failures} times)" if self.failures > 1 else "")) from error
         if not self.told:
@@ -138,7 +149,8 @@ class _Tries:
             logger.warning("%s; trying again", words)
         longest = min(self.retry.longest, self.retry.wait * 2 ** (self.failures - 1))
         # Many that failed together should not come back together. No generator of the user's is touched for it.
-        if self.stop.wait(longest * random.SystemRandom().uniform(0.5, 1)):
+        share, asked = random.SystemRandom().uniform(0.5, 1), min(self.retry.asked, _retry_after(error))
+        if self.stop.wait(max(longest * share, asked * (1.5 - share / 2))):
             raise RemoteError(f"{words}; given up, since reading has ended") from error
 
 
@@ -157,6 +169,18 @@ def _is_final(error: Exception) -> bool:
     # By name: these belong to packages that may not be installed. gcsfs says "Forbidden" in an OSError.
     words = f"{type(error).__name__} {error}"
     return isinstance(error, FINAL) or re.search("Credentials|Certificate|Forbidden", words) is not None
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds until a server wants to be asked again, by its header of that name: a number, or a date; 0 for none."""
+    for found in (error, error.__cause__):
+        headers = getattr(found, "headers", None) or getattr(getattr(found, "response", None), "headers", None)
+        value = str(headers.get("Retry-After", "")) if isinstance(headers, Mapping) else ""
+        if re.fullmatch(r"\d{1,9}", value):
+            return float(value)
+        with suppress(ValueError, TypeError, OverflowError):
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
 
 
 def _status(error: BaseException) -> int:

@@ -77,6 +77,7 @@ class Http(Stream):
     """One GET for all that is missing, so that a cut connection costs only the bytes under way."""
 
     tag = ""  # the server's name for this state of the object
+    state = ("", "")  # that, if only a weak one, and when it was changed
 
     def pieces(self, start: int, failures: int) -> Pieces:
         files = file_system("http", self.timeout)
@@ -111,9 +112,16 @@ class Http(Stream):
             total = None
         if response.status == 206:
             parts = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-            if not parts or int(parts[1]) != start:
+            if not parts or int(parts[1]) > start:  # some know ranges from the start alone, which will do
+                self.resumable = False
                 raise OSError("the server answered with other bytes than were asked for")
-            place, total = start, int(parts[2]) if parts[2] != "*" else None
+            place, total = int(parts[1]), int(parts[2]) if parts[2] != "*" else None
+        state = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+        changed = any(old and new and old != new for old, new in zip(self.state, state, strict=True))
+        self.state = state
+        if place and changed:
+            self.resumable = False
+            raise OSError("it has changed while it was fetched")
         # Without a length, a page that says "try again later" would pass for the first bytes of the object.
         self.resumable = total is not None
         if total is not None and (total != self.size if self.size is not None else total > self.most):

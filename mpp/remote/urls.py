@@ -1,10 +1,10 @@
-"""URLs of shards: which are taken, and how they are printed without the secrets that they may hold."""
+"""URLs of shards: which are taken, and how they are printed and kept without the secrets that they may hold."""
 
 import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
-from mpp.errors import UserError, shown
+from mpp.errors import UserError, bare_address, shown, without_secrets
 
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs")
 PIPE = "pipe:"
@@ -45,9 +45,18 @@ def check_url(url: str, allow: Collection[str] = ()) -> None:
 
 
 def shown_url(url: str) -> str:
-    return shown(without_secrets(url))
+    """A URL for messages: without user, password, and what stands behind its `?` or `#`; blanks may be in them."""
+    return shown(bare_address(url) if is_url(url) and not url.startswith(PIPE) else url)
 
 
-def without_secrets(text: str) -> str:
-    """Without user:password@ and what stands behind a `?`, which signs the URLs of private objects."""
-    return re.sub(r"\?[^\s'\"]+", "?...", re.sub(r"://[^/\s@]*@", "://", text))
+def kept_url(url: str) -> str:
+    """The address of a URL, as files keep it: what it may hold of secrets is given anew by whoever goes on."""
+    if url.startswith(PIPE):
+        return without_secrets(url)
+    return bare_address(url).removesuffix("...").removesuffix("?").removesuffix("#") if is_url(url) else url
+
+
+def below(url: str, name: str) -> str:
+    """The URL of a file in a folder; what signs the folder's, behind a `?`, signs its files' too."""
+    folder, mark, query = url.partition("?") if url.lower().startswith("http") else (url, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 
+from mpp.errors import counted, within_memory
 from mpp.execution import Once, at_once
 from mpp.files import claimed
 from mpp.loop import train
@@ -14,6 +15,7 @@ from mpp.run.onward import go_on_from, open_source, same_source
 from mpp.run.start import begin, earlier, go_on, refuse_leftovers
 from mpp.weights import save_result
 
+SIZES = "model.width or model.depth"
 BUSY = "in use by a run that is still going; stop it, or choose another folder with out="
 
 
@@ -32,30 +34,34 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
             same_source(before, recipe)
         elif recipe.continues is not None:
             source = open_source(recipe.continues)
-        images = open_images(source.chosen(recipe) if source else recipe, before and before.settled, once)
+        with within_memory(f"{out}: opening the images", "lower data.memory, or set data.reader=indexed"):
+            images = open_images(source.chosen(recipe) if source else recipe, before and before.settled, once)
         stack.callback(images.close)
-        if before is not None:
-            objective, settled = go_on(before, recipe, images)
-        elif source is not None:
-            objective, settled = go_on_from(source, recipe, images, once)
-        else:
-            objective, settled = begin(recipe, images, once)
+        with within_memory(f"{out}: building {recipe.model.describe()}", f"lower {SIZES}"):
+            if before is not None:
+                objective, settled = go_on(before, recipe, images)
+            elif source is not None:
+                objective, settled = go_on_from(source, recipe, images, once)
+            else:
+                objective, settled = begin(recipe, images, once)
         if is_finished(out):
             return out
-        settings = settled.fill(recipe)
-        train(
-            objective,
-            images.batches,
-            settings.train,
-            out=out,
-            seed=recipe.seed,
-            log=recipe.log,
-            execution=settled.execution,
-            evaluate=evaluation(settings, objective, images, settled.execution),
-            evaluate_every=recipe.eval.every,
-        )
-        for name, result in objective.results().items():
-            save_result(result, out / f"{name}.safetensors")
+        settings, micro = settled.fill(recipe), settled.execution.micro_batch
+        doing = f"{out}: training {recipe.model.describe()} with {counted(micro, 'image')} at a time"
+        with within_memory(doing, f"lower train.micro_batch (it is {micro}), model.image, {SIZES}"):
+            train(
+                objective,
+                images.batches,
+                settings.train,
+                out=out,
+                seed=recipe.seed,
+                log=recipe.log,
+                execution=settled.execution,
+                evaluate=evaluation(settings, objective, images, settled.execution),
+                evaluate_every=recipe.eval.every,
+            )
+            for name, result in objective.results().items():
+                save_result(result, out / f"{name}.safetensors")
         if not recipe.train.keep_state:
             drop_state(out, [f"{name}.safetensors" for name in objective.results()])
     return out

@@ -1,5 +1,7 @@
 """The images of a run: which it trains on and is scored on, opened for reading."""
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +12,7 @@ from mpp.data.chosen import chosen
 from mpp.data.config import DataConfig, PrepareName, ShuffleName
 from mpp.data.read import open_batches, windowed
 from mpp.execution import Once
+from mpp.files import BusyError
 from mpp.hardware import device_of
 from mpp.recipe import Recipe
 from mpp.recipe.settled import Settled
@@ -17,6 +20,10 @@ from mpp.remote.urls import is_url
 from mpp.shards.classes import lacking, listed
 from mpp.shards.index import UNFINISHED, Index, ShardError, splits
 from mpp.shards.write import make_shards
+
+POLL = 1.0  # seconds between looks at shards that another process is making
+
+logger = logging.getLogger("mpp.run")
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,19 @@ def open_images(recipe: Recipe, settled: Settled | None, once: Once) -> RunImage
 
 
 def make_missing(data: DataConfig) -> None:
-    """Makes the shards of `data.path` from `data.source`, if that is given and they are not there or not done."""
-    folder = Path(data.path)
-    if data.source and not is_url(data.path) and (not splits(folder) or (folder / UNFINISHED).exists()):
-        make_shards(data.source, folder)
+    """Makes the shards of `data.path` from `data.source`, if that is given and they are not there or not done.
+
+    Where another process is making them, waits for it, and goes on if it ends before they are done.
+    """
+    folder, told = Path(data.path), False
+    while data.source and not is_url(data.path) and (not splits(folder) or (folder / UNFINISHED).exists()):
+        try:
+            make_shards(data.source, folder)
+        except BusyError:
+            if not told:
+                logger.info("%s: another process is making these shards; waiting for it", folder)
+            told = True
+            time.sleep(POLL)
 
 
 def _prepare(recipe: Recipe, train: Sequence[Index], once: Once) -> PrepareName:

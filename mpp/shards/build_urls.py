@@ -1,9 +1,9 @@
 """Indexing tars that lie elsewhere: patterns become URLs, and each tar is fetched once, scanned and deleted."""
 
 import re
-import tempfile
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,16 @@ from threading import Event
 from tqdm import tqdm
 
 from mpp.errors import cause, shown
+from mpp.files import missing_folders, remove_left_over, temporary
 from mpp.remote.fetch import RETRY, Retry, fetch, retried
 from mpp.remote.streams import file_system
-from mpp.remote.urls import RemoteError, check_url, shown_url
+from mpp.remote.urls import RemoteError, check_url, kept_url, shown_url
 from mpp.shards.build import build_index, split_of
 from mpp.shards.index import Index, write_index
 from mpp.shards.labels import classes_of, labeller
 from mpp.shards.tar import Scan, scan_shard
 
+FETCHED = ".fetched-"  # tars while they are looked at
 MOST_URLS = 10**6  # of one pattern
 SIDE_BY_SIDE = 4  # tars on the disk at a time
 
@@ -88,10 +90,29 @@ def index_urls(
     """
     folder = Path(folder)
     urls = list(dict.fromkeys(url for pattern in patterns for url in expand(pattern, allow, retry)))
+    made = missing_folders(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_left_over(folder, FETCHED)
     except OSError as error:
         raise RemoteError(f"{shown(folder)}: cannot be made: {cause(error)}") from None
+    try:
+        return _index(urls, folder, split, labels, allow, retry, report)
+    finally:
+        with suppress(OSError):
+            for one in made:
+                one.rmdir()  # goes only if it stayed empty
+
+
+def _index(
+    urls: Sequence[str],
+    folder: Path,
+    split: str | None,
+    labels: str,
+    allow: Collection[str],
+    retry: Retry,
+    report: Callable[[str], None],
+) -> list[Index]:
     stop = Event()
     scan = partial(_scan, folder=folder, labels=labels, allow=allow, retry=retry, stop=stop)
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
@@ -115,7 +136,7 @@ def index_urls(
 
 
 def _scan(url: str, folder: Path, labels: str, allow: Collection[str], retry: Retry, stop: Event) -> Scan:
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".fetched-") as file:
+    with temporary(folder, FETCHED) as file:
         try:
             fetch(url, file, None, retry, allow=allow, stop=stop)
             found = scan_shard(file.name, labeller(labels))
@@ -123,5 +144,5 @@ def _scan(url: str, folder: Path, labels: str, allow: Collection[str], retry: Re
             raise RemoteError(f"{folder}: cannot hold {shown_url(url)}: {cause(error)}") from None
         except ValueError as error:  # it names the file, which nobody knows
             raise RemoteError(str(error).replace(file.name, shown_url(url))) from None
-    name = "" if url.startswith("pipe:") else shown_url(url)
+    name = "" if url.startswith("pipe:") else kept_url(url)
     return found._replace(path=Path(name))

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,11 +21,13 @@ from mpp import budget, jsons
 from mpp.decode import MAX_PIXELS
 from mpp.errors import cause, shown
 from mpp.files import refuse_unreadable, write_atomically
+from mpp.jsons import encoded
 from mpp.remote.fetch import read_small
-from mpp.remote.urls import check_url, is_url, shown_url
+from mpp.remote.urls import below, check_url, is_url, kept_url, shown_url
 from mpp.shards.tar import ShardError
 
 SUFFIX = "-index.safetensors"
+PRIVATE = "-index.private.json"  # beside it, for its owner alone: shards by URL with their users, passwords and queries
 UNFINISHED = "make.unfinished.json"  # stands in the folder while `mpp shards make` is not done
 MOST_BYTES = 2**34  # of an index that is fetched: some 200 million images
 
@@ -103,6 +106,7 @@ ARRAYS = {  # their types in the file and in memory
     "key_bytes": "uint8",
     "key_ends": "int64",
 }
+CHECKSUM = "crc32"  # beside the facts, of them and all arrays
 FACTS = ("shards", "shard_bytes", "classes", "mode", "labels")
 # What foreign files cause.
 NO_INDEX = (
@@ -111,17 +115,41 @@ NO_INDEX = (
 
 
 def write_index(index: Index) -> Path:
-    facts = {name: getattr(index, name) for name in FACTS}
+    facts = {name: getattr(index, name) for name in FACTS} | {"shards": tuple(map(kept_url, index.shards))}
+    private = index.folder / (index.split + PRIVATE)
+    if facts["shards"] == index.shards:
+        private.unlink(missing_ok=True)
+    else:
+        write_atomically(private, encoded({"shards": index.shards}), private=True)
     path = index.folder / (index.split + SUFFIX)
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
-    write_atomically(path, save(arrays, {"mpp": jsons.text(facts)}))
+    write_atomically(path, save(arrays, {"mpp": jsons.text(facts | {CHECKSUM: _checksum(facts, arrays)})}))
     return path
+
+
+def _checksum(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> int:
+    """CRC-32 of what an index says, so that a flipped bit gives no image another label or place."""
+    checksum = zlib.crc32(jsons.text([facts[name] for name in FACTS]).encode())
+    for name in ARRAYS:
+        checksum = zlib.crc32(arrays[name], checksum)
+    return checksum
+
+
+def _with_secrets(index: Index) -> Index:
+    """The index with the whole URLs of its shards, where they are kept beside it and are still of these addresses."""
+    try:
+        whole = tuple(budget.json_file(index.folder / (index.split + PRIVATE))["shards"])
+        return replace(index, shards=whole) if tuple(map(kept_url, whole)) == index.shards else index
+    except NO_INDEX:
+        return index
 
 
 def refuse_url(folder: str | Path) -> None:
     """Raises ShardError where a local folder is needed."""
     if is_url(str(folder)):
-        raise ShardError(f"{folder}: a URL, which training reads, but nothing else; copy the shards to a folder first")
+        raise ShardError(
+            f"{shown_url(str(folder))}: a URL, which training reads, but nothing else; copy them to a folder first"
+        )
 
 
 def splits(folder: str | Path) -> list[str]:
@@ -152,6 +180,7 @@ def _local_index(folder: Path, split: str, allow: Sequence[str]) -> Index:
         index = loaded(path, split)
     except NO_INDEX as error:
         raise ShardError(f"{path}: cut, or no index of mpp ({cause(error)}); {again}") from None
+    index = _with_secrets(index)
     _check_names(index, str(path), allow)
     for name, size in zip(index.shards, index.shard_bytes, strict=True):
         if is_url(name):
@@ -171,16 +200,17 @@ def _local_index(folder: Path, split: str, allow: Sequence[str]) -> Index:
 
 def _remote_index(url: str, split: str, allow: Sequence[str]) -> Index:
     check_url(url, allow)
-    place = shown_url(f"{url}/{split}{SUFFIX}")
+    file_url = below(url, split + SUFFIX)
+    place = shown_url(file_url)
     with tempfile.NamedTemporaryFile(suffix=SUFFIX) as file:
-        file.write(read_small(f"{url}/{split}{SUFFIX}", MOST_BYTES))
+        file.write(read_small(file_url, MOST_BYTES))
         file.flush()
         try:
             index = loaded(Path(file.name), split)
         except NO_INDEX as error:
             raise ShardError(f"{place}: cut, or no index of mpp ({cause(error)})") from None
     _check_names(index, place, allow)
-    shards = tuple(name if is_url(name) else f"{url}/{name}" for name in index.shards)
+    shards = tuple(name if is_url(name) else below(url, name) for name in index.shards)
     return replace(index, shards=shards, url=url)
 
 
@@ -199,6 +229,8 @@ def loaded(path: Path, split: str) -> Index:
     with safe_open(path, framework="np") as file:
         facts = budget.json_of((file.metadata() or {})["mpp"])
         arrays = {name: file.get_tensor(name) for name in ARRAYS}
+    if CHECKSUM in facts and facts[CHECKSUM] != _checksum(facts, arrays):  # earlier versions wrote none
+        raise ValueError("its checksum is of something else")
     shards, sizes, classes = (tuple(facts[name]) for name in ("shards", "shard_bytes", "classes"))
     labels = facts.get("labels", "cls")
     index = Index(path.parent, split, shards, sizes, classes, facts["mode"], **arrays, labels=labels)

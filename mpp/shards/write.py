@@ -72,8 +72,7 @@ def make_shards(
     threads = os.cpu_count() or 1 if workers is None else workers
     if threads < 1:
         raise ShardError(f"workers must be at least 1, got {threads}")
-    if out.exists() and Path(source).exists() and out.samefile(source):
-        raise ShardError(f"{out}: is the source itself; choose another OUT")
+    _refuse_as_source(Path(source), out)
     with claimed(out, "another `mpp shards make` is writing there; wait for it"):
         plan = _open_plan(out, Plan(fingerprint(Path(source), out), asdict(options), {}))
         if (out / FINISHED).is_file():
@@ -90,6 +89,15 @@ def make_shards(
                 images = prepared(inside[writer.position :], files, options, threads)
                 writer.write(len(inside), images, progress)
         return _finish(out, plan, classes, options, report, progress)
+
+
+def _refuse_as_source(source: Path, out: Path) -> None:
+    """Raises ShardError if OUT is SOURCE, or makes a path of a SOURCE that is a name, such as digits."""
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ShardError(f"{out}: is the source itself; choose another OUT")
+    above = (out.absolute(), *out.absolute().parents)
+    if not source.exists() and Path(os.path.abspath(source)) in map(Path, map(os.path.abspath, above)):
+        raise ShardError(f"{out}: is the source itself, which is a path as soon as OUT is there; choose another OUT")
 
 
 def _finish(

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpp import checkpoint
+from mpp import checkpoint, jsons
 from mpp.data.subset import digest, label_digest
 from mpp.differing import computed, differing
 from mpp.errors import cause
@@ -29,7 +29,7 @@ def settings_of(objective: Objective, batches: object, config: TrainConfig, seed
     if isinstance(index, Index):
         parts["images"] = digest(index)
         parts["labels"] = label_digest(index) if objective.needs.labels else None
-    return json.loads(json.dumps(computed({**parts, "train": asdict(config)}), default=str))
+    return json.loads(jsons.text(computed({**parts, "train": asdict(config)}), default=str))
 
 
 def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
@@ -66,4 +66,4 @@ def write(folder: Path, settings: Mapping[str, Any], execution: Execution) -> No
         key: chosen[key] if key in chosen and value in (None, "auto") else value for key, value in settings.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILE, (json.dumps({"format": FORMAT, "settings": plain}, indent=1) + "\n").encode())
+    write_atomically(folder / FILE, jsons.encoded({"format": FORMAT, "settings": plain}, indent=1))

@@ -323,8 +323,8 @@ def test_lines_that_are_none_and_values_that_are_no_numbers_are_left_out(tmp_pat
 
 
 def test_all_of_mpp_writes_json_by_one_function():
-    """`quoted` in recipe/check.py repeats a user's value in a message, and writes no file."""
+    """`quoted` in differing.py repeats a user's value in a message, and writes no file."""
     root = Path(mpp.__file__).parent
     files = [*root.rglob("*.py"), *(root / "eval").resolve().rglob("*.py")]
     wrong = {"/".join(path.parts[-2:]) for path in files if re.search(r"\bjson\.dump", path.read_text())}
-    assert wrong == {"mpp/jsons.py", "recipe/check.py"}
+    assert wrong == {"mpp/jsons.py", "mpp/differing.py"}

@@ -179,7 +179,7 @@ def _fill(module: nn.Module, found: dict[str, Tensor], path: Path) -> None:
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
     if wrong:
-        raise WeightsError(f"{path}: {', '.join(wrong[:5])} missing, unexpected or of another shape")
+        raise WeightsError(f"{path}: {', '.join(map(shown, wrong[:5]))} missing, unexpected or of another shape")
     fill(module, found)
     for name, tensor in module.state_dict().items():  # in float32, which has no room for some numbers of float64
         if not all_finite(tensor):

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpp import checkpoint
+from mpp import checkpoint, jsons
 from mpp.data.subset import digest, label_digest
 from mpp.differing import computed, differing
 from mpp.errors import cause
@@ -29,7 +29,7 @@ def settings_of(objective: Objective, batches: object, config: TrainConfig, seed
     if isinstance(index, Index):
         parts["images"] = digest(index)
         parts["labels"] = label_digest(index) if objective.needs.labels else None
-    return json.loads(json.dumps(computed({**parts, "train": asdict(config)}), default=str))
+    return json.loads(jsons.text(computed({**parts, "train": asdict(config)}), default=str))
 
 
 def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> TrainConfig:

@@ -130,6 +130,7 @@ def test_what_was_chosen_once_is_kept_where_the_machine_would_choose_otherwise(s
     found = unsealed(out / "settled.json")
     found["execution"]["micro_batch"] = 2
     (out / "settled.json").write_bytes(sealed(found))
+    (out / "checkpoints/began.json").unlink()  # which says it too
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0
     assert settled(out)["execution"]["micro_batch"] == 2
 

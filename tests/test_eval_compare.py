@@ -1,6 +1,7 @@
 import json
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from sklearn.metrics import accuracy_score
 from test_eval_report import chromium, opened
 from tiny_runs import finished, run, small_splits, start
 
+from mpp.data.config import DataConfig
 from mpp.data.read import read_shards
 from mpp.eval.compare.arms import load_comparison
 from mpp.eval.compare.chains import Chains
 from mpp.eval.compare.compare import other_than_wanted
 from mpp.files import claimed, sealed
-from mpp.shards.index import read_index, write_index
+from mpp.run.images import make_missing
+from mpp.shards.index import read_index, splits, write_index
 from mpp.weights import load_classifier, load_encoder, save_encoder
 
 BASE = """\
@@ -385,17 +388,25 @@ FEW = [
 ]
 
 
+def test_shards_that_another_process_makes_are_waited_for_and_made_if_it_ends_too_early(tmp_path, caplog):
+    caplog.set_level("INFO", "mpp")
+    with claimed(tmp_path / "shards", "held"):
+        waiting = threading.Thread(target=make_missing, args=[DataConfig(str(tmp_path / "shards"), source="digits")])
+        waiting.start()
+        while not caplog.messages:
+            time.sleep(0.01)
+        assert caplog.messages == [f"{tmp_path / 'shards'}: another process is making these shards; waiting for it"]
+        assert not splits(tmp_path / "shards")
+    waiting.join(60)
+    assert splits(tmp_path / "shards") == ["test", "train"]
+
+
 def test_two_processes_that_start_before_the_shards_exist_make_them_once_and_share_the_work(tmp_path):
     recipe, data = recipes(tmp_path, tmp_path / "shards"), tmp_path / "shards"
     small = ["model.image=8", "model.patch=2", "data.source=digits", f"data.path={data}", "compare.seeds=[0]"]
     command = ["compare", recipe, f"out={tmp_path / 'out'}", *FEW, "compare.lrs=[]", "compare.choose_at=null", *small]
-    with claimed(data, "held"):  # by a third that makes them, and ends before they are done
-        both = [start(*command), start(*command)]
-        time.sleep(6)
-        assert [process.poll() for process in both] == [None, None], [finished(process) for process in both]
-    ended = [finished(process) for process in both]
+    ended = [finished(process) for process in [start(*command), start(*command)]]
     assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
-    assert any("another process is making these shards; waiting for it" in one.err for one in ended)
     assert sum("writing: " in one.out for one in ended) == 1
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert (len(rows(results, metric="top1")), results["unfinished"], results["failures"]) == (2, [], [])

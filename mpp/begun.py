@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpp import checkpoint
+from mpp import checkpoint, jsons
 from mpp.data.subset import digest, label_digest
 from mpp.differing import computed, differing
 from mpp.errors import cause
-from mpp.files import write_atomically
+from mpp.files import sealed, unsealed, write_atomically
 from mpp.objectives.base import Objective
 from mpp.shards.index import Index
 from mpp.train_config import Execution, TrainConfig
@@ -29,7 +29,7 @@ def settings_of(objective: Objective, batches: object, config: TrainConfig, seed
     if isinstance(index, Index):
         parts["images"] = digest(index)
         parts["labels"] = label_digest(index) if objective.needs.labels else None
-    return json.loads(json.dumps(computed({**parts, "train": asdict(config)}), default=str))
+    return json.loads(jsons.text(computed({**parts, "train": asdict(config)}), default=str))
 
 
 def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
@@ -41,7 +41,7 @@ def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> Trai
     if not path.exists() or not checkpoint.steps(folder):
         return config
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = unsealed(path)
         if facts["format"] != FORMAT:
             raise ValueError(f"format {facts['format']}, expected {FORMAT}")
         there: dict[str, Any] = {**facts["settings"]}
@@ -66,4 +66,4 @@ def write(folder: Path, settings: Mapping[str, Any], execution: Execution) -> No
         key: chosen[key] if key in chosen and value in (None, "auto") else value for key, value in settings.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILE, (json.dumps({"format": FORMAT, "settings": plain}, indent=1) + "\n").encode())
+    write_atomically(folder / FILE, sealed({"format": FORMAT, "settings": plain}))

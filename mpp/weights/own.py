@@ -179,7 +179,7 @@ def _fill(module: nn.Module, found: dict[str, Tensor], path: Path) -> None:
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
     if wrong:
-        raise WeightsError(f"{path}: {', '.join(wrong[:5])} missing, unexpected or of another shape")
+        raise WeightsError(f"{path}: {', '.join(map(shown, wrong[:5]))} missing, unexpected or of another shape")
     if other := [name for name in expected if not same_kind(found[name], expected[name])]:
         raise WeightsError(f"{path}: {other[0]}: {of_kind(found[other[0]])}")
     fill(module, found)

@@ -32,9 +32,10 @@ def settings_of(objective: Objective, batches: object, config: TrainConfig, seed
     return json.loads(jsons.text(computed({**parts, "train": asdict(config)}), default=str))
 
 
-def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
+def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig, execution: Execution | None) -> TrainConfig:
     """The config with what the machine chose when the training below `folder` began, if one did and has saved.
 
+    execution: where the caller has chosen already, and by itself knows whether that is as it was.
     Raises CheckpointError, one line, if it began with other settings.
     """
     path = folder / FILE
@@ -49,7 +50,8 @@ def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> Trai
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise checkpoint.CheckpointError(f"{path}: cut, or not as it was written ({cause(error)})") from None
     here = {**settings, **chosen}
-    for key in {*CONTENT} - (there.keys() & here.keys()):  # batches that do not say what they are of
+    # Batches that do not say what they are of, and what is the caller's.
+    for key in ({*CONTENT} - (there.keys() & here.keys())) | {*(CHOSEN if execution else ())}:
         there.pop(key, None)
         here.pop(key, None)
     if changed := differing(there, here):

@@ -36,6 +36,7 @@ setup(
         "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "mypy>=1.15",
             "webdataset>=1.0",

@@ -13,24 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from mpp.jsons import encoded, read_lines
-from mpp.recipe import load_recipe
-from mpp.recipe.settled import load_settled
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """Of one run: its schedule and length, the last scores of the objective, and what probes read off its encoder."""
-    recipe, settled = load_recipe(run / "recipe.yaml"), load_settled(run)
+    """Of one run: its schedule and length, the last scores of the objective, and what probes read off its encoder.
+
+    Read as plain files, so that runs of other versions can be told of too.
+    """
+    train = yaml.safe_load((run / "recipe.yaml").read_text())["train"]
+    settled = json.loads((run / "settled.json").read_text())
     scored = [row for row in read_lines(run / "metrics.jsonl") if "val/loss" in row][-1]
-    begun = 0 if settled.continued is None else settled.continued.at
+    begun = settled["continued"]["at"] if settled.get("continued") else 0
     found: dict[str, Any] = {
         "run": run.name,
-        "schedule": recipe.train.schedule,
-        "epochs": recipe.train.epochs,
-        "steps": settled.steps,
-        "steps trained here": settled.steps - begun,
-        "at the end": scored["step"] == settled.steps,
+        "schedule": train["schedule"],
+        "epochs": train["epochs"],
+        "steps": settled["steps"],
+        "steps trained here": settled["steps"] - begun,
+        "at the end": scored["step"] == settled["steps"],
         "val/loss": scored["val/loss"],
         "val/accuracy": scored["val/accuracy"],
     }

@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpp import checkpoint
+from mpp import checkpoint, jsons
 from mpp.data.subset import digest, label_digest
 from mpp.differing import computed, differing
 from mpp.errors import cause
-from mpp.files import write_atomically
+from mpp.files import sealed, unsealed, write_atomically
 from mpp.objectives.base import Objective
 from mpp.shards.index import Index
 from mpp.train_config import Execution, TrainConfig
@@ -29,19 +29,20 @@ def settings_of(objective: Objective, batches: object, config: TrainConfig, seed
     if isinstance(index, Index):
         parts["images"] = digest(index)
         parts["labels"] = label_digest(index) if objective.needs.labels else None
-    return json.loads(json.dumps(computed({**parts, "train": asdict(config)}), default=str))
+    return json.loads(jsons.text(computed({**parts, "train": asdict(config)}), default=str))
 
 
-def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
+def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig, execution: Execution | None) -> TrainConfig:
     """The config with what the machine chose when the training below `folder` began, if one did and has saved.
 
+    execution: where the caller has chosen already, and by itself knows whether that is as it was.
     Raises CheckpointError, one line, if it began with other settings.
     """
     path = folder / FILE
     if not path.exists() or not checkpoint.steps(folder):
         return config
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = unsealed(path)
         if facts["format"] != FORMAT:
             raise ValueError(f"format {facts['format']}, expected {FORMAT}")
         there: dict[str, Any] = {**facts["settings"]}
@@ -49,7 +50,8 @@ def same(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> Trai
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise checkpoint.CheckpointError(f"{path}: cut, or not as it was written ({cause(error)})") from None
     here = {**settings, **chosen}
-    for key in {*CONTENT} - (there.keys() & here.keys()):  # batches that do not say what they are of
+    # Batches that do not say what they are of, and what is the caller's.
+    for key in ({*CONTENT} - (there.keys() & here.keys())) | {*(CHOSEN if execution else ())}:
         there.pop(key, None)
         here.pop(key, None)
     if changed := differing(there, here):
@@ -66,4 +68,4 @@ def write(folder: Path, settings: Mapping[str, Any], execution: Execution) -> No
         key: chosen[key] if key in chosen and value in (None, "auto") else value for key, value in settings.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILE, (json.dumps({"format": FORMAT, "settings": plain}, indent=1) + "\n").encode())
+    write_atomically(folder / FILE, sealed({"format": FORMAT, "settings": plain}))

@@ -142,9 +142,8 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += [key for key in expected if key in found and expected[key].shape != found[key].shape]
     if wrong:
-        raise CheckpointError(
-            f"the checkpoint is of another model: {', '.join(wrong[:5])} missing, unknown or of another shape"
-        )
+        names = ", ".join(map(shown, wrong[:5]))
+        raise CheckpointError(f"the checkpoint is of another model: {names} missing, unknown or of another shape")
     parameters = dict(module.named_parameters())
     entries = [(key, *key.rpartition("/")[::2], value) for key, value in state["optimizer"].items()]
     if foreign := [key for key, name, _, value in entries if not _fits(value, parameters.get(name))]:

@@ -61,7 +61,7 @@ def train(
     """
     out, images = Path(out), as_batches(batches)
     folder, settings = out / "checkpoints", begun.settings_of(objective, images, config, seed)
-    config = begun.same(folder, settings, config)
+    config = begun.same(folder, settings, config, execution)
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
     if isinstance(images, Batches):
         feed(objective, images.input)

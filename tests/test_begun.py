@@ -1,6 +1,5 @@
 """`mpp.train` in a used folder, what it is given to train on, and what it leaves of the caller's process."""
 
-import json
 import os
 import signal
 from dataclasses import replace
@@ -15,6 +14,7 @@ import mpp
 from mpp.batch import Batch
 from mpp.checkpoint import CheckpointError
 from mpp.data.loader import BatchesError
+from mpp.files import sealed, unsealed
 from mpp.objectives.masked_patch import MaskedPatchPrediction
 from mpp.objectives.masked_patch_config import MaskedPatchConfig
 from mpp.train_config import LogConfig, TrainConfig
@@ -90,11 +90,11 @@ def test_what_the_machine_chose_is_kept(images, tmp_path):
     open_ = replace(FEW, micro_batch="auto", precision="auto", threads=None, steps=2, warmup=0)
     fit(tmp_path, images, open_)
     path = tmp_path / "checkpoints/began.json"
-    facts = json.loads(path.read_text())
+    facts = unsealed(path)
     assert facts["settings"]["train.micro_batch"] == 20
     assert facts["settings"]["train.threads"] == torch.get_num_threads()
     facts["settings"]["train.micro_batch"] = 5
-    path.write_text(json.dumps(facts))
+    path.write_bytes(sealed(facts))
     fit(tmp_path, images, open_)
     with pytest.raises(CheckpointError, match="train.micro_batch: 5 there, 10 here"):
         fit(tmp_path, images, replace(open_, micro_batch=10))

@@ -271,6 +271,8 @@ def test_wrong_places_are_one_line_each(folder, weights, tmp_path):
     assert refused(weights[0], tmp_path / "bad") == f"{tmp_path / 'bad'}: every image is damaged"
     assert "tars without an index" in refused(weights[0], tmp_path / "tars")
     assert "its folder does not exist" in refused(weights[0], folder, out=tmp_path / "none/out.csv")
+    one = {"out": tmp_path / "one.csv", "scores_out": tmp_path / "one.csv"}
+    assert "expected two files" in refused(weights[0], folder, **one)
     assert "ends in .jsonl or .csv" in refused(weights[0], folder, out=tmp_path / "out.txt")
     assert "--top must be at least 1" in refused(weights[0], folder, top=0)
     assert "holds no classifier" in refused(tmp_path / "encoder.safetensors", folder)

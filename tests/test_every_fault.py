@@ -1,6 +1,8 @@
 """Faults of the system around a run: threads that raise, signals in system calls, network file systems, rights."""
 
 import errno
+import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -11,7 +13,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import every_fault
@@ -326,9 +328,8 @@ def test_a_fault_at_any_place_leaves_nothing_half_done(name, stride, fault, ever
 # An ordinary user
 
 
-def as_nobody(folder: Path, *arguments: object, **environment: str | None) -> tuple[int, str]:
-    """A command as a user without rights, in a fork: its status, and what it said."""
-    said = folder / "said"
+def nobody(said: Path, arguments: list[str], environment: dict[str, str | None]) -> int:
+    """Carries out a command as a user without rights, in a fork: its status. What it says goes to a file."""
     process = os.fork()
     if process == 0:
         as_process(said)
@@ -351,7 +352,43 @@ def as_nobody(folder: Path, *arguments: object, **environment: str | None) -> tu
             sys.stderr.flush()
             os._exit(status)
     _, ended = os.waitpid(process, 0)
-    return os.waitstatus_to_exitcode(ended), said.read_text().replace("\r", "\n")
+    return os.waitstatus_to_exitcode(ended)
+
+
+def serve(root: Path) -> None:
+    """Lets commands that come as JSON lines be carried out by nobody: a process of its own for that, since after what
+    other tests did torch refuses to train in a fork."""
+    imported(root)
+    if importlib.util.find_spec("aiohttp"):
+        with serving() as server:
+            read_small(server.put("any", File(b"")))  # imports what nobody may not
+    warnings.simplefilter("ignore")
+    tqdm.monitor_interval = 0
+    print("ready", flush=True)
+    for line in sys.stdin:
+        said, arguments, environment = json.loads(line)
+        print(nobody(Path(said), arguments, environment), flush=True)
+
+
+@pytest.fixture(scope="module")
+def as_nobody(everything) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Carries out a command as a user without rights: its status, and what it said."""
+    with subprocess.Popen(
+        [sys.executable, __file__, everything], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        while (line := server.stdout.readline().strip()) != "ready":
+            assert line or server.poll() is None
+        answers, requests = server.stdout, server.stdin
+
+        def ask(folder: Path, *arguments: object, **environment: str | None) -> tuple[int, str]:
+            said = folder / "said"
+            print(json.dumps([str(said), [str(one) for one in arguments], environment]), file=requests, flush=True)
+            return int(answers.readline()), said.read_text().replace("\r", "\n")
+
+        yield ask
+        requests.close()
 
 
 @pytest.fixture
@@ -427,7 +464,7 @@ READ_RUN = ("finetune", "predict", "embed", "probe", "convert")
         ("source/test/class0", 0o644, ("make",), "class0"),
     ],
 )
-def test_what_may_not_be_read_is_one_line_that_says_so(closed, mode, names, words, given):
+def test_what_may_not_be_read_is_one_line_that_says_so(closed, mode, names, words, given, as_nobody):
     (given / closed).chmod(mode)
     for name in names:
         code, said = as_nobody(given, *verbs(given)[name])
@@ -438,7 +475,7 @@ def test_what_may_not_be_read_is_one_line_that_says_so(closed, mode, names, word
         assert str(given / closed).lstrip("/") in lines[-1], (name, said)
 
 
-def test_where_nothing_may_be_written_each_command_says_so_in_one_line(given):
+def test_where_nothing_may_be_written_each_command_says_so_in_one_line(given, as_nobody):
     for name, words in verbs(given, "closed").items():
         if name == "check":
             continue
@@ -450,7 +487,7 @@ def test_where_nothing_may_be_written_each_command_says_so_in_one_line(given):
     assert list((given / "closed").iterdir()) == []
 
 
-def test_a_picture_that_may_not_be_read_is_left_out_by_name(given):
+def test_a_picture_that_may_not_be_read_is_left_out_by_name(given, as_nobody):
     photo = next((given / "source/test").rglob("*.jpg"))
     photo.chmod(0)
     for name in ("make", "folder"):
@@ -460,7 +497,7 @@ def test_a_picture_that_may_not_be_read_is_left_out_by_name(given):
         assert "cannot be read: Permission denied" in said
 
 
-def test_read_only_data_and_no_home_are_enough_to_work(given):
+def test_read_only_data_and_no_home_are_enough_to_work(given, as_nobody):
     for path in [given / "shards", given / "source", given / "run"]:
         path.chmod(0o555)
     for name, words in verbs(given).items():
@@ -469,14 +506,17 @@ def test_read_only_data_and_no_home_are_enough_to_work(given):
             assert (code, "Traceback" in said) == (0, False), (name, said)
 
 
-def test_shards_by_url_without_a_home_ask_for_a_folder(given):
+def test_shards_by_url_without_a_home_ask_for_a_folder(given, as_nobody):
     pytest.importorskip("aiohttp")
     with serving() as server:
         for path in (given / "shards").iterdir():
             url = server.put(f"s/{path.name}", File(path.read_bytes())).rpartition("/")[0]
-        assert read_small(f"{url}/train-index.safetensors")  # imports what a fork may not
         words = ["pretrain", given / "mpp.yaml", f"out={given / 'out/run'}", f"data.path={url}"]
         code, said = as_nobody(given, *words, HOME=None, MPP_CACHE=None)
         assert code == 2, said
         assert "set MPP_CACHE to a folder" in said.splitlines()[-1]
         assert as_nobody(given, *words, f"data.cache={given / 'out/cache'}", HOME=None, MPP_CACHE=None)[0] == 0
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))

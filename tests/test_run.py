@@ -127,9 +127,10 @@ def test_what_was_chosen_once_is_kept_where_the_machine_would_choose_otherwise(s
     recipe, out = write_recipe(tmp_path, splits), tmp_path / "run"
     auto = ["train.micro_batch=auto", "train.steps=2", "train.warmup=0"]
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0
-    found = unsealed(out / "settled.json")
-    found["execution"]["micro_batch"] = 2
+    found, began = (unsealed(out / name) for name in ("settled.json", "checkpoints/began.json"))
+    found["execution"]["micro_batch"] = began["settings"]["train.micro_batch"] = 2
     (out / "settled.json").write_bytes(sealed(found))
+    (out / "checkpoints/began.json").write_bytes(sealed(began))
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0
     assert settled(out)["execution"]["micro_batch"] == 2
 

@@ -245,6 +245,9 @@ def test_what_is_no_run_is_named(short, recipe, tmp_path):
     assert "no such checkpoint" in line
     assert "holds step-00000004, step-00000006, step-00000008" in line
     assert "weights" in refused(*arguments, short, "--from", short)
+    for name in ("step-00000006.bak", "step-6", "step-", "step-٦"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        assert "is no name of a checkpoint" in refused(*arguments, tmp_path / "checkpoints" / name)
     assert not (tmp_path / "on").exists()
 
 

@@ -266,6 +266,20 @@ def test_weights_in_half_precision_become_float32(encoder_file, tiny_vit):
     assert {value.dtype for value in load_encoder(encoder_file).state_dict().values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.int32, torch.bool, torch.complex64])
+def test_weights_that_are_no_plain_numbers_are_refused(kind, encoder_file, foreign_file, tiny_vit):
+    # As int8 the numbers of a quantized model stand without its scales: read as they are, every answer is wrong.
+    metadata = {"encoder": json.dumps(facts_of(tiny_vit))}
+    for path, name, facts, written in (
+        (encoder_file, "blocks.0.mlp.expand.weight", {}, metadata),
+        (foreign_file, "blocks.0.mlp.fc1.weight", {"heads": 2, "image": (32, 48)}, None),
+    ):
+        tensors = load_file(path)
+        save_file(tensors | {name: (100 * tensors[name]).to(kind)}, path, written)
+        told = refused(path, lambda path, facts=facts: load_encoder(path, **facts))
+        assert f"{name}: holds {str(kind).removeprefix('torch.')}, and not plain numbers" in told
+
+
 def test_an_encoder_that_does_not_fit_on_the_disk_leaves_the_old_one(tiny_vit, tmp_path):
     small = ViT(tiny_config(width=16, depth=1))
     with small_disk(tmp_path / "disk", kib=300) as disk:

@@ -338,7 +338,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model_type": "swin"}, "model_type must be one of vit, .*'swin'"),
+        ({"model_type": "perceiver"}, "model_type must be one of vit, .*'perceiver'"),
         ({"model_type": ["vit"]}, r"model_type must be one of vit, .*\['vit'\]"),
         ({"hidden_act": "relu"}, "hidden_act must be one of gelu, .*'relu'"),
         ({"patch_size": [8, 4]}, "patch_size must be square"),

@@ -70,6 +70,8 @@ def predict(
     for path in (out, scores_out):
         if path is not None and not path.absolute().parent.is_dir():
             raise PredictError(f"{path}: its folder does not exist")
+    if out is not None and scores_out is not None and out.absolute() == scores_out.absolute():
+        raise PredictError(f"{out}: expected two files, got one for the predictions and for the scores")
     classifier = load_classifier(weights, image=image)
     if classifier.classes == joint(len(classifier.classes)):
         way = f"`mpp embed {weights} ...` gives vectors"

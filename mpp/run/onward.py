@@ -77,7 +77,10 @@ def open_source(path: str) -> Source:
         if not place.is_dir():
             found = ", ".join(f"step-{step:08d}" for step in checkpoint.steps(place.parent)) or "none"
             raise RunError(f"{place}: no such checkpoint; {place.parent} holds {found}")
-        step, place = int(place.name.removeprefix("step-")), place.parent.parent
+        number = place.name.removeprefix("step-")
+        if not number.isdecimal() or place.name != f"step-{int(number):08d}":
+            raise RunError(f"{path}: is no name of a checkpoint, such as step-00000400; name it so where it is a copy")
+        step, place = int(number), place.parent.parent
     if not place.is_dir():
         raise RunError(f"{path}: no such folder; expected that of a run, or a checkpoint in it, to go on from")
     if (place / FINISHED).exists():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpp.errors import cause, shown
-from mpp.finite import all_finite, broken
+from mpp.finite import all_finite, broken, of_kind, same_kind
 from mpp.models.classifier import Head
 from mpp.models.encoder import fill
 from mpp.models.trunk_config import Grid
@@ -229,6 +229,8 @@ def _found(source: Source, parts: dict[str, Part], own: dict[str, Tensor]) -> tu
             wrong.append(f"{name} has no place in this format")
         elif missing := [piece for piece in pieces if piece not in source.tensors]:
             wrong += [f"{piece} missing" for piece in missing]
+        elif other := [piece for piece in pieces if not same_kind(source.tensors[piece], ours)]:
+            wrong += [f"{piece}: {of_kind(source.tensors[piece])}" for piece in other]
         else:
             try:
                 value = parts[name].read(*(source.tensors[piece] for piece in pieces))

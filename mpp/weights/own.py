@@ -16,7 +16,7 @@ from mpp import budget, checkpoint, jsons
 from mpp.augment.input import Input
 from mpp.errors import cause, shown
 from mpp.files import write_atomically
-from mpp.finite import all_finite, broken
+from mpp.finite import all_finite, broken, of_kind, same_kind
 from mpp.models.classifier import Classifier, Head
 from mpp.models.encoder import Encoder, fill
 from mpp.models.encoder_config import EncoderConfig
@@ -179,7 +179,9 @@ def _fill(module: nn.Module, found: dict[str, Tensor], path: Path) -> None:
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
     if wrong:
-        raise WeightsError(f"{path}: {', '.join(wrong[:5])} missing, unexpected or of another shape")
+        raise WeightsError(f"{path}: {', '.join(map(shown, wrong[:5]))} missing, unexpected or of another shape")
+    if other := [name for name in expected if not same_kind(found[name], expected[name])]:
+        raise WeightsError(f"{path}: {other[0]}: {of_kind(found[other[0]])}")
     fill(module, found)
     for name, tensor in module.state_dict().items():  # in float32, which has no room for some numbers of float64
         if not all_finite(tensor):

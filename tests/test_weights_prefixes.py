@@ -138,6 +138,17 @@ def test_of_two_models_the_published_one_is_taken_and_it_is_said(taken, left, tm
     assert is_of(mpp.load_encoder(path, heads=2, prefix=taken.rstrip(".") or "."), ONE)
 
 
+def test_a_prefix_is_found_behind_what_a_container_puts_in_front(tmp_path):
+    content = {"state_dict": under("model.student.net.", OTHER) | under("model.teacher.net.", ONE)}
+    path = saved(tmp_path / "x.ckpt", content)
+    for word in ("student.", "student", "student.net.", "model.student."):
+        assert is_of(mpp.load_encoder(path, heads=2, prefix=word), OTHER)
+    assert is_of(mpp.load_encoder(path, heads=2, prefix="teacher."), ONE)
+    for word in ("dent.", "stud", "net.student."):  # whole names between dots, in their order
+        with pytest.raises(WeightsError, match="no tensor's name begins so; models in the file: .*model.student.net"):
+            mpp.load_encoder(path, heads=2, prefix=word)
+
+
 def test_of_one_model_nothing_is_said(tmp_path, caplog):
     mpp.load_encoder(saved(tmp_path / "x.pth", {"state_dict": under("model.", ONE)}), heads=2)
     assert "prefix" not in caplog.text

@@ -62,7 +62,8 @@ def rank(prefix: str) -> int:
 def choose(names: Collection[str], wanted: str | None, same: Callable[[str, str], bool]) -> Choice | None:
     """The prefix to read, or None where no format's anchor is among the names.
 
-    wanted: what the user says the names begin with, '.' for those that nothing stands in front of.
+    wanted: what the user says the names begin with, or have between dots where none begins so; '.' for those that
+        nothing stands in front of.
     same: whether all tensors behind the first prefix are behind the second one too, by name and value.
     """
     found = candidates(names)
@@ -70,10 +71,11 @@ def choose(names: Collection[str], wanted: str | None, same: Callable[[str, str]
         fitting = found
     else:
         asked = "" if wanted == "." else wanted.removesuffix(".") + "."
-        if not any(name.startswith(asked) for name in names):
+        if any(name.startswith(asked) for name in names):
+            fitting = [asked] if asked in found or wanted == "." else [name for name in found if name.startswith(asked)]
+        elif not (fitting := [name for name in found if f".{asked}" in f".{name}"]):  # within: state_dict.student.
             there = ", ".join(map(_word, found)) or "none that fits"
             raise Ambiguous(f"prefix={shown(wanted)}: no tensor's name begins so; models in the file: {there}")
-        fitting = [asked] if asked in found or wanted == "." else [name for name in found if name.startswith(asked)]
         if not fitting:
             return Choice(asked, tuple(found))
     if not fitting:

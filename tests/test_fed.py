@@ -74,6 +74,7 @@ def test_predict_gives_the_scores_of_the_training(kind, runs, tmp_path):
     )
     assert done.code == 0, done.err
     there, here = (json.loads(path.read_text()) for path in (runs / kind / "scores.json", tmp_path / "p.json"))
+    assert there.pop("images"), "of which images they are, for comparisons"
     assert {name: here[name] for name in there} == there  # exactly
     last = [json.loads(line) for line in (runs / kind / "metrics.jsonl").read_text().splitlines()][-1]
     assert here["loss"] == pytest.approx(last["val/loss"], rel=1e-5)

@@ -293,6 +293,7 @@ def test_the_checkpoints_of_a_finished_run_can_be_deleted_and_it_is_still_done(s
     assert load_encoder(out).config.width == 32
     line = refused("pretrain", recipe, *WSD, "train.steps=16", f"out={tmp_path / 'on'}", "--continue", out)
     assert f"{out}: its checkpoints were deleted at its end (train.keep_state: false)" in line
+    assert "--continue" not in refused(*arguments, "train.lr=5e-3"), "which would be refused"
     assert f"--from {out}" in line
     line = refused("pretrain", recipe, *WSD, "train.steps=16", f"out={out}")
     assert "train.steps: 8 there, 16 here" in line

@@ -122,11 +122,13 @@ def test_a_folder_over_http_is_the_tars_that_its_page_links_to(tars, tmp_path, m
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as pages:
         thread = threading.Thread(target=pages.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        folder = f"http://127.0.0.1:{pages.server_port}/tars/"
-        assert expand(folder, retry=QUICK) == [f"{folder}train-{i:06d}.tar" for i in range(3)]
-        with pytest.raises(RemoteError, match="no shards"):
-            expand(f"{folder}sub/", retry=QUICK)
-        with pytest.raises(RemoteError, match="not there"):
-            expand(f"{folder}other/", retry=QUICK)
-        pages.shutdown()
-        thread.join()
+        try:
+            folder = f"http://127.0.0.1:{pages.server_port}/tars/"
+            assert expand(folder, retry=QUICK) == [f"{folder}train-{i:06d}.tar" for i in range(3)]
+            with pytest.raises(RemoteError, match="no shards"):
+                expand(f"{folder}sub/", retry=QUICK)
+            with pytest.raises(RemoteError, match="not there"):
+                expand(f"{folder}other/", retry=QUICK)
+        finally:
+            pages.shutdown()
+            thread.join()

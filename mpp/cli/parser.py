@@ -143,7 +143,7 @@ def _probe(verbs: Group) -> None:
     example = "mpp probe runs/cifar10-mpp --data data/cifar10 --protocol all"
     help = "What a classifier reads off frozen features."
     probe = _verb(verbs, "probe", commands.probe, help, example)
-    probe.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, checkpoint or encoder.safetensors")
+    probe.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, or file or folder of weights")
     probe.add_argument("--data", required=True, metavar="SHARDS", help="a folder of shards, or its URL")
     help = f"default: all, which are {', '.join(cheap())}"
     if dear := [name for name in PROTOCOLS if name not in cheap()]:
@@ -163,7 +163,7 @@ def _weights(verbs: Group) -> None:
     example = "mpp predict runs/cifar10-finetune data/cifar10 --split test --out predictions.csv"
     predict = _verb(verbs, "predict", commands.predict, "Classes of shards, or of a folder of images.", example)
     for added in (embed, predict):
-        added.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, or file of weights")
+        added.add_argument("weights", metavar="WEIGHTS", type=Path, help="run folder, or file or folder of weights")
         added.add_argument("data", metavar="DATA", help="folder of shards, or its URL; folder or archive of images")
         added.add_argument("--split", help="of the shards, where they have several")
         added.add_argument("--image", **IMAGE)

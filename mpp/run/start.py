@@ -131,9 +131,8 @@ def same_run(before: Earlier, recipe: Recipe, images: RunImages) -> Recipe:
     folder, settled = before.folder, before.settled
     settings = with_index(recipe, images.batches.index).in_steps(images.batches.epoch)
     if changed := changes(settled.fill(before.recipe), settled.for_machine(settings)):
-        onward = (
-            "" if lasting(changed, settings) else f", there with --continue {folder} to go on from this one's state"
-        )
+        can_go_on = not (lasting(changed, settings) or (folder / FINISHED).exists())
+        onward = f", there with --continue {folder} to go on from this one's state" if can_go_on else ""
         raise RunError(
             f"{folder}: holds a run of another recipe ({'; '.join(changed)}); choose another folder with out={onward}"
         )

@@ -16,6 +16,7 @@ import mpp
 from mpp.augment.input import Input
 from mpp.eval.compare.chains import identity
 from mpp.eval.features.extract import extract, key
+from mpp.files import unsealed
 from mpp.models.classifier import Classifier, Head
 from mpp.models.vit import ViT
 from mpp.objectives.masked_patch import MaskedPatchPrediction
@@ -73,7 +74,7 @@ def test_predict_gives_the_scores_of_the_training(kind, runs, tmp_path):
         tmp_path / "p.csv",
     )
     assert done.code == 0, done.err
-    there, here = (json.loads(path.read_text()) for path in (runs / kind / "scores.json", tmp_path / "p.json"))
+    there, here = unsealed(runs / kind / "scores.json"), json.loads((tmp_path / "p.json").read_text())
     assert there.pop("images"), "of which images they are, for comparisons"
     assert {name: here[name] for name in there} == there  # exactly
     last = [json.loads(line) for line in (runs / kind / "metrics.jsonl").read_text().splitlines()][-1]

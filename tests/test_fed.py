@@ -74,7 +74,7 @@ def test_predict_gives_the_scores_of_the_training(kind, runs, tmp_path):
         tmp_path / "p.csv",
     )
     assert done.code == 0, done.err
-    there, here = unsealed(runs / kind / "scores.json"), json.loads((tmp_path / "p.json").read_text())
+    there, here = unsealed(runs / kind / "scores.json", indent=None), json.loads((tmp_path / "p.json").read_text())
     assert there.pop("images"), "of which images they are, for comparisons"
     assert {name: here[name] for name in there} == there  # exactly
     last = [json.loads(line) for line in (runs / kind / "metrics.jsonl").read_text().splitlines()][-1]

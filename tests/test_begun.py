@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import mpp
 from mpp.batch import Batch
 from mpp.checkpoint import CheckpointError
-from mpp.data.loader import BatchesError
+from mpp.data.loader import BatchesError, as_batch
 from mpp.files import sealed, unsealed
 from mpp.objectives.masked_patch import MaskedPatchPrediction
 from mpp.objectives.masked_patch_config import MaskedPatchConfig
@@ -224,6 +224,14 @@ def test_what_are_no_batches_is_one_line(words, tmp_path):
     found = str(refused.value)
     assert words in found
     assert "\n" not in found
+
+
+def test_images_alone_may_stand_in_a_list():
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    given = next(iter(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), 4)))
+    for item in (given, images):
+        assert torch.equal(as_batch(item).images, images)
+        assert as_batch(item).labels is None
 
 
 def test_the_public_names_are_there():

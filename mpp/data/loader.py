@@ -66,7 +66,8 @@ def as_batch(item: Any) -> Batch:
     """Images, or images with labels, as a Batch; BatchesError, one line, for anything else."""
     if isinstance(item, Batch):
         return item
-    images, labels = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+    parts = item if isinstance(item, tuple | list) else (item,)  # a TensorDataset gives even images alone in a list
+    images, labels = parts if len(parts) == 2 else (parts[0] if len(parts) == 1 else item, None)
     if not (isinstance(images, Tensor) and images.ndim == 4):
         raise BatchesError(f"batches: expected images (b, c, h, w) or (images, labels), found {_described(item)}")
     if labels is None:

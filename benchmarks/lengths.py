@@ -1,7 +1,7 @@
 """What pretraining runs of several lengths came to: a table, and JSON of it.
 
 mpp probe runs/wsd-5 --data data/cifar10 --json runs/wsd-5/probe.json      # and so on for each run
-python -m benchmarks.lengths runs/wsd-5 runs/wsd-10 --json docs/results/cifar10-wsd.json
+python -m benchmarks.lengths runs/wsd-5 runs/wsd-10 --json benchmarks/results/cifar10-wsd.json
 """
 
 import argparse

@@ -92,7 +92,7 @@ def temporary(folder: Path, prefix: str) -> Iterator[IO[bytes]]:
         with open(path, "x+b") as file:
             try:
                 _lock(file, fcntl.LOCK_EX)
-                if _is_at(file, path):  # else it was taken for a left over one in the moment before it was locked
+                if is_at(file, path):  # else it was taken for a left over one in the moment before it was locked
                     yield file
                     return
             finally:
@@ -103,7 +103,7 @@ def remove_left_over(folder: Path, prefix: str) -> None:
     """Deletes the temporary files of a prefix whose processes were killed."""
     for path in folder.glob(f"{glob.escape(prefix)}*.part"):
         with suppress(OSError), open(path, "r+b") as file:
-            if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) and _is_at(file, path):
+            if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) and is_at(file, path):
                 path.unlink()
 
 
@@ -120,7 +120,7 @@ def _lock(file: IO[bytes], how: int) -> bool:
     return True
 
 
-def _is_at(file: IO[Any], path: Path) -> bool:
+def is_at(file: IO[Any], path: Path) -> bool:
     """Whether an open file is still the one of that name, neither renamed nor deleted."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -210,7 +210,7 @@ def _claim(folder: Path, busy: str) -> IO[str]:
         except OSError as error:
             file.close()
             raise FileError(f"{folder}: cannot be locked: {cause(error)}") from None
-        if _is_at(file, lock):
+        if is_at(file, lock):
             return file
         file.close()
     raise BusyError(f"{folder}: {busy}")

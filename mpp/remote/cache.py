@@ -13,6 +13,7 @@ from typing import IO
 from weakref import WeakSet
 
 from mpp.errors import cause
+from mpp.files import is_at
 from mpp.remote.fetch import RETRY, Retry, fetch
 from mpp.remote.urls import RemoteError, check_url, shown_url
 
@@ -103,15 +104,15 @@ class Cache:
         with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
             while not _lock(file):
                 self._pause()
-            if shard.exists() or not _is_at(file, part):
-                if _is_at(file, part):
+            if shard.exists() or not is_at(file, part):
+                if is_at(file, part):
                     part.unlink()
                 yield None
                 return
             try:
                 yield file
             finally:
-                if _is_at(file, part):
+                if is_at(file, part):
                     part.unlink()
 
     def _fetch(self, url: str, file: IO[bytes], size: int) -> None:
@@ -172,7 +173,7 @@ class Cache:
     def _remove_left_over(self, parts: Collection[Path]) -> None:
         for part in parts:
             with suppress(FileNotFoundError), open(part, "r+b") as file:
-                if _lock(file) and _is_at(file, part):
+                if _lock(file) and is_at(file, part):
                     part.unlink()
 
     @contextmanager
@@ -190,14 +191,6 @@ def _lock(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is_at(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file is still the one of that name, neither renamed nor deleted."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _opened(shard: Path, size: int) -> int | None:

@@ -128,7 +128,20 @@ def _training(verbs: Group) -> None:
         added.add_argument("--from", dest="weights", type=Path, metavar="WEIGHTS", help="start from this encoder")
         help = "go on from the whole state of this run, or of a checkpoint of it: longer, or with another rate"
         added.add_argument("--continue", dest="continues", type=Path, metavar="RUN", help=help)
+    shared = compare.add_mutually_exclusive_group()
+    help = "so many processes, each with one GPU, share the runs (docs/evaluation.md)"
+    shared.add_argument("--gpus", type=number, metavar="N", help=help)
+    help = "so many processes share the runs and the cores, and take turns on the GPUs if there are any"
+    shared.add_argument("--processes", type=number, metavar="N", help=help)
+    shared.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # one of those: the file that its failures go to
     plan.add_argument("--measure", action="store_true", help="time a few steps on this machine")
+
+
+def number(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {shown(text)!r}")
+    return int(text)
 
 
 def sides(text: str) -> tuple[int, int]:

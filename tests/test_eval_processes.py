@@ -76,9 +76,9 @@ def test_cores_are_shared_out_evenly_and_each_once(monkeypatch):
     machine(monkeypatch, gpus=0, cores=7, mask=None)
     found = places(3, gpus=False)
     assert [sorted(place.cores) for place in found] == [[10, 11], [12, 13], [14, 15, 16]]
-    assert [place.environment({})["OMP_NUM_THREADS"] for place in found] == ["2", "2", "3"]
+    assert [place.environment({})["OMP_NUM_THREADS"] for place in found] == ["2", "2", "2"]
     assert not any("CUDA_VISIBLE_DEVICES" in place.environment({}) for place in found)
-    for asked, threads in {"1": "1", "64": "3", "": "3", "4,2": "3"}.items():
+    for asked, threads in {"1": "1", "64": "2", "": "2", "4,2": "2"}.items():
         assert found[2].environment({"OMP_NUM_THREADS": asked})["OMP_NUM_THREADS"] == threads
 
 
@@ -311,7 +311,7 @@ def test_what_failed_in_one_process_and_not_in_another_did_not_fail(tmp_path, mo
 
     monkeypatch.setattr("mpp.eval.compare.compare.share_out", told)
     failures: dict[str, str] = {}
-    share(jobs, failures, [Place("gpu 0", frozenset([0]), "0")], ["compare"])
+    share(jobs, failures, [Place("gpu 0", frozenset([0]), 1, "0")], ["compare"])
     assert failures == {"b": "the loss is nan", "c": "needs what failed: b", "d": "needs what failed: c"}
 
 

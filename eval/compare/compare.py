@@ -196,8 +196,8 @@ def attempt(job: Job, failures: dict[str, str], told: set[str]) -> bool:
 def forget_compiled() -> None:
     """Drops what torch has compiled for the runs before.
 
-    It keeps 8 graphs of a function (`torch._dynamo.config.recompile_limit`), among all runs of a process; what would be
-    the ninth, as of an arm of another width, it carries out uncompiled, and slower, without a word.
+    It keeps 8 graphs of a function (`torch._dynamo.config.recompile_limit`), whatever run they are of, and carries out
+    what would be the ninth, as of an arm of another width, uncompiled and slower.
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

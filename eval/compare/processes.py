@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 import mpp
 from mpp.errors import UserError, counted, printable
 
-GPUS, CORES = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
+GPUS, THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 BAR_EVERY = 60.0  # seconds between two lines of a process's progress bar
 PATIENCE = 3.0  # seconds for what a process has said to come, once it has ended
 # Imports the same mpp as here, whatever the current folder holds, where `python -m` would look first.
@@ -41,15 +41,16 @@ class Place(NamedTuple):
     """What one of the processes has of the machine."""
 
     name: str  # for people
-    cores: frozenset[int]
+    cores: frozenset[int]  # that it may run on
+    threads: int  # the same for all, as a comparison's runs are carried out by one number of threads
     gpu: str | None  # as CUDA_VISIBLE_DEVICES names it; None where there are none
 
     def environment(self, before: Mapping[str, str]) -> dict[str, str]:
-        """The environment of the process there: its GPU alone, and no more threads than it has cores."""
-        threads, given = len(self.cores), before.get(CORES, "")
+        """The environment of the process there: its GPU alone, and no more threads than these."""
+        threads, given = self.threads, before.get(THREADS, "")
         if given.isdecimal() and int(given) > 0:
             threads = min(threads, int(given))
-        return {**before, CORES: str(threads), **({GPUS: self.gpu} if self.gpu is not None else {})}
+        return {**before, THREADS: str(threads), **({GPUS: self.gpu} if self.gpu is not None else {})}
 
 
 def places(count: int, *, gpus: bool) -> list[Place]:
@@ -70,6 +71,7 @@ def places(count: int, *, gpus: bool) -> list[Place]:
         Place(
             f"gpu {found[i].removeprefix('GPU-')[:12]}" if alone else f"process {i}",
             frozenset(_share(cores, i, count)),
+            max(1, len(cores) // count),
             found[i % len(found)] if found else None,
         )
         for i in range(count)
@@ -97,10 +99,14 @@ def _on(cores: frozenset[int]) -> Iterator[None]:
 
 
 class Worker:
-    """A process that does runs of the comparison, and the thread that passes on what it says."""
+    """A process that does runs of the comparison, whose words a thread passes on.
+
+    over: set once it has ended and all is said. (To join the thread instead would not do: Python 3.11 takes a thread
+    for ended whose join a signal interrupted.)
+    """
 
     def __init__(self, place: Place, arguments: Sequence[str], journal: int) -> None:
-        self.place, self.stopped = place, False
+        self.place, self.stopped, self.over = place, False, threading.Event()
         with _on(place.cores):
             # A group of its own: Ctrl-C in a terminal goes to the whole group, and would reach it twice.
             self.process = subprocess.Popen(
@@ -112,8 +118,7 @@ class Worker:
                 pass_fds=[journal],
                 process_group=0,
             )
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-        self.thread.start()
+        threading.Thread(target=self._follow, daemon=True).start()
 
     def stop(self, number: int) -> None:
         """Sends it a signal, if it is still there; the first SIGINT or SIGTERM lets it save its state."""
@@ -124,14 +129,17 @@ class Worker:
     def _follow(self) -> None:
         assert self.process.stdin
         assert self.process.stdout
-        said = threading.Thread(target=relay, args=[self.process.stdout, self.place.name], daemon=True)
-        said.start()
-        status = self.process.wait()
-        self.process.stdin.close()
-        said.join(PATIENCE)  # a process that it left behind may hold the pipe for longer
-        if status and not self.stopped:
-            how = f"by {_signal(-status)}" if status < 0 else f"with status {status}"
-            say(f"mpp: {self.place.name} ended early, {how}; its run is left to the others")
+        try:
+            said = threading.Thread(target=relay, args=[self.process.stdout, self.place.name], daemon=True)
+            said.start()
+            status = self.process.wait()
+            self.process.stdin.close()
+            said.join(PATIENCE)  # a process that it left behind may hold the pipe for longer
+            if status and not self.stopped:
+                how = f"by {_signal(-status)}" if status < 0 else f"with status {status}"
+                say(f"mpp: {self.place.name} ended early, {how}; its run is left to the others")
+        finally:
+            self.over.set()
 
 
 def _signal(number: int) -> str:
@@ -153,7 +161,7 @@ def share_out(at: Sequence[Place], arguments: Sequence[str], failures: dict[str,
             for place in at:
                 workers.append(Worker(place, arguments, journal.fileno()))
             for worker in workers:
-                worker.thread.join()
+                worker.over.wait()
         except BaseException as error:
             stop(workers, signal.SIGINT if type(error) is KeyboardInterrupt else signal.SIGTERM)
             raise
@@ -170,7 +178,7 @@ def stop(workers: Sequence[Worker], number: int) -> None:
             for worker in workers:
                 worker.stop(how)
             for worker in workers:
-                worker.thread.join()
+                worker.over.wait()
             return
         except KeyboardInterrupt:  # Terminated as well
             continue

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mpp import draws
 from mpp.batch import Batch
 from mpp.data.loader import Images
 from mpp.hardware import HardwareError, device_of, multiplies_bfloat16
 from mpp.objectives.base import Objective
+from mpp.seeds import seed_of
 from mpp.train_config import Execution, TrainConfig
 from mpp.watch import TrainingError
 
@@ -64,6 +66,27 @@ def be_deterministic(config: TrainConfig) -> None:
             ) from None
 
 
+@contextmanager
+def drawing(seed: int, step: int, batch: Batch, number: int = 0) -> Iterator[None]:
+    """What is drawn inside is a function of (seed, step) and of each image's place in the whole batch (mpp.draws).
+
+    What a part that is not mpp's draws from torch's generators is one of (seed, step, number), the micro-batch's.
+    """
+    _seed_generators(seed_of(seed, step, number), batch.images.device)
+    keys = draws.keys_of(seed, step, batch.whole_places)
+    with draws.drawing(keys.to(batch.images.device, non_blocking=True)):
+        yield
+
+
+def _seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds those that a micro-batch may draw from, which takes microseconds; torch.manual_seed sees to all devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
+
+
 def at_once(what: str, choose: Callable[[], Any]) -> Any:
     """Makes a choice where it is asked for."""
     return choose()
@@ -106,7 +129,7 @@ def choose(objective: Objective, batches: Images, config: TrainConfig, once: Onc
 
     once: makes each choice, or gives it as it was made before for other runs of a comparison.
 
-    Raises ValueError for a micro-batch that splits the batch of an objective that looks across it.
+    Raises ValueError for a micro-batch that splits what an objective looks across: the batch, or pairs of neighbours.
     """
     prepare_cuda(config)
     device = device_of(config.device)
@@ -124,6 +147,11 @@ def choose(objective: Objective, batches: Images, config: TrainConfig, once: Onc
             f"train.micro_batch ({micro_batch}) must be train.batch ({config.batch}): "
             f"{objective.config.name} looks across the whole batch"
         )
+    if objective.needs.pairs and micro_batch != "auto" and micro_batch % 2 and micro_batch != config.batch:
+        raise ValueError(
+            f"train.micro_batch ({micro_batch}) must be even or train.batch ({config.batch}): {objective.config.name} "
+            "mixes each image with its neighbour"
+        )
     if micro_batch == "auto":
         if objective.needs.whole_batch or objective.encoder.looks_across_batch:
             return whole
@@ -134,10 +162,12 @@ def choose(objective: Objective, batches: Images, config: TrainConfig, once: Onc
 def _micro_batch(objective: Objective, batches: Images, config: TrainConfig, whole: Execution) -> int:
     """The largest part of the batch that fits in a GPU's memory, or in a CPU's caches."""
     sizes = [size for size in range(config.batch, 0, -1) if config.batch % size == 0]
+    if objective.needs.pairs:
+        sizes = [size for size in sizes if size % 2 == 0] or [config.batch]
     if device_of(config.device).type == "cuda":
         return _largest_that_fits(objective, batches, config, whole, sizes)
     tokens = objective.encoder.tokens
-    return next((size for size in sizes if size * tokens <= CPU_TOKENS), 1)
+    return next((size for size in sizes if size * tokens <= CPU_TOKENS), sizes[-1])
 
 
 def _largest_that_fits(

@@ -113,6 +113,39 @@ def test_a_draw_depends_on_seed_step_and_place_alone(tiny_vit):
     assert len(draws) == len(set(draws)) == 18
 
 
+@pytest.mark.parametrize("name", ["masked", "labels"])
+def test_what_is_drawn_does_not_depend_on_the_micro_batch(name):
+    """Masks, dropout, dropped paths, and mixtures of images, whose partners are in the same micro-batch."""
+    encoder = shaken(ViT(tiny_config(depth=3, dropout=0.1, drop_path=0.3, pool="map")))
+    config = LabelsConfig(classes=("a", "b", "c"), mixup=0.8, cutmix=1.0, smoothing=0.1)
+    objective = shaken(MaskedPatchPrediction(encoder) if name == "masked" else Classification(encoder, config))
+    images = torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8)
+    batch, found = Batch(images, torch.arange(12) % 3), []
+    for micro_batch in (12, 6, 4, 2):
+        optimizer = gradients_of(objective)
+        settings = replace(FEW, batch=12, micro_batch=micro_batch, clip=None)
+        loss, _, _ = one_step(objective, optimizer, batch, settings, seed=0, step=1)
+        found.append([loss, *optimizer.seen])
+    for other in found[1:]:
+        for ours, whole in zip(other, found[0], strict=True):
+            torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
+    optimizer = gradients_of(objective)
+    loss, _, _ = one_step(objective, optimizer, batch, replace(FEW, batch=12, micro_batch=12, clip=None), 0, step=2)
+    assert (loss - found[0][0]).abs() > 1e-4, "another step draws otherwise"
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch", "expected"), [("auto", 36, 36), ("auto", 2 * 8191, 2), (6, 36, 6), (9, 9, 9)]
+)
+def test_images_that_are_mixed_are_split_in_pairs(asked, batch, expected, images):
+    objective = Classification(ViT(tiny_config(image=(64, 64))), LabelsConfig(classes=("a", "b"), mixup=0.5))
+    assert choose(objective, images, replace(FEW, batch=batch, micro_batch=asked)).micro_batch == expected
+    with pytest.raises(
+        ValueError, match=r"train.micro_batch \(9\) must be even or train.batch \(36\): labels mixes each"
+    ):
+        choose(objective, images, replace(FEW, batch=36, micro_batch=9))
+
+
 def test_a_constant_phase_gives_the_same_losses_whatever_the_length_and_its_last_checkpoint_is_kept(images, tmp_path):
     config = replace(FEW, schedule="wsd", decay=0.25, save_every=3, keep=1, ema=0.9)
     fit(tmp_path / "short", images, replace(config, steps=8))

@@ -93,11 +93,6 @@ def on_meta(recipe: Recipe) -> Objective:
         return build_objective(build_encoder(recipe.model), recipe.objective)
 
 
-def counted(recipe: Recipe) -> Recipe:
-    """The recipe by which FLOPs and memory are counted."""
-    return replace(recipe, objective=recipe.objective.counted())
-
-
 def parameters(recipe: Recipe, *, trained: bool = True) -> dict[str, int]:
     """Parameters of each part of the encoder and of the objective: those that are trained, or the others."""
     counts: dict[str, int] = {}
@@ -113,7 +108,7 @@ def cost(recipe: Recipe) -> int:
 
     Counted, not computed: the objective runs on torch's "meta" device, which has shapes and no numbers.
     """
-    objective = on_meta(counted(recipe))
+    objective = on_meta(recipe)
     objective.encoder.activation_checkpointing = recipe.train.activation_checkpointing
     with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=COUNTERS) as counter:
         loss, _ = objective(noise(recipe, COUNTED))
@@ -162,7 +157,7 @@ def activation_bytes(recipe: Recipe, execution: Execution) -> int:
         nonlocal inside
         inside = ""
 
-    objective = on_meta(counted(recipe))
+    objective = on_meta(recipe)
     device = device_of(recipe.train.device)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         objective.to_empty(device=device)

@@ -26,7 +26,7 @@ LAYERS = [
     {"remote", "decode_cuda"},
     {"decode"},
     {"files", "differing", "hardware", "extend", "finite", "workers"},
-    {"jsons"},
+    {"jsons", "draws"},
     {"batch", "seeds", "errors", "hints", "budget", "train_config"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

@@ -33,13 +33,6 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in named.split(",")][:count]
 
 
-def allowed_cores() -> list[int]:
-    """The cores that this process may run on, by number."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware; elsewhere float32 is as fast or faster."""
     if device.type == "cuda":

@@ -21,6 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import mpp
 from mpp.errors import UserError, counted, printable
+from mpp.workers import allowed_cores
 
 GPUS, THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 BAR_EVERY = 60.0  # seconds between two lines of a process's progress bar
@@ -58,7 +59,7 @@ def places(count: int, *, gpus: bool) -> list[Place]:
 
     gpus: whether each must have a GPU of its own. Raises PlacesError if there are too few, or too few cores.
     """
-    from mpp.hardware import allowed_cores, visible_gpus
+    from mpp.hardware import visible_gpus
 
     found, cores = visible_gpus(), allowed_cores()
     if gpus and len(found) < count:

@@ -8,7 +8,9 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal to _HOMES
+    from mpp import draws as draws
     from mpp import eval as eval
+    from mpp import masks as masks
     from mpp import targets as targets
     from mpp.augment.config import AugmentConfig as AugmentConfig
     from mpp.augment.input import Input as Input
@@ -82,6 +84,8 @@ _HOMES = {
     "load_classifier": "mpp.weights",
     "convert": "mpp.export.convert",
     "read_shards": "mpp.data.read",
+    "draws": "mpp",
+    "masks": "mpp",
     "targets": "mpp",
     "eval": "mpp",
 }

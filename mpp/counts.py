@@ -33,11 +33,6 @@ def on_meta(recipe: Recipe) -> Objective:
         return build_objective(build_encoder(recipe.model), recipe.objective)
 
 
-def counted(recipe: Recipe) -> Recipe:
-    """The recipe by which FLOPs and memory are counted."""
-    return replace(recipe, objective=recipe.objective.counted())
-
-
 def parameters(recipe: Recipe, *, trained: bool = True) -> dict[str, int]:
     """Parameters of each part of the encoder and of the objective: those that are trained, or the others."""
     counts: dict[str, int] = {}
@@ -53,7 +48,7 @@ def cost(recipe: Recipe) -> int:
 
     Counted, not computed: the objective runs on torch's "meta" device, which has shapes and no numbers.
     """
-    objective = on_meta(counted(recipe))
+    objective = on_meta(recipe)
     objective.encoder.activation_checkpointing = recipe.train.activation_checkpointing
     with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=COUNTERS) as counter:
         loss, _ = objective(noise(recipe, COUNTED))
@@ -129,7 +124,7 @@ def _kept(
         nonlocal inside
         inside = ""
 
-    objective = on_meta(counted(recipe))
+    objective = on_meta(recipe)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         objective.to_empty(device=device)
         for name, block in objective.encoder.named_modules():

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 NODE = 8  # GPUs of a node: DGX and HGX A100, H100 and H200
 GIB = 2**30
+ROOM = 0.08  # of a GPU's memory left for pictures made there, a copy of the weights while they are scored, and others
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from bisect import bisect
 from dataclasses import dataclass
 from math import ceil
 
-from mpp.devices import NODE, Device
+from mpp.devices import NODE, ROOM, Device
 from mpp.errors import UserError
 from mpp.train_config import Precision
 
-FREE = 0.08  # of the memory, left free: for pictures, evaluation, and what the allocator can't use
 BYTES: dict[Precision, int] = {"bfloat16": 2, "float32": 4}
 BFLOAT16, FLOAT32 = BYTES.values()
 # Share of the peak that a compiled training step of a ViT is thought to reach, by width: those of S/16, B/16 and L/16
@@ -39,6 +38,7 @@ class Work:
 
     images: int  # a step
     micro_batch: int | None  # images a forward pass, which divide those of a step; None for the most that fit
+    pairs: bool  # micro-batches are even, or all that a GPU has
     trained: int  # parameters
     others: int  # parameters that are not trained
     blocks: tuple[int, ...]  # parameters of each block, gathered one by one by FSDP2; what is in none is gathered first
@@ -145,8 +145,10 @@ def _update(work: Work) -> int:
 
 def _micro_batch(work: Work, device: Device, state: int) -> tuple[int, bool]:
     """The recipe's micro-batch, or the largest that fits beside the state, and whether it does."""
-    room = (1 - FREE) * device.memory - state
+    room = (1 - ROOM) * device.memory - state
     sizes = [size for size in range(work.images, 0, -1) if work.images % size == 0]
+    if work.pairs:
+        sizes = [size for size in sizes if size % 2 == 0] or [work.images]
     if work.micro_batch is not None:
         sizes = [work.micro_batch]
     return next(((size, True) for size in sizes if size * work.activations <= room), (sizes[-1], False))

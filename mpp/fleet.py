@@ -93,6 +93,7 @@ def work_of(recipe: Recipe, gpus: int, precision: Precision, totals: dict[str, i
     return Work(
         images=images,
         micro_batch=micro_batch,
+        pairs=objective.needs.pairs,
         trained=totals["parameters"],
         others=totals["not_trained"],
         blocks=blocks_of(recipe),

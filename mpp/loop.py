@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import WORKSPACE, Loss, callers_state, choose, forward_pass
+from mpp.execution import Loss, be_deterministic, callers_state, choose, drawing, forward_pass
 from mpp.hardware import device_of
 from mpp.log import Log
 from mpp.models.encoder import Encoder, feed
@@ -23,7 +22,6 @@ from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
-from mpp.seeds import seed_of
 from mpp.shards.classes import translation
 from mpp.shards.index import Index
 from mpp.train_config import Execution, LogConfig, TrainConfig
@@ -71,9 +69,7 @@ def train(
     kept = kept_steps(config)
     execution = execution or choose(objective, images, config)
     torch.set_num_threads(execution.threads)
-    if config.deterministic:
-        os.environ.setdefault(WORKSPACE, ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    be_deterministic(config)
     objective.to(device).train()
     optimizer = build_optimizer(objective, config)
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
@@ -183,10 +179,10 @@ def update(
     totals: dict[str, Tensor] = {}
     whole = objective.batch_weight(batch)
     for place, part in enumerate(batch.split(micro_batch)):
-        torch.manual_seed(seed_of(seed, step, place))
-        loss, metrics = forward(part)
-        loss = loss * (objective.batch_weight(part) / whole)
-        loss.backward()
+        with drawing(seed, step, part, place):
+            loss, metrics = forward(part)
+            loss = loss * (objective.batch_weight(part) / whole)
+            loss.backward()
         share = len(part) / len(batch)
         for name, value in {"loss": loss.detach(), **{name: value * share for name, value in metrics.items()}}.items():
             totals[name] = totals.get(name, 0) + value
@@ -361,8 +357,7 @@ def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
 
 def pictures(objective: Objective, batch: Batch) -> dict[str, Tensor]:
     """What the objective shows of some images."""
-    torch.manual_seed(PICTURE_SEED)
-    with called(objective.config.name, "pictures()"):
+    with drawing(PICTURE_SEED, 0, batch), called(objective.config.name, "pictures()"):
         shown = objective.pictures(batch)
     for name, row in shown.items():
         if not isinstance(row, Tensor) or row.dtype != torch.uint8 or row.ndim != 4:

@@ -1,9 +1,9 @@
 """Randomness without state: every draw is a hash of what it is for.
 
-A permutation is a function of (seed, epoch), an augmentation of (seed, position), a mask of (seed, step, micro-batch).
-So neither the number of workers nor an interruption can change a draw, and resuming needs no generator state. The hash
-is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), written out here because
-NumPy does not promise that its generators' streams stay the same between versions.
+A permutation is a function of (seed, epoch), an augmentation of (seed, position), a mask of (seed, step, place in the
+batch; see draws.py). So neither the number of workers nor an interruption can change a draw, and resuming needs no
+generator state. The hash is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"),
+written out here because NumPy does not promise that its generators' streams stay the same between versions.
 """
 
 import numpy as np

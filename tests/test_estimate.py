@@ -20,6 +20,7 @@ SMALL = Device("a small one", GIB, 1e12, 1e11, 1e9, 1e8, 1e7)
 WORK = Work(
     images=64,
     micro_batch=None,
+    pairs=False,
     trained=1_000_000,
     others=0,
     blocks=(200_000, 300_000),
@@ -68,6 +69,8 @@ def test_the_largest_micro_batch_that_leaves_8_per_cent_free_is_taken():
     assert (found.micro_batch, found.fits) == (64, True)
     tight = ddp(replace(WORK, images=300), SMALL, 4, speed=100)
     assert (tight.micro_batch, tight.fits) == (75, True), "the largest divisor of 300 up to 96"
+    assert ddp(replace(WORK, images=300, pairs=True), SMALL, 4, speed=100).micro_batch == 60, "the largest even one"
+    assert ddp(replace(WORK, images=75, pairs=True), SMALL, 4, speed=100).micro_batch == 75, "not split"
     assert ddp(replace(WORK, activations=2 * GIB), SMALL, 4, speed=100).fits is False
 
 

@@ -27,7 +27,7 @@ LAYERS = [
     {"remote", "decode_cuda"},
     {"decode"},
     {"files", "differing", "hardware", "extend", "finite", "workers", "estimate"},
-    {"jsons"},
+    {"jsons", "draws"},
     {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import subprocess
+import sys
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -16,7 +20,7 @@ from mpp import checkpoint
 from mpp.batch import Batch
 from mpp.checkpoint import CheckpointError
 from mpp.data.read import read_shards
-from mpp.execution import choose, forward_pass
+from mpp.execution import WORKSPACE, _largest_that_fits, choose, forward_pass
 from mpp.hardware import multiplies_bfloat16
 from mpp.loop import build_optimizer, train, update
 from mpp.models.cnn import ResNet
@@ -107,6 +111,39 @@ def test_a_draw_depends_on_seed_step_and_place_alone(tiny_vit):
     assert drawn(1, 4, 3) == first[:2], "place, not image, decides"
     draws = [value for seed in (1, 2) for step in (3, 4, 5) for value in drawn(seed, step, 2)]
     assert len(draws) == len(set(draws)) == 18
+
+
+@pytest.mark.parametrize("name", ["masked", "labels"])
+def test_what_is_drawn_does_not_depend_on_the_micro_batch(name):
+    """Masks, dropout, dropped paths, and mixtures of images, whose partners are in the same micro-batch."""
+    encoder = shaken(ViT(tiny_config(depth=3, dropout=0.1, drop_path=0.3, pool="map")))
+    config = LabelsConfig(classes=("a", "b", "c"), mixup=0.8, cutmix=1.0, smoothing=0.1)
+    objective = shaken(MaskedPatchPrediction(encoder) if name == "masked" else Classification(encoder, config))
+    images = torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8)
+    batch, found = Batch(images, torch.arange(12) % 3), []
+    for micro_batch in (12, 6, 4, 2):
+        optimizer = gradients_of(objective)
+        settings = replace(FEW, batch=12, micro_batch=micro_batch, clip=None)
+        loss, _, _ = one_step(objective, optimizer, batch, settings, seed=0, step=1)
+        found.append([loss, *optimizer.seen])
+    for other in found[1:]:
+        for ours, whole in zip(other, found[0], strict=True):
+            torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
+    optimizer = gradients_of(objective)
+    loss, _, _ = one_step(objective, optimizer, batch, replace(FEW, batch=12, micro_batch=12, clip=None), 0, step=2)
+    assert (loss - found[0][0]).abs() > 1e-4, "another step draws otherwise"
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch", "expected"), [("auto", 36, 36), ("auto", 2 * 8191, 2), (6, 36, 6), (9, 9, 9)]
+)
+def test_images_that_are_mixed_are_split_in_pairs(asked, batch, expected, images):
+    objective = Classification(ViT(tiny_config(image=(64, 64))), LabelsConfig(classes=("a", "b"), mixup=0.5))
+    assert choose(objective, images, replace(FEW, batch=batch, micro_batch=asked)).micro_batch == expected
+    with pytest.raises(
+        ValueError, match=r"train.micro_batch \(9\) must be even or train.batch \(36\): labels mixes each"
+    ):
+        choose(objective, images, replace(FEW, batch=36, micro_batch=9))
 
 
 def test_a_constant_phase_gives_the_same_losses_whatever_the_length_and_its_last_checkpoint_is_kept(images, tmp_path):
@@ -500,15 +537,72 @@ def test_a_gpu_trains_compiled_in_bfloat16_with_the_micro_batch_that_fits(images
 
 @NO_CUDA
 def test_a_deterministic_run_on_a_gpu_goes_on_bit_for_bit(images, tmp_path):
-    config = TrainConfig(steps=6, batch=20, lr=1e-3, device="cuda", save_every=3, deterministic=True, compile=False)
-    try:
-        fit(tmp_path / "whole", images, config)
-        with pytest.raises(PowerCut):
-            fit(tmp_path / "halves", Cut(images, after=5), config)
-        fit(tmp_path / "halves", images, config)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    config = TrainConfig(steps=6, batch=20, lr=1e-3, device="cuda", save_every=3, deterministic=True)
+    fit(tmp_path / "whole", images, config)
+    with pytest.raises(PowerCut):
+        fit(tmp_path / "halves", Cut(images, after=5), config)
+    fit(tmp_path / "halves", images, config)
     assert digests(tmp_path / "halves", 6) == digests(tmp_path / "whole", 6)
+
+
+@NO_CUDA
+@pytest.mark.parametrize("variable", [None, ":4096:8"])
+def test_deterministic_after_other_work_on_cuda_needs_a_variable(variable):
+    script = """if True:
+        import torch, mpp
+        from mpp.execution import be_deterministic
+        torch.ones(4, 4, device="cuda") @ torch.ones(4, 4, device="cuda")
+        be_deterministic(mpp.TrainConfig(steps=1, device="cuda", deterministic=True))
+    """
+    env = {name: value for name, value in os.environ.items() if name != WORKSPACE}
+    env |= {WORKSPACE: variable} if variable else {}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    expected = (
+        "" if variable else "HardwareError: train.deterministic: CUDA was in use before; start Python with CUBLAS"
+    )
+    assert done.stderr.strip().rpartition("\n")[2][: len(expected)] == expected
+    assert (done.returncode == 0) == bool(variable)
+
+
+@pytest.mark.usefixtures("no_workspace")
+def test_cuda_is_prepared_before_choices_use_it(monkeypatch):
+    """cuBLAS reads the variable once, so that after the first choice that may compute on a GPU it is too late."""
+    monkeypatch.setattr("mpp.execution.multiplies_bfloat16", lambda device: os.environ[WORKSPACE])
+    assert choose(masked(), None, replace(FEW, deterministic=True, precision="auto")).precision == "bfloat16"
+
+
+@pytest.mark.usefixtures("no_workspace")
+def test_a_deterministic_run_is_not_compiled_unless_told_so(monkeypatch):
+    monkeypatch.setattr("mpp.execution.device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("mpp.execution.multiplies_bfloat16", lambda device: True)
+    config = replace(FEW, compile=None)
+    found = [
+        choose(masked(), None, replace(config, deterministic=deterministic, compile=compile)).compile
+        for deterministic, compile in ((False, None), (True, None), (True, True))
+    ]
+    assert found == [True, False, True]
+
+
+def test_a_share_of_a_gpus_memory_stays_free(monkeypatch, images):
+    """A CPU stands for the GPU: what is held while micro-batches are tried."""
+    held: list[weakref.ref] = []
+
+    def empty(*size, **settings):
+        tensor = torch.zeros(*size, **settings)
+        held.append(weakref.ref(tensor))
+        return tensor
+
+    def forward(batch):
+        assert 80_000 in [one().nbytes for one in held if one() is not None], "0.08 of the memory is held"
+        if len(batch) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros((), requires_grad=True), {}
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400_000, 1_000_000))
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr("mpp.execution.forward_pass", lambda *_: forward)
+    whole = Execution("float32", False, 1, 20)
+    assert _largest_that_fits(masked(), images, FEW, whole, [20, 10, 5, 4]) == 5
 
 
 def test_a_device_that_is_not_there_is_named(images, tmp_path):

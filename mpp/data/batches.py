@@ -117,11 +117,11 @@ class Batches:
         if step < 0 or (not self.train and step >= len(self)):
             steps = "without end" if self.train else f"to {len(self) - 1}"
             raise IndexError(f"no batch {step}: steps go from 0 {steps}")
-        positions = self._positions(step)
-        if self._reading.windowed and len(positions):
-            self._images.shards.ahead(self._order.shards(int(positions[0]), int(positions[-1])))
-        positions = self._reading.part.of(positions)
-        return self._read(positions if self.train else positions[~self._bad[positions]])
+        whole = self._positions(step)
+        if self._reading.windowed and len(whole):
+            self._images.shards.ahead(self._order.shards(int(whole[0]), int(whole[-1])))
+        positions = self._reading.part.of(whole)
+        return self._read(positions if self.train else positions[~self._bad[positions]], int(whole[0]))
 
     def _positions(self, step: int) -> np.ndarray:
         """Of the whole batch."""
@@ -161,8 +161,11 @@ class Batches:
                 return False
         return True
 
-    def _read(self, positions: np.ndarray) -> Batch:
-        """Fills a batch, with threads, until each position has a good image or, in evaluation, is left out."""
+    def _read(self, positions: np.ndarray, first: int) -> Batch:
+        """Fills a batch, with threads, until each position has a good image or, in evaluation, is left out.
+
+        first: the position at which the whole batch begins.
+        """
         shapes = [(len(positions), *size, self.index.channels) for size in self._view_sizes]
         # Pinned memory lets the copy to a GPU run beside its computing; torch keeps and reuses such blocks.
         pinned = torch.cuda.is_available()
@@ -173,14 +176,15 @@ class Batches:
             missing = self._fill([view.numpy() for view in views], positions, numbers, missing)
             if not self.train and len(missing):
                 good = np.setdiff1d(np.arange(len(positions)), missing)
-                views, numbers = [view[torch.from_numpy(good)] for view in views], numbers[good]
+                views = [view[torch.from_numpy(good)] for view in views]
+                numbers, positions = numbers[good], positions[good]
                 break
             numbers[missing] = self._numbers(positions[missing])
-        return self._batch([view.permute(0, 3, 1, 2) for view in views], numbers)
+        return self._batch([view.permute(0, 3, 1, 2) for view in views], numbers, positions - first)
 
-    def _batch(self, views: Sequence[Tensor], numbers: np.ndarray) -> Batch:
-        """All views of some images, and their labels."""
-        return Batch(views[0], self._labels(numbers), tuple(views[1:]))
+    def _batch(self, views: Sequence[Tensor], numbers: np.ndarray, places: np.ndarray) -> Batch:
+        """All views of some images, their labels, and their places in the whole batch."""
+        return Batch(views[0], self._labels(numbers), tuple(views[1:]), places)
 
     def _labels(self, numbers: np.ndarray) -> Tensor | None:
         return torch.from_numpy(self.index.label[numbers].astype(np.int64)) if self.index.classes else None

@@ -112,10 +112,10 @@ class DeviceBatches(Batches):
         self._lock = threading.Lock()  # what a source has brought is for one batch
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _read(self, positions: np.ndarray) -> Batch:
+    def _read(self, positions: np.ndarray, first: int) -> Batch:
         # In a stream of its own, which the thread that reads ahead waits for: training goes on meanwhile.
         with self._lock, torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            batch = self._made(positions)
+            batch = self._made(positions, first)
         if self._stream:
             self._stream.synchronize()
             # Its memory must not go to the next batch before training, in another stream, is done with this one.
@@ -123,22 +123,23 @@ class DeviceBatches(Batches):
                 view.record_stream(torch.cuda.default_stream(self._device))
         return batch
 
-    def _made(self, positions: np.ndarray) -> Batch:
+    def _made(self, positions: np.ndarray, first: int) -> Batch:
         numbers = self._numbers(positions)
         while wrong := self._source.bring(numbers):
             for number, cause in wrong.items():
                 self._report(number, cause)
             bad = np.isin(numbers, list(wrong))
             if not self.train:
-                return self._made(positions[~bad])
+                return self._made(positions[~bad], first)
             numbers[bad] = self._numbers(positions[bad])
         if not len(numbers):
             shapes = [(0, self.index.channels, *size) for size in self._view_sizes]
             views = [torch.empty(shape, dtype=torch.uint8, device=self._device) for shape in shapes]
-            return self._batch(views, numbers)
+            return self._batch(views, numbers, positions)
         images, plans = self._source.take(numbers), self._plans(positions, numbers)
         pairs = zip(plans, self._view_sizes, strict=True)
-        return self._batch([self._augmented(images, plan, size) for plan, size in pairs], numbers)
+        made = [self._augmented(images, plan, size) for plan, size in pairs]
+        return self._batch(made, numbers, positions - first)
 
     def _augmented(self, images: Tensor | list[Tensor], plan: Plan, size: tuple[int, int]) -> Tensor:
         compiled = self._stream is not None and not (plan.colours is plan.operations is None)  # hundreds of kernels

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpp import draws
 from mpp.models.trunk_config import TrunkConfig
 
 QUICK = 1.702  # of the GELU by a sigmoid (arXiv 1606.08415, section 2), as in CLIP's model.py
@@ -47,19 +48,20 @@ class MLP(nn.Module):
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
         self.swiglu = config.swiglu
-        self.dropout = dropout_of(config.dropout)
+        self.drop = Drop(config.dropout)
         self.gelu = config.gelu
         self.expand = nn.Linear(config.width, config.hidden * (2 if config.swiglu else 1), bias=config.bias)
         self.contract = nn.Linear(config.hidden, config.width, bias=config.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, keys: Tensor | None = None, part: int = 0) -> Tensor:
+        """Maps tokens (..., d) to (..., d). keys, part: of dropout, as in `Drop`."""
         hidden = self.expand(tokens)
         if self.swiglu:
             gate, value = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * value
         else:
             hidden = gelu(hidden, self.gelu)
-        return self.contract(self.dropout(hidden))
+        return self.contract(self.drop(hidden, keys, part))
 
     def initialise(self) -> None:
         """Draws the paper's initial weights (its code's models_vit.py)."""
@@ -69,20 +71,26 @@ class MLP(nn.Module):
                 nn.init.normal_(linear.bias, std=1e-6)
 
 
-def dropout_of(share: float) -> nn.Module:
-    """Dropout, or nothing at all where the share is 0: PyTorch's would copy the tokens."""
-    return nn.Dropout(share) if share else nn.Identity()
+class Drop(nn.Module):
+    """What training leaves out of a branch: elements (dropout), and all of it for some images (stochastic depth).
 
+    path: the chance of the latter (arXiv 1603.09382). What is left grows so that the mean stays.
+    """
 
-class DropPath(nn.Module):
-    """Leaves out a residual branch for some images in training (stochastic depth, arXiv 1603.09382)."""
-
-    def __init__(self, chance: float) -> None:
+    def __init__(self, dropout: float, path: float = 0.0) -> None:
         super().__init__()
-        self.chance = chance
+        self.dropout, self.path = dropout, path
 
-    def forward(self, branch: Tensor) -> Tensor:
-        if not self.training:
+    def forward(self, branch: Tensor, keys: Tensor | None, part: int = 0) -> Tensor:
+        """Maps (b, ..., d) to the same shape. keys: (b,) of each image, new ones where not given; part: which of those
+        that draw from these keys this is."""
+        if not self.training or not (self.dropout or self.path):
             return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.chance
-        return branch * (kept / (1 - self.chance)).to(branch.dtype)
+        keys = draws.keys(len(branch), branch.device) if keys is None else keys
+        if self.dropout:
+            dropped = draws.hits(draws.apart(keys, 2 * part), branch[0].numel(), self.dropout).view_as(branch)
+            branch = torch.where(dropped, 0, branch / (1 - draws.rounded(self.dropout)))
+        if self.path:
+            kept = draws.uniform(draws.apart(keys, 2 * part + 1), 1) >= self.path  # (b, 1)
+            branch = branch * (kept / (1 - self.path)).to(branch.dtype).unsqueeze(-1)
+        return branch

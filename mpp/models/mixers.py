@@ -29,6 +29,7 @@ class Places(NamedTuple):
     bias: Tensor | None = None  # of attention's scores, (b or 1, heads, n, n)
     context: Tensor | None = None  # the tokens that cross-attention looks at, (b, m, context)
     context_angles: Tensor | None = None  # by which their keys are turned, (b, 1, m, head size)
+    keys: Tensor | None = None  # from which each image draws what is left out of it, (b,); see mpp.draws
 
 
 class Mixer(nn.Module):

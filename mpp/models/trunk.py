@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from mpp.models.layers import MLP, DropPath, Initialised, dropout_of, norm_of, take
+from mpp import draws
+from mpp.models.layers import MLP, Drop, Initialised, norm_of, take
 from mpp.models.mixers import MIXERS, Places
 from mpp.models.positions import POSITIONS
 from mpp.models.trunk_config import Grid, TrunkConfig
@@ -18,25 +19,31 @@ from mpp.models.trunk_config import Grid, TrunkConfig
 class Block(nn.Module):
     """A pre-norm Transformer block (ViT paper, equations 2 and 3), with any mixer."""
 
-    def __init__(self, config: TrunkConfig, mixer: nn.Module, drop_path: float = 0.0) -> None:
+    def __init__(self, config: TrunkConfig, mixer: nn.Module, number: int, drop_path: float = 0.0) -> None:
         super().__init__()
+        self.part = 1 + 3 * number  # the first of its three parts that draw; 0 is of the tokens before the blocks
         self.norm1 = norm_of(config, config.width)
         self.mixer = mixer
         self.norm2 = norm_of(config, config.width)
         self.mlp = MLP(config)
-        path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.drop = nn.Sequential(dropout_of(config.dropout), path)  # of both branches
+        self.drop = Drop(config.dropout, drop_path)  # of both branches
         scaled = config.layer_scale is not None
         self.scale1 = nn.Parameter(torch.empty(config.width)) if scaled else None
         self.scale2 = nn.Parameter(torch.empty(config.width)) if scaled else None
 
     def forward(self, tokens: Tensor, places: Places, at: Tensor | None = None) -> Tensor:
         """Maps tokens (b, n, d) to (b, n, d), or only those at `at` (b, k) to (b, k, d)."""
+        keys, part = places.keys, self.part
         mixed = self.mixer(self.norm1(tokens), places, at)
         tokens = tokens if at is None else take(tokens, at)
-        tokens = tokens + self.drop(mixed if self.scale1 is None else mixed * self.scale1)
-        mapped = self.mlp(self.norm2(tokens))
-        return tokens + self.drop(mapped if self.scale2 is None else mapped * self.scale2)
+        tokens = tokens + self.drop(_scaled(mixed, self.scale1), keys, part)
+        mapped = self.mlp(self.norm2(tokens), keys, part + 1)
+        return tokens + self.drop(_scaled(mapped, self.scale2), keys, part + 2)
+
+
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    """A branch times its LayerScale, in the branch's dtype: autocast casts no product, and the stream would widen."""
+    return branch if scale is None else branch * scale.to(branch.dtype)
 
 
 class Trunk(nn.Module):
@@ -66,12 +73,12 @@ class Trunk(nn.Module):
         self.positions = POSITIONS[config.positions](config, grid)
         self.class_token = nn.Parameter(torch.empty(config.width)) if config.has_class_token else None
         self.registers = nn.Parameter(torch.empty(config.registers, config.width)) if config.registers else None
-        self.dropout = dropout_of(config.dropout)
+        self.drop = Drop(config.dropout)
         self.norm_pre = norm_of(config, config.width) if config.pre_norm else None
         self.blocks = nn.ModuleList()
         for number, mixer in enumerate(config.mixers):
             drop_path = config.drop_path * number / max(1, config.depth - 1)
-            self.blocks.append(Block(config, MIXERS[mixer](config, grid, self.context), drop_path))
+            self.blocks.append(Block(config, MIXERS[mixer](config, grid, self.context), number, drop_path))
         self.norm = norm_of(config, config.width)
 
     @torch.no_grad()
@@ -150,10 +157,13 @@ class Trunk(nn.Module):
             index = torch.cat([front, keep + self.prefix], dim=1)  # (b, prefix + k)
         if self.prefix:
             tokens = torch.cat([self._front().to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
-        tokens = self.dropout(tokens)
+        # Drawn here and not where they are used, which activation checkpointing does twice.
+        keys = draws.keys(len(tokens), tokens.device) if self.training and self.config.drops else None
+        tokens = self.drop(tokens, keys)
         if self.norm_pre is not None:
             tokens = self.norm_pre(tokens)
         places = self._places(grid, index, None if context is None else context.to(tokens.dtype), context_at)
+        places = places._replace(keys=keys)
         if layers is not None:
             return self._outputs(tokens, places, layers)
         for block in self.blocks[:-1]:

@@ -129,6 +129,11 @@ class TrunkConfig(Settings):
         return "/".join(dict.fromkeys(self.mixer))
 
     @property
+    def drops(self) -> bool:
+        """Whether training leaves anything out."""
+        return self.dropout > 0 or self.drop_path > 0
+
+    @property
     def attends(self) -> bool:
         """Whether some block has attention."""
         return any(name in ATTEND for name in self.mixer)

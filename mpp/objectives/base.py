@@ -13,8 +13,8 @@ class Objective(nn.Module):
     """What the training loop knows of an objective.
 
     It owns all that is trained with the encoder: heads, tokens, teachers. Its forward pass computes the loss from
-    `self.encoder`'s public verbs; it never calls backward and never waits for the device. Randomness comes from torch's
-    global generator, which the loop seeds before every micro-batch.
+    `self.encoder`'s public verbs; it never calls backward and never waits for the device. What it draws, it draws for
+    each image by mpp.draws (or mpp.masks), which the loop prepares for every micro-batch.
 
     The encoder comes with the weights that it starts from, so that a teacher copied in the constructor has them too.
     """

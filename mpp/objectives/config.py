@@ -14,6 +14,7 @@ class Needs:
     labels: bool = False  # every image has one: only labelled images are read
     views: int = 1  # of each image, at least (Batch.images, then Batch.views)
     whole_batch: bool = False  # its loss looks across the batch, which is never split into micro-batches
+    pairs: bool = False  # of neighbours in the batch, which is split at even places alone
     drops_patches: bool = False  # the encoder sees some of the patches alone, or none of its mixers could
     classes: tuple[str, ...] = ()  # names by which labels are numbered; those of `data.path` where not given
 
@@ -52,8 +53,4 @@ class ObjectiveConfig:
 
     def settled(self, index: Index) -> Self:
         """The settings with what follows from the images to train on; ValueError if the two do not go together."""
-        return self
-
-    def counted(self) -> Self:
-        """The settings by which FLOPs and memory are counted: without draws that cost nothing (`mpp plan`)."""
         return self

@@ -44,7 +44,7 @@ class LabelsConfig(ObjectiveConfig):
 
     @property
     def needs(self) -> Needs:
-        return Needs(labels=True, classes=self.classes)
+        return Needs(labels=True, classes=self.classes, pairs=max(self.mixup, self.cutmix) > 0)
 
     def settled(self, index: Index) -> Self:
         """The classes of the images, and with `balance` their weights: 0 for a class without an image."""
@@ -60,7 +60,3 @@ class LabelsConfig(ObjectiveConfig):
             counts = np.bincount(index.label[index.label >= 0], minlength=len(index.classes))
             weights = tuple(int(counts.sum()) / count if count else 0.0 for count in counts.tolist())
         return replace(self, classes=index.classes, weights=weights)
-
-    def counted(self) -> Self:
-        """Without mixup and cutmix, whose shares PyTorch 2.11 can't draw on stand-ins; they cost nothing."""
-        return replace(self, mixup=0.0, cutmix=0.0)

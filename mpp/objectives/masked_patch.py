@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mpp import targets
+from mpp import draws, targets
 from mpp.batch import Batch
 from mpp.masks import count_of, random_index
 from mpp.models.layers import put, take
@@ -81,8 +81,9 @@ class MaskedPatchPrediction(Objective):
         """Draws what is corrupted, and how, for that many images."""
         patches = math.prod(self.encoder.config.grid)
         index = random_index(images, patches, count_of(self.config.share, patches), device)
-        shift = torch.randint(1, patches, index.shape, device=device)
-        return Draw(index, torch.rand(index.shape, device=device), (index + shift) % patches)
+        keys, count = draws.keys(images, device), index.shape[1]
+        shift = 1 + draws.below(draws.apart(keys, 0), count, patches - 1)
+        return Draw(index, draws.uniform(draws.apart(keys, 1), count), (index + shift) % patches)
 
     def corrupt(self, tokens: Tensor, draw: Draw, mask: Tensor | None = None) -> Tensor:
         """Replaces patch embeddings (b, n, d) as drawn; with `mask`, what stands in the place of [mask]."""

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from mpp.execution import forward_pass
+from mpp.execution import drawing, forward_pass
 from mpp.hardware import device_of
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.recipe import Recipe
 from mpp.run.images import RunImages
-from mpp.seeds import seed_of
 from mpp.shards.index import ShardError
 from mpp.train_config import Execution
 from mpp.watch import REMEDIES, TrainingError
@@ -28,7 +27,7 @@ def evaluation(
     It gives nothing if it is asked to stop before. Raises TrainingError if the loss is not finite: whatever else was
     scored is worth nothing then. None where the recipe names no images to score on.
     """
-    # A batch that fits in memory, and is compiled already.
+    # A batch that fits in memory. Not compiled: another graph, and one more for its last part, take longer to make.
     batches = images.open_scored(min(execution.micro_batch, recipe.eval.images))
     if batches is None:
         return None
@@ -45,8 +44,7 @@ def evaluation(
                 break
             if not len(batch):
                 continue  # all of its images are damaged
-            torch.manual_seed(seed_of(recipe.seed, EVALUATION, step))
-            with called(objective.config.name, "forward()"):
+            with drawing(recipe.seed, EVALUATION, batch, step), called(objective.config.name, "forward()"):
                 loss, metrics = forward(batch.to(device))
                 for name, value in {"loss": loss, **metrics}.items():
                     totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + float(value) * len(batch)

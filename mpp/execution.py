@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mpp import draws
 from mpp.batch import Batch
 from mpp.data.loader import Images
+from mpp.devices import ROOM
 from mpp.hardware import HardwareError, device_of, multiplies_bfloat16
 from mpp.objectives.base import Objective
 from mpp.seeds import seed_of
@@ -25,7 +26,6 @@ Once = Callable[[str, Callable[[], Any]], Any]  # gives what a function chooses,
 # Tokens of a micro-batch on a CPU: below, throughput grows with the batch; above, activations leave the caches and take
 # memory (`python -m benchmarks.step --sizes tiny32 --micro-batches 16 32 128`).
 CPU_TOKENS = 8192
-ROOM = 0.08  # of a GPU's memory left for pictures made there, a copy of the weights while they are scored, and others
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it torch refuses CUDA's matrix products in deterministic mode
 
 

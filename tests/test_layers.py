@@ -19,7 +19,7 @@ LAYERS = [
     {"plan", "export"},
     {"run"},
     {"loop", "recipe", "weights"},
-    {"execution", "begun"},
+    {"execution", "begun", "saving"},
     {"objectives"},
     {"optim", "checkpoint", "log", "watch", "models", "masks", "mixing", "targets", "data"},
     {"shards", "augment"},

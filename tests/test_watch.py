@@ -122,7 +122,7 @@ def left(out) -> dict[str, bytes]:
 
 
 SPEED = ("images/s", "waiting", "memory")
-SEED_OF, GRID = "mpp.run.evaluation.seed_of", "mpp.log.picture_grid"  # called once a batch scored, once a grid made
+SCORING, GRID = "mpp.run.evaluation.drawing", "mpp.log.picture_grid"  # called once a batch scored, once a grid made
 SCORED = "eval: {every: 2, images: 20}\n"
 
 
@@ -138,7 +138,7 @@ def scored(splits, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("place", "time", "step"), [(SEED_OF, 3, 2), (SEED_OF, 13, 6), (SEED_OF, 15, 6), (GRID, 1, 2), (GRID, 3, 6)]
+    ("place", "time", "step"), [(SCORING, 3, 2), (SCORING, 13, 6), (SCORING, 15, 6), (GRID, 1, 2), (GRID, 3, 6)]
 )
 def test_a_signal_while_scoring_or_painting_is_obeyed_and_the_next_start_does_what_is_missing(
     place, time, step, number, scored, tmp_path, monkeypatch
@@ -165,7 +165,7 @@ def test_what_was_scored_is_not_scored_again_by_another_start(scored, tmp_path, 
     recipe, whole = scored
     for _ in range(3):
         assert run("pretrain", recipe, f"out={tmp_path / 'run'}").code == 0
-        monkeypatch.setattr(*in_module(SEED_OF), lambda *_: pytest.fail("scored again"))
+        monkeypatch.setattr(*in_module(SCORING), lambda *_: pytest.fail("scored again"))
     assert left(tmp_path / "run") == whole
 
 

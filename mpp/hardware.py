@@ -1,5 +1,6 @@
 """What this machine can do, and the choices that follow from it."""
 
+import os
 import resource
 
 import torch
@@ -21,6 +22,15 @@ def device_of(name: DeviceName) -> torch.device:
         has = ", ".join(kind for kind, there in present.items() if there)
         raise HardwareError(f"train.device: this machine has no {name}; it has {has}")
     return torch.device(name)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: by that itself where it is set."""
+    count = torch.cuda.device_count()  # takes none of them up
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(number) for number in range(count)]
+    return [name.strip() for name in named.split(",")][:count]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

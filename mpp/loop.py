@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import WORKSPACE, Loss, callers_state, choose, drawing, forward_pass
+from mpp.execution import Loss, be_deterministic, callers_state, choose, drawing, forward_pass
 from mpp.hardware import device_of
 from mpp.log import Log
 from mpp.models.encoder import Encoder, feed
@@ -71,9 +70,7 @@ def train(
     kept = kept_steps(config)
     execution = execution or choose(objective, images, config)
     torch.set_num_threads(execution.threads)
-    if config.deterministic:
-        os.environ.setdefault(WORKSPACE, ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    be_deterministic(config)
     objective.to(device).train()
     optimizer = build_optimizer(objective, config)
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []

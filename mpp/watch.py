@@ -15,6 +15,7 @@ from mpp.errors import UserError
 from mpp.finite import all_finite, broken
 from mpp.hardware import peak_memory
 
+AT_ONCE = 1.0  # seconds in which signals are the same wish: a scheduler and a launcher may both send it
 # What to try where numbers are not finite any more.
 REMEDIES = "Try a lower train.lr (it is {lr:g}), a longer train.warmup, train.clip=1 or train.precision=float32"
 
@@ -33,12 +34,18 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to, so that the loop can stop between steps; a second one stops at once."""
+    """A list that SIGINT or SIGTERM is put into, so that the loop can stop between steps; a later one stops at once."""
     signals: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal first
+        if not signals:
+            first = time.monotonic()
+            signals.append(number)
+        elif time.monotonic() - first > AT_ONCE:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     kinds = (signal.SIGINT, signal.SIGTERM)
     try:

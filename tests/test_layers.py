@@ -17,7 +17,8 @@ LAYERS = [
     {"cli"},
     {"eval"},
     {"plan", "export"},
-    {"run"},
+    {"run", "fleet"},
+    {"counts"},
     {"loop", "recipe", "weights"},
     {"execution", "begun", "saving"},
     {"objectives"},
@@ -25,15 +26,15 @@ LAYERS = [
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode"},
-    {"files", "differing", "hardware", "extend", "finite", "workers"},
+    {"files", "differing", "hardware", "extend", "finite", "workers", "estimate"},
     {"jsons", "draws"},
-    {"batch", "seeds", "errors", "hints", "budget", "train_config"},
+    {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (
     "mpp.train_config", "mpp.extend", "mpp.recipe", "mpp.data.config", "mpp.augment.config", "mpp.objectives",
     "mpp.models.vit_config", "mpp.models.trunk_config", "mpp.models.resnet_config", "mpp.models.encoders",
-    "mpp.eval.probes.protocols", "mpp.eval.compare.arms",
+    "mpp.eval.probes.protocols", "mpp.eval.compare.arms", "mpp.estimate",
 )  # fmt: skip
 
 

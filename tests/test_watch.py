@@ -29,10 +29,11 @@ from tiny_runs import (
 )
 
 from mpp.data.read import read_shards
+from mpp.errors import Terminated, terminable
 from mpp.loop import train
 from mpp.models.vit import ViT
 from mpp.train_config import LogConfig
-from mpp.watch import Interrupted, TrainingError
+from mpp.watch import Interrupted, TrainingError, stop_signals
 
 
 @pytest.fixture
@@ -89,6 +90,18 @@ def test_a_signal_while_scoring_stops_after_that_step_which_is_saved(images, tmp
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_signals_at_once_are_one_and_a_later_one_stops_at_once(monkeypatch):
+    with terminable(), stop_signals() as signals:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert signals == [signal.SIGTERM], "the loop ends in order"
+        now = time.monotonic()
+        monkeypatch.setattr("mpp.watch.time.monotonic", lambda: now + 60)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals == [signal.SIGTERM]
+
+
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
     return small_splits(tmp_path_factory.mktemp("splits"))
@@ -122,7 +135,7 @@ def left(out) -> dict[str, bytes]:
 
 
 SPEED = ("images/s", "waiting", "memory")
-SCORING, GRID = "mpp.run.evaluation.drawing", "mpp.log.picture_grid"  # called once a batch scored, once a grid made
+DRAWING, GRID = "mpp.run.evaluation.drawing", "mpp.log.picture_grid"  # called once a batch scored, once a grid made
 SCORED = "eval: {every: 2, images: 20}\n"
 
 
@@ -138,7 +151,7 @@ def scored(splits, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("place", "time", "step"), [(SCORING, 3, 2), (SCORING, 13, 6), (SCORING, 15, 6), (GRID, 1, 2), (GRID, 3, 6)]
+    ("place", "time", "step"), [(DRAWING, 3, 2), (DRAWING, 13, 6), (DRAWING, 15, 6), (GRID, 1, 2), (GRID, 3, 6)]
 )
 def test_a_signal_while_scoring_or_painting_is_obeyed_and_the_next_start_does_what_is_missing(
     place, time, step, number, scored, tmp_path, monkeypatch
@@ -165,7 +178,7 @@ def test_what_was_scored_is_not_scored_again_by_another_start(scored, tmp_path, 
     recipe, whole = scored
     for _ in range(3):
         assert run("pretrain", recipe, f"out={tmp_path / 'run'}").code == 0
-        monkeypatch.setattr(*in_module(SCORING), lambda *_: pytest.fail("scored again"))
+        monkeypatch.setattr(*in_module(DRAWING), lambda *_: pytest.fail("scored again"))
     assert left(tmp_path / "run") == whole
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from mpp.errors import printable
+from mpp.devices import DEVICES
+from mpp.errors import counted, printable
 
 if TYPE_CHECKING:
     from mpp.recipe import Recipe
@@ -107,12 +108,24 @@ def stoppable(work: Callable[[], T]) -> T:
 
 
 def plan(options: argparse.Namespace) -> None:
+    from mpp.estimate import PlanError, part_of
     from mpp.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    if options.device is None and (options.gpus or options.measured):
+        given = f"--gpus {options.gpus}" if options.gpus else "--measured"
+        raise PlanError(f"{given}: give the kind of GPU as well: --device {', '.join(DEVICES)}")
+    part_of(recipe.train.batch, options.gpus or 1)
+    from mpp.fleet import Fleet, load_measured
     from mpp.plan import plan
 
-    print(plan(recipe, measure=options.measure))
+    fleet = None
+    if options.device:
+        fleet = Fleet(options.gpus or 1, options.device, options.measured and load_measured(options.measured))
+    planned = plan(recipe, measure=options.measure, fleet=fleet)
+    print(printable(planned))
+    if options.json:
+        planned.save(options.json)
 
 
 def probe(options: argparse.Namespace) -> None:
@@ -134,15 +147,24 @@ def probe(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     from mpp.eval.compare.arms import load_comparison
+    from mpp.eval.compare.processes import leave_with_parent, places
 
+    if options.worker is not None:
+        leave_with_parent()
     load_comparison(options.recipe, options.overrides)  # before torch is imported: what is misspelt is answered at once
-    from mpp.eval.compare.compare import compare
+    from mpp.eval.compare.compare import compare, take_part
     from mpp.eval.compare.summary import table
 
-    out, results = stoppable(lambda: compare(options.recipe, options.overrides))
+    if options.worker is not None:
+        return stoppable(lambda: take_part(options.recipe, options.overrides, options.worker))
+    count = options.gpus or options.processes
+    at = places(count, gpus=options.gpus is not None) if count else ()
+    out, results = stoppable(lambda: compare(options.recipe, options.overrides, at))
     print(printable(table(results)))
     print(f"{out}/report.html: the report, for a browser; {out}/results.json: every figure")
-    if results["failures"]:
+    if left := results["unfinished"]:
+        print(f"mpp: {counted(len(left), 'run')} not done; run the same command again to go on", file=sys.stderr)
+    if results["failures"] or left:
         raise SystemExit(1)
 
 

@@ -1,7 +1,6 @@
 """Opening shards for reading: which images in which order, from where, and how they become batches."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,6 +18,7 @@ from mpp.remote.cache import Cache
 from mpp.shards.classes import relabelled
 from mpp.shards.index import Index, ShardError, merged, read_index
 from mpp.shards.pictures import Indexed, Resident, Shards, decoded_bytes, sizes_of
+from mpp.workers import cores
 
 GIB = 2**30
 # Up to so many pixels decoding takes microseconds, which threads would spend waiting for the interpreter: 32x32 pixels
@@ -193,7 +193,7 @@ def _cache(index: Index, config: DataConfig) -> Cache | None:
 def _threads_for(index: Index) -> int:
     """One a core, but a single one for small images."""
     small = np.median(index.height.astype(np.int64) * index.width) <= SMALL_PIXELS
-    return 1 if small else os.cpu_count() or 1
+    return 1 if small else cores()
 
 
 def _common_size(index: Index) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mpp.errors import counted, within_memory
-from mpp.execution import Once, at_once
+from mpp.execution import Once, at_once, prepare_cuda
 from mpp.files import claimed
 from mpp.loop import train
 from mpp.recipe import Recipe
@@ -25,6 +25,7 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
     once: makes the choices that are left to the machine, for `mpp compare` the same ones for all its runs.
     """
     out = recipe.folder
+    prepare_cuda(recipe.train)
     with claimed(out, BUSY), ExitStack() as stack:
         before = earlier(out)
         source = None

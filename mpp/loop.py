@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
+from mpp.saving import Writer, on_host
 from mpp.shards.classes import translation
 from mpp.shards.index import Index
 from mpp.train_config import Execution, LogConfig, TrainConfig
@@ -81,7 +82,13 @@ def train(
     # Read once: the first batch of streamed shards may have to be fetched again.
     shown = functools.cache(lambda: next(images.at(0).split(PICTURED)).to(device))
     metrics_beside_bar = ("loss", *list(objective.config.metrics)[:1], "images/s")
-    with Log(out, start, steps, log.tensorboard, metrics_beside_bar) as logger, stop_signals() as signals:
+    writer = Writer(folder, described, config.keep, kept)
+    with Log(out, start, steps, log.tensorboard, metrics_beside_bar) as logger, stop_signals() as signals, writer:
+
+        def keep(step: int) -> None:
+            record()
+            writer.wait()  # before another copy of all there is
+            writer.write(step, snapshot(objective, optimizer, ema))
 
         def look(step: int, scores: bool, shows: bool) -> None:
             """Scores and shows what a step left, unless a signal comes: then the next start does it."""
@@ -98,6 +105,7 @@ def train(
             look(start, scores and not logger.scored(start), shows and not logger.pictured(start))
         read, step = clock.waits(images.iterate(start, signals), signals), start
         for step, batch in zip(range(start + 1, steps + 1), read, strict=False):
+            writer.check()
             batch = checked_batch(objective, batch, step).to(device)
             loss, norm, metrics = update(
                 forward, objective, optimizer, batch, config, execution.micro_batch, seed, step
@@ -122,17 +130,16 @@ def train(
                 logger.scalars(step, values | rate | clock.figures(device))
             if saves:  # before what takes long, and may be interrupted
                 with clock.stopped():
-                    record()
-                    save(objective, optimizer, ema, folder, step, described, config.keep, kept)
+                    keep(step)
             look(step, scores, shows)
             if signals:
                 break
+        if signals and step > start and not saves:
+            clock.check()
+            clock.check_tensors(step, lasting(objective, ema))
+            keep(step)
+        writer.wait()
         if signals:
-            if step > start and not saves:
-                clock.check()
-                clock.check_tensors(step, lasting(objective, ema))
-                record()
-                save(objective, optimizer, ema, folder, step, described, config.keep, kept)
             raise Interrupted(signals[0], step)
     adopt(objective, ema)
 
@@ -240,22 +247,13 @@ def resume(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Ten
     return step
 
 
-def save(
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    ema: list[Tensor],
-    folder: Path,
-    step: int,
-    described: dict[str, str],
-    keep: int,
-    kept: Collection[int],
-) -> None:
-    """Writes a checkpoint. described: of the encoder, which goes with the weights, so that they can be loaded alone."""
+def snapshot(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor]) -> checkpoint.State:
+    """What a checkpoint holds, in the CPU's memory: training goes on and changes what it is a copy of."""
     state = {"model": objective.state_dict(), "optimizer": checkpoint.optimizer_state(objective, optimizer)}
     if ema:
         # With what is not averaged, batch norm's counters, so that an encoder can be loaded from this file alone.
         state["ema"] = state["model"] | dict(zip(averaged(objective), ema, strict=True))
-    checkpoint.save(folder, step, state, described, keep, kept)
+    return on_host(state)
 
 
 def facts_of_result(objective: Objective) -> dict[str, object]:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -207,20 +208,30 @@ def summary(settings: Mapping[str, Any], timings: Mapping[str, Sequence[Timing]]
     }
 
 
-def write(name: str, threads: int, device: str, tables: Mapping[str, Table]) -> None:
-    """Keeps the tables in results/NAME.json beside when, where and with what they were measured."""
+def write(name: str, threads: int, device: str, tables: Mapping[str, Table], folder: Path = RESULTS) -> None:
+    """Keeps the tables in FOLDER/NAME.json beside when, where and with what they were measured."""
     versions = {package: version(package) for package in PACKAGES}
     cores = len(os.sched_getaffinity(0))
     facts = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": {"cpu": processor(), "cores": cores, "threads": threads, "gpu": graphics(device)},
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **versions, "commit": commit()},
         "tables": dict(tables),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(facts, indent=1) + "\n")
     say(f"\nwritten: {path}")
+
+
+def commit() -> str | None:
+    """Of this work tree; None where it is a copy without its history."""
+    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
 
 
 def version(package: str) -> str | None:
@@ -243,7 +254,9 @@ def graphics(device: str) -> str | None:
         return None
     import torch
 
-    return torch.cuda.get_device_name()
+    command = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return f"{torch.cuda.get_device_name()}, driver {', '.join(driver[:1])}, CUDA {torch.version.cuda}"
 
 
 def say(line: str) -> None:

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mpp import draws
 from mpp.batch import Batch
 from mpp.data.loader import Images
-from mpp.hardware import device_of, multiplies_bfloat16
+from mpp.devices import ROOM
+from mpp.hardware import HardwareError, device_of, multiplies_bfloat16
 from mpp.objectives.base import Objective
 from mpp.ranks import Ranks, here
 from mpp.seeds import seed_of
@@ -44,6 +45,26 @@ def callers_state() -> Iterator[None]:
             torch.use_deterministic_algorithms(deterministic, warn_only=warns)
             if variable is None:
                 os.environ.pop(WORKSPACE, None)
+
+
+def prepare_cuda(config: TrainConfig) -> None:
+    """Asks cuBLAS for reproducible sums where `config` does: before any work on CUDA, as torch looks only once."""
+    if config.deterministic:
+        os.environ.setdefault(WORKSPACE, ":4096:8")
+
+
+def be_deterministic(config: TrainConfig) -> None:
+    """Sets torch's deterministic mode as `config` has it; HardwareError if it is too late for it."""
+    prepare_cuda(config)
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic and (device := device_of(config.device)).type == "cuda":
+        one = torch.ones(1, 1, device=device)
+        try:
+            one @ one
+        except RuntimeError:
+            raise HardwareError(
+                "train.deterministic: CUDA was in use before; start Python with CUBLAS_WORKSPACE_CONFIG=:4096:8"
+            ) from None
 
 
 @contextmanager
@@ -105,10 +126,12 @@ def forward_pass(objective: Objective, config: TrainConfig, execution: Execution
     """
     device = device_of(config.device)
     objective.encoder.activation_checkpointing = config.activation_checkpointing
+    call: Callable[[Batch], Loss] = objective
     if execution.compile:
-        objective.compile()
+        # Not `objective.compile()`, which whoever else calls the objective, such as an evaluation, would compile again.
+        call = torch.compile(objective, options={"deterministic": True} if config.deterministic else None)
     if execution.precision == "float32":
-        return objective
+        return call
     if device.type == "cpu" and not execution.compile:
         norms = {id(p) for part in objective.modules() if isinstance(part, _BatchNorm) for p in part.parameters()}
         # Batch norm's statistics are float32 buffers, with which PyTorch takes float32 parameters only.
@@ -122,7 +145,7 @@ def forward_pass(objective: Objective, config: TrainConfig, execution: Execution
 
     def autocast(batch: Batch) -> Loss:
         with torch.autocast(device.type, torch.bfloat16):
-            return objective(batch)
+            return call(batch)
 
     return autocast
 
@@ -134,13 +157,15 @@ def choose(objective: Objective, batches: Images, config: TrainConfig, once: Onc
 
     Raises ValueError for a micro-batch that splits what an objective looks across: the batch, or pairs of neighbours.
     """
+    prepare_cuda(config)
     device = device_of(config.device)
     multiplies = multiplies_bfloat16(device)
     precision, compile, micro_batch = config.precision, config.compile, config.micro_batch
     if precision == "auto":
         precision = once("precision", lambda: "bfloat16" if multiplies else "float32")
     if compile is None:
-        compile = once("compile", lambda: device.type == "cuda")
+        # Compiled, sums are taken in an order that each process finds out by measuring.
+        compile = not config.deterministic and once("compile", lambda: device.type == "cuda")
     threads = config.threads or once("threads", torch.get_num_threads)
     part = config.batch // here().size  # what this process reads of a batch
     check_shares(objective, config, here())
@@ -181,8 +206,9 @@ def _largest_that_fits(
     device = device_of(config.device)
     images = batches.at(0).to(device)
     forward = forward_pass(objective.to(device), config, replace(whole, compile=False))  # eager needs the most memory
-    # Held while trying: room for Adam's two averages and a running one, which come later.
-    room = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(3)]  # noqa: F841
+    # Held while trying: room for Adam's two averages and a running one, which come later, and for all else.
+    room = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(3)]
+    room.append(torch.empty(int(ROOM * torch.cuda.mem_get_info(device)[1]), dtype=torch.uint8, device=device))
     for size in sizes:
         try:
             forward(next(images.split(size)))[0].backward()

@@ -60,7 +60,7 @@ class Heartbeat:
         """The process that stops giving signs of life, looked at for some beats; None if all live, or one has failed
         and said so."""
         before = self._store.multi_get(self._names)
-        for _ in range(4):
+        for _ in range(2):
             time.sleep(BEAT)
             if self.failed() is not None:
                 return None

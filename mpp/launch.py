@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from mpp.errors import UserError, shown
+from mpp.workers import cores
 
 
 class LaunchError(UserError):
@@ -55,7 +56,6 @@ def launched() -> Launch:
     return launch
 
 
-def cores() -> int:
+def own_cores() -> int:
     """How many of the cores that this process may use are its own: those of a machine are shared by its processes."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, there // launched().local_size)
+    return max(1, cores() // launched().local_size)

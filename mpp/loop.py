@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +16,7 @@ from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import (
-    WORKSPACE,
-    Loss,
-    callers_state,
-    check_shares,
-    choose,
-    drawing,
-    forward_pass,
-    generators,
-)  # fmt: skip
+from mpp.execution import Loss, be_deterministic, callers_state, check_shares, choose, drawing, forward_pass, generators
 from mpp.hardware import device_of
 from mpp.log import Log, Unlogged
 from mpp.models.encoder import Encoder, feed
@@ -84,9 +74,7 @@ def train(
     kept = kept_steps(config)
     execution = execution or choose(objective, images, config)
     torch.set_num_threads(execution.threads)
-    if config.deterministic:
-        os.environ.setdefault(WORKSPACE, ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    be_deterministic(config)
     objective.to(device).train()
     ranks.spread(objective.state_dict().values())
     optimizer = build_optimizer(objective, config)

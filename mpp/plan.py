@@ -1,30 +1,26 @@
 """What a recipe takes, before anything is paid for: parameters, FLOPs, memory, steps and, measured, time."""
 
-import math
+import importlib.metadata
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from mpp.batch import Batch
+from mpp.counts import activation_bytes, cost, noise, parameters
 from mpp.data.chosen import chosen
 from mpp.data.read import epoch_of
 from mpp.execution import choose, forward_pass
+from mpp.files import write_atomically
+from mpp.fleet import Fleet, Measured, averages, planned
 from mpp.hardware import device_of
+from mpp.jsons import encoded
 from mpp.loop import build_optimizer, steps_of, update
-from mpp.models.encoders import build_encoder
-from mpp.models.trunk import Block
-from mpp.objectives import build_objective
-from mpp.objectives.base import Objective
 from mpp.recipe import Recipe
 from mpp.remote.urls import is_url
 from mpp.run.start import at_start, with_index
@@ -32,8 +28,8 @@ from mpp.shards.index import Index, splits
 from mpp.train_config import Execution
 
 MEASURED_STEPS = 5  # after one that is not counted
-COUNTED = 2  # images on which costs are counted: batch norm takes no single one
 MIB = 2**20
+FORMAT = 1  # of the JSON
 
 
 class RandomImages:
@@ -55,140 +51,88 @@ class RandomImages:
             yield self.batch
 
 
-def plan(recipe: Recipe, *, measure: bool = False) -> str:
-    """A table of what the recipe takes; `measure` times a few of its steps on this machine."""
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe takes, as lines and as figures."""
+
+    rows: list[tuple[str, str]]
+    figures: dict[str, Any]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in self.rows)
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, encoded(self.figures, indent=1))
+
+
+def plan(recipe: Recipe, *, measure: bool = False, fleet: Fleet | None = None) -> Plan:
+    """What the recipe takes on this machine, or on many GPUs; `measure` times a few of its steps on this machine.
+
+    Raises PlanError for GPUs among which the batch can't be divided, and for a speed of another device or recipe.
+    """
+    if fleet and measure:
+        fleet.check_device(device_name(recipe), "--measure")
     index = trained_on(recipe)
     images, steps = length(recipe, index)
     if index is not None:
         recipe = with_index(recipe, index).in_steps(epoch_of(len(index), recipe.data))
-    execution = choose(at_start(recipe), RandomImages(recipe, recipe.train.batch), recipe.train)
-    trained, others = parameters(recipe), parameters(recipe, trained=False)
+    totals, rows = counted_rows(recipe)
+    figures = {"format": FORMAT, "recipe": recipe.name, "batch": recipe.train.batch, "images": images, **totals}
+    figures["versions"] = {name: importlib.metadata.version(name) for name in ("mpp", "torch")}
+    execution = None
+    if measure or not fleet:
+        execution = choose(at_start(recipe), RandomImages(recipe, recipe.train.batch), recipe.train)
+    if execution and not fleet:
+        rows.append(("micro-batch", f"{execution.micro_batch} of {recipe.train.batch} images, {execution.precision}"))
+        kept = activation_bytes(recipe, execution)
+        rows.append(("memory", memory(recipe, totals["parameters"], totals["not_trained"], kept)))
+    rows += [*steps, ("rate", schedule(recipe))]
+    if images:
+        rows.append(("FLOPs in all", f"{totals['flops_an_image'] * images:.3g}"))
+    if execution and measure:
+        speed = measured(recipe, execution)
+        figures["measured"] = {"device": device_name(recipe), "images/s": speed, **asdict(execution)}
+        rows.append(("speed here", f"{speed:,.1f} images/s on {device_of(recipe.train.device)}"))
+        if images:
+            rows.append(("time here", f"{duration(images / speed)} without evaluation"))
+        if fleet:
+            fleet = replace(fleet, measured=Measured(device_name(recipe), speed, totals["flops_an_image"], "--measure"))
+    if fleet:
+        more, estimated = planned(recipe, fleet, totals, images, duration)
+        rows, figures = rows + more, figures | estimated
+    return Plan(rows, figures)
+
+
+def counted_rows(recipe: Recipe) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Parameters and FLOPs of the recipe: all together by name, and the lines that say them by part."""
+    trained, others, flops = parameters(recipe), parameters(recipe, trained=False), cost(recipe)
     rows = []
     for name, counts in {"parameters": trained, "not trained": others}.items():
         if counts:
             rows.append((name, f"{sum(counts.values()):,}"))
             rows += [(f"  {part}", f"{count:,}") for part, count in counts.items()]
-    flops, activations = cost(recipe), activation_bytes(recipe, execution)
     if recipe.view_sizes:
         sizes = Counter(f"{height}x{width}" for height, width in [recipe.model.image, *recipe.view_sizes])
         rows.append(("views", ", ".join(f"{count} of {size}" for size, count in sizes.items())))
     rows.append(("FLOPs an image", f"{flops / 1e9:.3g} GFLOP (matrix products, forward and backward)"))
-    rows.append(("micro-batch", f"{execution.micro_batch} of {recipe.train.batch} images, {execution.precision}"))
-    rows.append(("memory", memory(recipe, sum(trained.values()), sum(others.values()), activations)))
-    rows += [*steps, ("rate", schedule(recipe))]
-    if images:
-        rows.append(("FLOPs in all", f"{flops * images:.3g}"))
-    if measure:
-        speed = measured(recipe, execution)
-        rows.append(("speed here", f"{speed:,.1f} images/s on {device_of(recipe.train.device)}"))
-        if images:
-            rows.append(("time here", f"{duration(images / speed)} without evaluation"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+    totals = {"parameters": sum(trained.values()), "not_trained": sum(others.values()), "flops_an_image": flops}
+    return totals, rows
 
 
-def on_meta(recipe: Recipe) -> Objective:
-    """The recipe's objective on torch's "meta" device, which has shapes and no numbers."""
-    with torch.device("meta"):
-        return build_objective(build_encoder(recipe.model), recipe.objective)
-
-
-def parameters(recipe: Recipe, *, trained: bool = True) -> dict[str, int]:
-    """Parameters of each part of the encoder and of the objective: those that are trained, or the others."""
-    counts: dict[str, int] = {}
-    for name, parameter in on_meta(recipe).named_parameters():
-        if parameter.requires_grad == trained:
-            part = ".".join(name.split(".")[: 2 if name.startswith("encoder.") else 1])
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
-
-
-def cost(recipe: Recipe) -> int:
-    """FLOPs of one image, forward and backward, with what activation checkpointing computes twice.
-
-    Counted, not computed: the objective runs on torch's "meta" device, which has shapes and no numbers.
-    """
-    objective = on_meta(recipe)
-    objective.encoder.activation_checkpointing = recipe.train.activation_checkpointing
-    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=COUNTERS) as counter:
-        loss, _ = objective(noise(recipe, COUNTED))
-        loss.backward()
-    return counter.get_total_flops() // COUNTED
-
-
-def convolution_backward_flops(
-    gradient: Sequence[int], images: Sequence[int], weight: Sequence[int], *settings: Any, **shapes: Any
-) -> int:
-    """FLOPs of the gradients of a convolution: those of its forward pass for each that is wanted.
-
-    PyTorch's own count takes a depthwise convolution for a whole one.
-    """
-    return 2 * math.prod(gradient) * math.prod(weight[1:]) * sum(settings[7][:2])
-
-
-COUNTERS = {torch.ops.aten.convolution_backward: convolution_backward_flops}
-
-
-def activation_bytes(recipe: Recipe, execution: Execution) -> int:
-    """Bytes that the forward pass of a micro-batch keeps for the backward pass, in the precision of the recipe.
-
-    Here the objective runs on stand-ins for the device's tensors, on which PyTorch chooses the kernels that it would
-    choose there: a fused one keeps no scores of attention. With activation checkpointing a block keeps its input, and
-    the largest block all else too, once.
-    """
-    blocks: dict[str, int] = {}  # bytes first kept in a block
-    inputs = 0
-    seen: set[int] = set()
-    tensors: list[Tensor] = []  # alive, so that no two have the same address
-    inside = ""
-
-    def keep(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        if (key := id(tensor.untyped_storage())) not in seen:
-            seen.add(key)
-            blocks[inside] = blocks.get(inside, 0) + tensor.untyped_storage().nbytes()
-        return tensor
-
-    def enter(name: str, block: nn.Module, given: tuple[Any, ...]) -> None:
-        nonlocal inside, inputs
-        inside, inputs = name, inputs + given[0].untyped_storage().nbytes()
-
-    def leave(block: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal inside
-        inside = ""
-
-    objective = on_meta(recipe)
+def device_name(recipe: Recipe) -> str:
+    """The device of the recipe on this machine, a GPU as PyTorch names it."""
     device = device_of(recipe.train.device)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        objective.to_empty(device=device)
-        for name, block in objective.encoder.named_modules():
-            if isinstance(block, Block):
-                block.register_forward_pre_hook(partial(enter, name))
-                block.register_forward_hook(leave)
-        seen.update(id(parameter.untyped_storage()) for parameter in objective.parameters())
-        config, eager = replace(recipe.train, activation_checkpointing=False), replace(execution, compile=False)
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            forward_pass(objective, config, eager)(noise(recipe, execution.micro_batch))
-    outside = blocks.pop("", 0)
-    if recipe.train.activation_checkpointing:
-        return outside + inputs + max(blocks.values(), default=0)
-    return outside + sum(blocks.values())
-
-
-def noise(recipe: Recipe, images: int, make: Callable[..., Tensor] = torch.empty) -> Batch:
-    """A batch of that many images in the shapes that the recipe reads; by default nothing is written to it."""
-    shapes = [(images, recipe.model.channels, *size) for size in (recipe.model.image, *recipe.view_sizes)]
-    first, *views = (make(shape, dtype=torch.uint8) for shape in shapes)
-    return Batch(first, torch.zeros(images, dtype=torch.int64), tuple(views))
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def memory(recipe: Recipe, trained: int, others: int, activations: int) -> str:
-    """An estimate: parameters, gradients, Adam's two averages and a running one, and a micro-batch's activations.
+    """An estimate: parameters, gradients, the optimizer's averages and a running one, and a micro-batch's activations.
 
     What is not trained, such as a teacher, has neither gradients nor averages of the optimizer.
     """
-    averaged = int(recipe.train.ema > 0)
-    state = 4 * (trained * (4 + averaged) + others * (1 + averaged)) / MIB
+    running = int(recipe.train.ema > 0)
+    state = 4 * (trained * (2 + averages(recipe.train) + running) + others * (1 + running)) / MIB
     kept = activations / MIB
     return f"about {state + kept:,.0f} MiB: {state:,.0f} of parameters and optimizer, {kept:,.0f} of activations"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mpp import jsons
 from mpp.errors import cause
 from mpp.heartbeat import Heartbeat
-from mpp.launch import Agreed, Ended, Launch, LaunchError, cores, launched
+from mpp.launch import Agreed, Ended, Launch, LaunchError, launched, own_cores
 
 T = TypeVar("T")
 ONE = Launch()
@@ -168,7 +168,7 @@ def together(device: str, minutes: float) -> Iterator[Ranks]:
     if device == "cuda" and launch.local < torch.cuda.device_count():
         torch.cuda.set_device(launch.local)
     before = torch.get_num_threads()
-    torch.set_num_threads(cores())
+    torch.set_num_threads(own_cores())
     try:
         yield _here
         _here.wait()  # nobody leaves while another one may still ask

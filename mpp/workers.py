@@ -9,6 +9,11 @@ from contextlib import contextmanager
 PATIENCE = 3.0  # seconds that threads have to end after a command has
 
 
+def cores() -> int:
+    """How many CPU cores this process may use: those of `taskset`, a container's cpuset or a batch system."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def workers(count: int | None = None, name: str = "") -> Iterator[ThreadPoolExecutor]:
     """A pool that is waited for at its end, but not after an error or Ctrl-C: a thread may hang in a read for ever."""

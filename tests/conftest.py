@@ -10,6 +10,7 @@ from PIL import Image
 
 from mpp.batch import Batch
 from mpp.eval import PROTOCOLS
+from mpp.execution import WORKSPACE
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.objectives import OBJECTIVES
@@ -29,6 +30,13 @@ def fixed_seed() -> None:
 def inside_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes an empty folder the working directory."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test set the variable that cuBLAS reads, and takes it away again."""
+    monkeypatch.setenv(WORKSPACE, "")
+    monkeypatch.delenv(WORKSPACE)
 
 
 @pytest.fixture

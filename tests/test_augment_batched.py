@@ -304,6 +304,11 @@ def test_all_of_it_happens_on_the_device_of_the_images():
 def test_a_gpu_gives_the_cpus_pictures_but_for_rounding():
     images = samples((45, 60))
     plan = plan_of(STRONG, images, (24, 32))
-    expected = augment(images, plan, (24, 32))
-    for found in (augment(images.cuda(), plan, (24, 32)), augment([image.cuda() for image in images], plan, (24, 32))):
-        assert (differences(found.cpu(), expected) > 1).float().mean() < 0.01
+    found = augment(images.cuda(), plan, (24, 32))
+    assert (differences(found.cpu(), augment(images, plan, (24, 32))) > 1).float().mean() < 0.01
+    # From a list, torchvision crops: on a CPU with weights of 16 bits and twice rounded, on a GPU in float32 and once.
+    cropped = [v2.resized_crop(*both, [24, 32], antialias=True) for both in zip_boxes(images.float(), plan.boxes)]
+    rest = replace(plan, boxes=np.tile([0, 0, 24, 32], (len(images), 1)))
+    found = augment([image.cuda() for image in images], plan, (24, 32))
+    expected = augment(torch.stack(cropped).round().clamp(0, 255).to(torch.uint8), rest, (24, 32))
+    assert (differences(found.cpu(), expected) > 1).float().mean() < 0.01

@@ -1,9 +1,11 @@
 """Batches made on a device: the same images and draws as on the CPU. A CPU stands for the device here."""
 
+import functools
 import shutil
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from conftest import picture_folder
 
@@ -113,7 +115,9 @@ def test_a_device_that_fails_leaves_pictures_to_the_cpu(small_shards, monkeypatc
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
 @pytest.mark.parametrize("reader", ["resident", "indexed"])
-def test_on_cuda_pictures_are_those_of_the_cpu(small_shards, reader):
+def test_on_cuda_pictures_are_those_of_the_cpu(small_shards, reader, monkeypatch):
+    if reader == "indexed":  # nvJPEG decodes, and enlarges half-size colours plainly
+        monkeypatch.setattr(simplejpeg, "decode_jpeg", functools.partial(simplejpeg.decode_jpeg, fastupsample=True))
     config = DataConfig(str(small_shards), augment=CROPS, reader=reader)
     index = read_index(small_shards, "train")
     on_cpu, on_cuda = (
@@ -122,4 +126,4 @@ def test_on_cuda_pictures_are_those_of_the_cpu(small_shards, reader):
     )
     for step in range(6):
         ours, theirs = on_cpu.at(step).images.int(), on_cuda.at(step).images.cpu().int()
-        assert (ours - theirs).abs().float().mean().item() < 1, "nvJPEG's inverse DCT rounds as it likes"
+        assert (ours - theirs).abs().float().mean().item() < 0.5, "nvJPEG's inverse DCT rounds as it likes"

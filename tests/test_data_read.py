@@ -1,3 +1,4 @@
+import os
 import shutil
 import threading
 
@@ -13,6 +14,7 @@ from mpp.decode import decode
 from mpp.seeds import permutation
 from mpp.shards.index import ShardError, read_index
 from mpp.shards.write import make_shards
+from mpp.workers import cores
 
 PLAIN = AugmentConfig(crop="none", flip=False)
 
@@ -228,3 +230,14 @@ def test_auto_keeps_in_memory_what_fits(small_shards):
 
     assert isinstance(read_shards(small_shards, 4)._images, Resident)
     assert not isinstance(read_shards(small_shards, 4, memory=1e-6)._images, Resident)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system gives no process cores of its own")
+def test_one_thread_for_each_core_that_the_process_may_use():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert cores() == len(before)

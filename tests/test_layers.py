@@ -17,23 +17,24 @@ LAYERS = [
     {"cli"},
     {"eval"},
     {"plan", "export"},
-    {"run"},
+    {"run", "fleet"},
+    {"counts"},
     {"loop", "recipe", "weights"},
     {"execution", "begun"},
     {"objectives"},
     {"optim", "checkpoint", "log", "watch", "models", "masks", "mixing", "targets", "data"},
     {"shards", "augment"},
     {"remote", "decode_cuda"},
-    {"decode"},
-    {"files", "differing", "hardware", "extend", "finite", "workers"},
-    {"jsons", "draws"},
-    {"batch", "seeds", "errors", "hints", "budget", "train_config"},
+    {"decode", "ranks"},
+    {"files", "differing", "hardware", "extend", "finite", "heartbeat", "estimate"},
+    {"jsons", "draws", "launch"},
+    {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices", "workers"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (
     "mpp.train_config", "mpp.extend", "mpp.recipe", "mpp.data.config", "mpp.augment.config", "mpp.objectives",
     "mpp.models.vit_config", "mpp.models.trunk_config", "mpp.models.resnet_config", "mpp.models.encoders",
-    "mpp.eval.probes.protocols", "mpp.eval.compare.arms",
+    "mpp.eval.probes.protocols", "mpp.eval.compare.arms", "mpp.estimate",
 )  # fmt: skip
 
 

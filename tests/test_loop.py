@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import subprocess
+import sys
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -16,7 +20,7 @@ from mpp import checkpoint
 from mpp.batch import Batch
 from mpp.checkpoint import CheckpointError
 from mpp.data.read import read_shards
-from mpp.execution import choose, forward_pass
+from mpp.execution import WORKSPACE, _largest_that_fits, choose, forward_pass
 from mpp.hardware import multiplies_bfloat16
 from mpp.loop import build_optimizer, train, update
 from mpp.models.cnn import ResNet
@@ -533,15 +537,72 @@ def test_a_gpu_trains_compiled_in_bfloat16_with_the_micro_batch_that_fits(images
 
 @NO_CUDA
 def test_a_deterministic_run_on_a_gpu_goes_on_bit_for_bit(images, tmp_path):
-    config = TrainConfig(steps=6, batch=20, lr=1e-3, device="cuda", save_every=3, deterministic=True, compile=False)
-    try:
-        fit(tmp_path / "whole", images, config)
-        with pytest.raises(PowerCut):
-            fit(tmp_path / "halves", Cut(images, after=5), config)
-        fit(tmp_path / "halves", images, config)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    config = TrainConfig(steps=6, batch=20, lr=1e-3, device="cuda", save_every=3, deterministic=True)
+    fit(tmp_path / "whole", images, config)
+    with pytest.raises(PowerCut):
+        fit(tmp_path / "halves", Cut(images, after=5), config)
+    fit(tmp_path / "halves", images, config)
     assert digests(tmp_path / "halves", 6) == digests(tmp_path / "whole", 6)
+
+
+@NO_CUDA
+@pytest.mark.parametrize("variable", [None, ":4096:8"])
+def test_deterministic_after_other_work_on_cuda_needs_a_variable(variable):
+    script = """if True:
+        import torch, mpp
+        from mpp.execution import be_deterministic
+        torch.ones(4, 4, device="cuda") @ torch.ones(4, 4, device="cuda")
+        be_deterministic(mpp.TrainConfig(steps=1, device="cuda", deterministic=True))
+    """
+    env = {name: value for name, value in os.environ.items() if name != WORKSPACE}
+    env |= {WORKSPACE: variable} if variable else {}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    expected = (
+        "" if variable else "HardwareError: train.deterministic: CUDA was in use before; start Python with CUBLAS"
+    )
+    assert done.stderr.strip().rpartition("\n")[2][: len(expected)] == expected
+    assert (done.returncode == 0) == bool(variable)
+
+
+@pytest.mark.usefixtures("no_workspace")
+def test_cuda_is_prepared_before_choices_use_it(monkeypatch):
+    """cuBLAS reads the variable once, so that after the first choice that may compute on a GPU it is too late."""
+    monkeypatch.setattr("mpp.execution.multiplies_bfloat16", lambda device: os.environ[WORKSPACE])
+    assert choose(masked(), None, replace(FEW, deterministic=True, precision="auto")).precision == "bfloat16"
+
+
+@pytest.mark.usefixtures("no_workspace")
+def test_a_deterministic_run_is_not_compiled_unless_told_so(monkeypatch):
+    monkeypatch.setattr("mpp.execution.device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("mpp.execution.multiplies_bfloat16", lambda device: True)
+    config = replace(FEW, compile=None)
+    found = [
+        choose(masked(), None, replace(config, deterministic=deterministic, compile=compile)).compile
+        for deterministic, compile in ((False, None), (True, None), (True, True))
+    ]
+    assert found == [True, False, True]
+
+
+def test_a_share_of_a_gpus_memory_stays_free(monkeypatch, images):
+    """A CPU stands for the GPU: what is held while micro-batches are tried."""
+    held: list[weakref.ref] = []
+
+    def empty(*size, **settings):
+        tensor = torch.zeros(*size, **settings)
+        held.append(weakref.ref(tensor))
+        return tensor
+
+    def forward(batch):
+        assert 80_000 in [one().nbytes for one in held if one() is not None], "0.08 of the memory is held"
+        if len(batch) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros((), requires_grad=True), {}
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400_000, 1_000_000))
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr("mpp.execution.forward_pass", lambda *_: forward)
+    whole = Execution("float32", False, 1, 20)
+    assert _largest_that_fits(masked(), images, FEW, whole, [20, 10, 5, 4]) == 5
 
 
 def test_a_device_that_is_not_there_is_named(images, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpp.models.layers import put, take
-from mpp.models.mixers import MIXERS
+from mpp.models.mixers import MIXERS, Places
 from mpp.models.positions import POSITIONS
 from mpp.models.resnet_config import ResNetConfig
 from mpp.models.stems import STEMS
@@ -401,3 +401,11 @@ def test_the_decoder_of_the_page_runs_as_it_is_printed():
     names: dict = {}
     exec(code.replace("decoder.encode(", "found = decoder.encode("), names)
     assert names["found"].shape == (2, 48, 64)
+
+
+def test_layer_scale_keeps_the_stream_in_bfloat16():
+    """Autocast casts no product, so that float32 scales would make the stream float32 from the first block on."""
+    trunk = Trunk(config_of(layer_scale=0.1), GRID)
+    tokens = torch.randn(2, N, WIDTH, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert trunk.blocks[0](tokens, Places(GRID, 0)).dtype == torch.bfloat16

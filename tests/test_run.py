@@ -16,8 +16,10 @@ import torch
 import yaml
 from tiny_runs import LABELS, digests, finished, metrics, run, small_disk, small_splits, start, write_recipe
 
+from mpp.execution import WORKSPACE
 from mpp.files import sealed, unsealed
 from mpp.recipe import load_recipe
+from mpp.recipe.settled import RunError
 from mpp.shards.build import index_folder
 from mpp.shards.index import read_index, write_index
 from mpp.weights import load_encoder
@@ -50,6 +52,39 @@ def refused(*arguments: object) -> str:
     result = run(*arguments)
     assert result.code == 2, result
     return result.line
+
+
+# On a GPU, for which a CPU stands
+
+
+@pytest.mark.usefixtures("no_workspace")
+def test_cuda_is_prepared_before_images_are_opened(tmp_path, monkeypatch):
+    """cuBLAS reads the variable once, and where pictures are made may be found out on the GPU."""
+
+    def opened(*_: object):
+        raise RunError(f"opened with {os.environ.get(WORKSPACE)}")
+
+    monkeypatch.setattr("mpp.run.open_images", opened)
+    path = write_recipe(tmp_path, tmp_path)
+    assert refused("pretrain", path, f"out={tmp_path}/a").endswith("opened with None")
+    assert refused("pretrain", path, f"out={tmp_path}/b", "train.deterministic=true").endswith("opened with :4096:8")
+
+
+def test_scoring_makes_no_graphs_of_its_own(tmp_path, monkeypatch):
+    """Compiled in place, an objective would be compiled again without gradients, and for the last, smaller batch."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compile(module, backend=backend))
+    torch.compiler.reset()
+    recipe, out = write_recipe(tmp_path, small_splits(tmp_path), LABELS), tmp_path / "run"
+    options = ("train.compile=true", "train.batch=24", "train.micro_batch=12")  # 20 images are scored
+    assert run("pretrain", recipe, f"out={out}", *options).code == 0
+    assert len([line for line in metrics(out) if "val/loss" in line]) == 3
+    assert len(graphs) == 1
 
 
 # The whole path

@@ -122,7 +122,7 @@ def left(out) -> dict[str, bytes]:
 
 
 SPEED = ("images/s", "waiting", "memory")
-SEED_OF, GRID = "mpp.run.evaluation.seed_of", "mpp.log.picture_grid"  # called once a batch scored, once a grid made
+DRAWING, GRID = "mpp.run.evaluation.drawing", "mpp.log.picture_grid"  # called once a batch scored, once a grid made
 SCORED = "eval: {every: 2, images: 20}\n"
 
 
@@ -138,7 +138,7 @@ def scored(splits, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("place", "time", "step"), [(SEED_OF, 3, 2), (SEED_OF, 13, 6), (SEED_OF, 15, 6), (GRID, 1, 2), (GRID, 3, 6)]
+    ("place", "time", "step"), [(DRAWING, 3, 2), (DRAWING, 13, 6), (DRAWING, 15, 6), (GRID, 1, 2), (GRID, 3, 6)]
 )
 def test_a_signal_while_scoring_or_painting_is_obeyed_and_the_next_start_does_what_is_missing(
     place, time, step, number, scored, tmp_path, monkeypatch

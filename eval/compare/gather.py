@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from mpp.counts import cost
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import drawn
 from mpp.errors import cause, without_secrets
 from mpp.log import read_metrics
 from mpp.loop import steps_of
 from mpp.models.encoders import build_encoder
-from mpp.plan import cost
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import RunError, load_settled

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from mpp.devices import DEVICES
 from mpp.errors import UserError, printable
 from mpp.launch import Ended, launched
 
@@ -126,12 +127,24 @@ def stoppable(work: Callable[[], T]) -> T:
 
 
 def plan(options: argparse.Namespace) -> None:
+    from mpp.estimate import PlanError, part_of
     from mpp.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    if options.device is None and (options.gpus or options.measured):
+        given = f"--gpus {options.gpus}" if options.gpus else "--measured"
+        raise PlanError(f"{given}: give the kind of GPU as well: --device {', '.join(DEVICES)}")
+    part_of(recipe.train.batch, options.gpus or 1)
+    from mpp.fleet import Fleet, load_measured
     from mpp.plan import plan
 
-    print(plan(recipe, measure=options.measure))
+    fleet = None
+    if options.device:
+        fleet = Fleet(options.gpus or 1, options.device, options.measured and load_measured(options.measured))
+    planned = plan(recipe, measure=options.measure, fleet=fleet)
+    print(printable(planned))
+    if options.json:
+        planned.save(options.json)
 
 
 def probe(options: argparse.Namespace) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpp.cli import commands
+from mpp.devices import DEVICES
 from mpp.errors import shown, without_secrets
 from mpp.eval.probes.protocols import PROTOCOLS, cheap
 
 Group = Any  # what `add_subparsers` gives
 Command = Callable[[argparse.Namespace], None]
 
+MOST_GPUS = 100_000  # of a plan
 FORMATS = "timm, huggingface, google (.npz), safetensors (mpp's own), export (torch.export) or onnx"
 # Taken out before anything else is parsed, as it adds to what can be chosen: this is for the help alone.
 IMPORT: dict[str, Any] = {
@@ -129,6 +131,19 @@ def _training(verbs: Group) -> None:
         help = "go on from the whole state of this run, or of a checkpoint of it: longer, or with another rate"
         added.add_argument("--continue", dest="continues", type=Path, metavar="RUN", help=help)
     plan.add_argument("--measure", action="store_true", help="time a few steps on this machine")
+    help = "estimate memory by part, time of a step and length of the run on N of these (docs/scaling.md)"
+    plan.add_argument("--device", choices=tuple(DEVICES), help=help)
+    plan.add_argument("--gpus", type=gpus, metavar="N", help="how many; default: one")
+    help = "a speed from what --measure --json wrote on one such GPU, instead of an assumed one"
+    plan.add_argument("--measured", type=Path, metavar="FILE", help=help)
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+
+
+def gpus(text: str) -> int:
+    """A number of GPUs."""
+    if not text.strip().isdecimal() or not 1 <= (found := int(text)) <= MOST_GPUS:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST_GPUS:,}, got {shown(text)!r}")
+    return found
 
 
 def sides(text: str) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Pictures of a plain folder or archive, read by the code that reads shards, from an index that is never saved."""
 
 import logging
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from mpp.errors import cause, shown
 from mpp.shards.index import Index
 from mpp.shards.pictures import Indexed, Shards
 from mpp.shards.sources import READ_ERRORS, Files, Picture
-from mpp.workers import workers
+from mpp.workers import cores, workers
 
 logger = logging.getLogger("mpp.data")
 
@@ -64,7 +63,7 @@ def open_pictures(
     Their keys are their paths, their labels numbers of classes. The dictionary says of some, by number, why they are
     damaged or cannot be read, as far as their headers tell; others may turn out so when they are decoded.
     """
-    threads = os.cpu_count() or 1
+    threads = cores()
     with workers(threads, "look") as pool:
         seen = list(pool.map(lambda picture: _look(files, picture), pictures))
     damaged = {number: one.damage for number, one in enumerate(seen) if one.damage}

@@ -14,7 +14,7 @@ from mpp.data.batches import Batches, Part, Reading
 from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, ShuffleName, ViewConfig
 from mpp.data.order import Chain, Mixture, Order
 from mpp.files import cache_folder
-from mpp.launch import cores
+from mpp.launch import own_cores
 from mpp.remote.cache import Cache
 from mpp.shards.classes import relabelled
 from mpp.shards.index import Index, ShardError, merged, read_index
@@ -193,7 +193,7 @@ def _cache(index: Index, config: DataConfig) -> Cache | None:
 def _threads_for(index: Index) -> int:
     """One for each core of this process, but a single one for small images."""
     small = np.median(index.height.astype(np.int64) * index.width) <= SMALL_PIXELS
-    return 1 if small else cores()
+    return 1 if small else own_cores()
 
 
 def _common_size(index: Index) -> tuple[int, int]:

@@ -36,9 +36,14 @@ class Block(nn.Module):
         keys, part = places.keys, self.part
         mixed = self.mixer(self.norm1(tokens), places, at)
         tokens = tokens if at is None else take(tokens, at)
-        tokens = tokens + self.drop(mixed if self.scale1 is None else mixed * self.scale1, keys, part)
+        tokens = tokens + self.drop(_scaled(mixed, self.scale1), keys, part)
         mapped = self.mlp(self.norm2(tokens), keys, part + 1)
-        return tokens + self.drop(mapped if self.scale2 is None else mapped * self.scale2, keys, part + 2)
+        return tokens + self.drop(_scaled(mapped, self.scale2), keys, part + 2)
+
+
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    """A branch times its LayerScale, in the branch's dtype: autocast casts no product, and the stream would widen."""
+    return branch if scale is None else branch * scale.to(branch.dtype)
 
 
 class Trunk(nn.Module):

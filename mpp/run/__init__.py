@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpp.errors import counted, within_memory
-from mpp.execution import Once, at_once
+from mpp.execution import Once, at_once, prepare_cuda
 from mpp.files import claimed
 from mpp.hardware import device_kind
 from mpp.loop import train
@@ -29,6 +29,7 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
     once: makes the choices that are left to the machine, for `mpp compare` the same ones for all its runs.
     """
     out, alone = recipe.folder, once
+    prepare_cuda(recipe.train)
     with together(device_kind(recipe.train.device), recipe.train.timeout) as ranks, ExitStack() as stack:
         if ranks.leads:
             stack.enter_context(claimed(out, BUSY))

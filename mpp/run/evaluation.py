@@ -29,8 +29,8 @@ def evaluation(
     It gives nothing if it is asked to stop before. Raises TrainingError if the loss is not finite: whatever else was
     scored is worth nothing then. None where the recipe names no images to score on.
     """
-    # A batch that fits in memory, and is compiled already.
     ranks = here()
+    # A batch that fits in memory. Not compiled: another graph, and one more for its last part, take longer to make.
     batches = images.open_scored(min(execution.micro_batch * ranks.size, recipe.eval.images))
     if batches is None:
         return None

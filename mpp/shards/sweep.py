@@ -1,6 +1,5 @@
 """Once over many images, in the order in which they lie in their shards."""
 
-import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -11,7 +10,7 @@ from mpp.errors import shown
 from mpp.shards.index import Index
 from mpp.shards.pictures import Shards
 from mpp.shards.tar import ShardError
-from mpp.workers import workers
+from mpp.workers import cores, workers
 
 T = TypeVar("T")
 CHUNK = 64  # images of one task
@@ -28,7 +27,7 @@ def sweep(
     shards = Shards(index)
     chunks = [numbers[start : start + CHUNK].tolist() for start in range(0, len(numbers), CHUNK)]
     with (
-        workers(os.cpu_count()) as pool,
+        workers(cores()) as pool,
         tqdm(desc=f"{title} {shown(index.split)}", total=len(numbers), unit="image", disable=not progress) as bar,
     ):
         for chunk, result in zip(chunks, pool.map(lambda chunk: work(shards, chunk), chunks), strict=True):

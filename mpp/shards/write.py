@@ -26,6 +26,7 @@ from mpp.shards.labels import Classes
 from mpp.shards.prepare import Options, Prepared, prepared
 from mpp.shards.sources import fingerprint, open_source, size_of, understand
 from mpp.shards.tar import ShardError
+from mpp.workers import cores
 
 FINISHED = "make.json"  # what UNFINISHED becomes
 KEYS = "16 hex digits of the name's blake2b"  # what keys are made of; plans without it: running numbers
@@ -69,7 +70,7 @@ def make_shards(
 ) -> list[Index]:
     """Writes OUT/SPLIT-000000.tar ... and an index a split; goes on where an interrupted run stopped."""
     options, out = Options(labels, size, format, quality, mode, per_shard, shard_mib), Path(out)
-    threads = os.cpu_count() or 1 if workers is None else workers
+    threads = cores() if workers is None else workers
     if threads < 1:
         raise ShardError(f"workers must be at least 1, got {threads}")
     _refuse_as_source(Path(source), out)

@@ -185,6 +185,18 @@ def claimed(folder: Path, busy: str) -> Iterator[None]:
                     one.rmdir()  # goes only if it stayed empty
 
 
+def busy(folder: Path) -> bool:
+    """Whether another process holds a folder, by `claimed`, at this moment; what holds in the next, only that tells."""
+    try:
+        with (folder / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # above all, that nobody has made it
+        return False
+    return False
+
+
 def missing_folders(folder: Path) -> list[Path]:
     """A folder and those above it, as far as they are not there; the innermost first."""
     return list(itertools.takewhile(lambda one: not one.exists(), (folder, *folder.parents)))

@@ -1,5 +1,6 @@
 """What this machine can do, and the choices that follow from it."""
 
+import os
 import resource
 
 import torch
@@ -35,6 +36,15 @@ def device_of(name: DeviceName) -> torch.device:
             f"has {count}; start as many processes as it has GPUs (torchrun --nproc-per-node {count})"
         )
     return torch.device(kind, launch.local)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: by that itself where it is set."""
+    count = torch.cuda.device_count()  # takes none of them up
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(number) for number in range(count)]
+    return [name.strip() for name in named.split(",")][:count]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
 from mpp.ranks import ALONE, Ranks, Turn, here
+from mpp.saving import Writer, on_host
 from mpp.shards.classes import translation
 from mpp.shards.index import Index
 from mpp.train_config import Execution, LogConfig, TrainConfig
@@ -84,17 +85,18 @@ def train(
     forward = checked(objective, forward_pass(objective, config, execution), ranks)
     clock = Clock(config.lr)
     record = functools.cache(lambda: begun.write(folder, settings, execution))  # once, before the first checkpoint
-
-    def keep(step: int) -> None:
-        if ranks.leads:
-            record()
-            save(objective, optimizer, ema, folder, step, described, config.keep, kept)
-
     # Read once: the first batch of streamed shards may have to be fetched again.
     shown = functools.cache(lambda: next(images.at(0).split(PICTURED)).to(device))
     metrics_beside_bar = ("loss", *list(objective.config.metrics)[:1], "images/s")
     opened = Log(out, start, steps, log.tensorboard, metrics_beside_bar) if ranks.leads else Unlogged()
-    with opened as logger, stop_signals() as signals:
+    writer = Writer(folder, described, config.keep, kept)
+    with opened as logger, stop_signals() as signals, writer:
+
+        def keep(step: int) -> None:
+            if ranks.leads:
+                record()
+                writer.wait()  # before another copy of all there is
+                writer.write(step, snapshot(objective, optimizer, ema))
 
         def look(step: int, scores: bool, shows: bool) -> None:
             """Scores and shows what a step left, unless a signal comes: then the next start does it."""
@@ -118,6 +120,7 @@ def train(
                 stop = turn.stop
                 break
             step += 1
+            writer.check()
             batch = checked_batch(objective, placed(batch, turn), step).to(device)
             loss, norm, metrics = update(
                 forward, objective, optimizer, batch, config, execution.micro_batch, seed, step, ranks, turn.images
@@ -149,11 +152,13 @@ def train(
             if not stop:
                 look(step, scores, shows)
                 stop = sum(signals[:1]) if ranks.size == 1 else 0
+        if stop and step > start and not saves:
+            clock.check()
+            clock.check_tensors(step, lasting(objective, ema))
+            keep(step)
+        writer.wait()
+        stop = stop or ranks.turn(signals, ()).stop
         if stop:
-            if step > start and not saves:
-                clock.check()
-                clock.check_tensors(step, lasting(objective, ema))
-                keep(step)
             raise Interrupted(stop, step)
     adopt(objective, ema)
 
@@ -305,22 +310,13 @@ def resume(
     return step
 
 
-def save(
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    ema: list[Tensor],
-    folder: Path,
-    step: int,
-    described: dict[str, str],
-    keep: int,
-    kept: Collection[int],
-) -> None:
-    """Writes a checkpoint. described: of the encoder, which goes with the weights, so that they can be loaded alone."""
+def snapshot(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor]) -> checkpoint.State:
+    """What a checkpoint holds, in the CPU's memory: training goes on and changes what it is a copy of."""
     state = {"model": objective.state_dict(), "optimizer": checkpoint.optimizer_state(objective, optimizer)}
     if ema:
         # With what is not averaged, batch norm's counters, so that an encoder can be loaded from this file alone.
         state["ema"] = state["model"] | dict(zip(averaged(objective), ema, strict=True))
-    checkpoint.save(folder, step, state, described, keep, kept)
+    return on_host(state)
 
 
 def facts_of_result(objective: Objective) -> dict[str, object]:

@@ -16,6 +16,7 @@ from mpp.finite import all_finite, broken
 from mpp.hardware import peak_memory
 from mpp.launch import Agreed
 
+AT_ONCE = 1.0  # seconds in which signals are the same wish: a scheduler and a launcher may both send it
 # What to try where numbers are not finite any more.
 REMEDIES = "Try a lower train.lr (it is {lr:g}), a longer train.warmup, train.clip=1 or train.precision=float32"
 
@@ -39,10 +40,16 @@ def stop_signals() -> Iterator[list[int]]:
     They are SIGINT, SIGTERM, and SIGUSR1, by which SLURM can say that the time is nearly up.
     """
     signals: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal first
+        if not signals:
+            first = time.monotonic()
+            signals.append(number)
+        elif time.monotonic() - first > AT_ONCE:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:

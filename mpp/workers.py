@@ -11,7 +11,12 @@ PATIENCE = 3.0  # seconds that threads have to end after a command has
 
 def cores() -> int:
     """How many CPU cores this process may use: those of `taskset`, a container's cpuset or a batch system."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(allowed_cores())
+
+
+def allowed_cores() -> list[int]:
+    """Those cores, by number."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 @contextmanager

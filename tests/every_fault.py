@@ -115,6 +115,7 @@ class Places:
 
     def __init__(self, folder: Path, fault: str, place: int) -> None:
         self.folder, self.fault, self.place, self.count, self.last = str(folder), fault, place, 0, ""
+        self.counting = threading.Lock()  # checkpoints are written by a thread of their own
 
     def met(self, name: str, path: Any) -> None:
         if isinstance(path, int):
@@ -124,13 +125,15 @@ class Places:
         path = os.fsdecode(path)
         if not path.startswith(self.folder):
             return
-        self.count += 1
-        if self.count == self.place:
+        with self.counting:
+            self.count += 1
+            count = self.count
+        if count == self.place:
             self.last = f"{name} {os.path.basename(path)}"
             (Path(self.folder).parent / "call").write_text(self.last)
             if self.fault == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-        if self.count == self.place or (self.fault == "full disk" and self.count > self.place):
+        if count == self.place or (self.fault == "full disk" and count > self.place):
             number = errno.EIO if self.fault == "one error" else errno.ENOSPC
             raise OSError(number, os.strerror(number), path)
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"run", "fleet"},
     {"counts"},
     {"loop", "recipe", "weights"},
-    {"execution", "begun"},
+    {"execution", "begun", "saving"},
     {"objectives"},
     {"optim", "checkpoint", "log", "watch", "models", "masks", "mixing", "targets", "data"},
     {"shards", "augment"},

@@ -29,10 +29,11 @@ from tiny_runs import (
 )
 
 from mpp.data.read import read_shards
+from mpp.errors import Terminated, terminable
 from mpp.loop import train
 from mpp.models.vit import ViT
 from mpp.train_config import LogConfig
-from mpp.watch import Interrupted, TrainingError
+from mpp.watch import Interrupted, TrainingError, stop_signals
 
 
 @pytest.fixture
@@ -87,6 +88,18 @@ def test_a_signal_while_scoring_stops_after_that_step_which_is_saved(images, tmp
     assert caught.value.number == signal.SIGTERM
     assert digests(tmp_path, 2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_signals_at_once_are_one_and_a_later_one_stops_at_once(monkeypatch):
+    with terminable(), stop_signals() as signals:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert signals == [signal.SIGTERM], "the loop ends in order"
+        now = time.monotonic()
+        monkeypatch.setattr("mpp.watch.time.monotonic", lambda: now + 60)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals == [signal.SIGTERM]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +178,7 @@ def test_what_was_scored_is_not_scored_again_by_another_start(scored, tmp_path, 
     recipe, whole = scored
     for _ in range(3):
         assert run("pretrain", recipe, f"out={tmp_path / 'run'}").code == 0
-        monkeypatch.setattr(*in_module(SEED_OF), lambda *_: pytest.fail("scored again"))
+        monkeypatch.setattr(*in_module(DRAWING), lambda *_: pytest.fail("scored again"))
     assert left(tmp_path / "run") == whole
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from mpp.devices import DEVICES
-from mpp.errors import UserError, printable
+from mpp.errors import UserError, counted, printable
 from mpp.launch import Ended, launched
 
 if TYPE_CHECKING:
@@ -166,15 +166,24 @@ def probe(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     from mpp.eval.compare.arms import load_comparison
+    from mpp.eval.compare.processes import leave_with_parent, places
 
+    if options.worker is not None:
+        leave_with_parent()
     load_comparison(options.recipe, options.overrides)  # before torch is imported: what is misspelt is answered at once
-    from mpp.eval.compare.compare import compare
+    from mpp.eval.compare.compare import compare, take_part
     from mpp.eval.compare.summary import table
 
-    out, results = stoppable(lambda: compare(options.recipe, options.overrides))
+    if options.worker is not None:
+        return stoppable(lambda: take_part(options.recipe, options.overrides, options.worker))
+    count = options.gpus or options.processes
+    at = places(count, gpus=options.gpus is not None) if count else ()
+    out, results = stoppable(lambda: compare(options.recipe, options.overrides, at))
     print(printable(table(results)))
     print(f"{out}/report.html: the report, for a browser; {out}/results.json: every figure")
-    if results["failures"]:
+    if left := results["unfinished"]:
+        print(f"mpp: {counted(len(left), 'run')} not done; run the same command again to go on", file=sys.stderr)
+    if results["failures"] or left:
         raise SystemExit(1)
 
 

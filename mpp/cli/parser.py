@@ -14,7 +14,7 @@ from mpp.eval.probes.protocols import PROTOCOLS, cheap
 Group = Any  # what `add_subparsers` gives
 Command = Callable[[argparse.Namespace], None]
 
-MOST_GPUS = 100_000  # of a plan
+MOST = 100_000  # GPUs or processes
 FORMATS = "timm, huggingface, google (.npz), safetensors (mpp's own), export (torch.export) or onnx"
 # Taken out before anything else is parsed, as it adds to what can be chosen: this is for the help alone.
 IMPORT: dict[str, Any] = {
@@ -130,19 +130,25 @@ def _training(verbs: Group) -> None:
         added.add_argument("--from", dest="weights", type=Path, metavar="WEIGHTS", help="start from this encoder")
         help = "go on from the whole state of this run, or of a checkpoint of it: longer, or with another rate"
         added.add_argument("--continue", dest="continues", type=Path, metavar="RUN", help=help)
+    shared = compare.add_mutually_exclusive_group()
+    help = "so many processes, each with one GPU, share the runs (docs/evaluation.md)"
+    shared.add_argument("--gpus", type=number, metavar="N", help=help)
+    help = "so many processes share the runs and the cores, and take turns on the GPUs if there are any"
+    shared.add_argument("--processes", type=number, metavar="N", help=help)
+    shared.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # one of those: the file that its failures go to
     plan.add_argument("--measure", action="store_true", help="time a few steps on this machine")
     help = "estimate memory by part, time of a step and length of the run on N of these (docs/scaling.md)"
     plan.add_argument("--device", choices=tuple(DEVICES), help=help)
-    plan.add_argument("--gpus", type=gpus, metavar="N", help="how many; default: one")
+    plan.add_argument("--gpus", type=number, metavar="N", help="how many; default: one")
     help = "a speed from what --measure --json wrote on one such GPU, instead of an assumed one"
     plan.add_argument("--measured", type=Path, metavar="FILE", help=help)
     plan.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
 
 
-def gpus(text: str) -> int:
-    """A number of GPUs."""
-    if not text.strip().isdecimal() or not 1 <= (found := int(text)) <= MOST_GPUS:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST_GPUS:,}, got {shown(text)!r}")
+def number(text: str) -> int:
+    """A number of GPUs or processes."""
+    if not text.strip().isdecimal() or not 1 <= (found := int(text)) <= MOST:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST:,}, got {shown(text)!r}")
     return found
 
 

@@ -75,6 +75,7 @@ def train(
     kept = kept_steps(config)
     execution = execution or choose(objective, images, config)
     torch.set_num_threads(execution.threads)
+    ranks.announce(execution.threads, device)
     be_deterministic(config)
     objective.to(device).train()
     ranks.spread(objective.state_dict().values())

@@ -7,7 +7,10 @@ from typing import Any
 from mpp.errors import shown, without_secrets
 
 # Settings that change how a run goes, but not what it computes.
-FREE = ("out", "log.", "train.save_every", "train.keep", *(f"data.{name}" for name in ("threads", "reader", "memory")))
+FREE = (
+    "out", "log.", *(f"train.{name}" for name in ("save_every", "keep", "timeout", "shard")),
+    *(f"data.{name}" for name in ("threads", "reader", "memory")),
+)  # fmt: skip
 FETCHING = ("data.cache", "data.cache_gib", "data.allow")
 
 

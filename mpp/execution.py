@@ -17,6 +17,7 @@ from mpp.data.loader import Images
 from mpp.devices import ROOM
 from mpp.hardware import HardwareError, device_of, multiplies_bfloat16
 from mpp.objectives.base import Objective
+from mpp.ranks import Ranks, here
 from mpp.seeds import seed_of
 from mpp.train_config import Execution, TrainConfig
 from mpp.watch import TrainingError
@@ -87,6 +88,31 @@ def _seed_generators(seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
 
 
+def generators(device: torch.device) -> Tensor:
+    """The state of torch's generators from which something on a device may draw."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return torch.cat([state.cpu() for state in states])
+
+
+def check_shares(objective: Objective, config: TrainConfig, ranks: Ranks) -> None:
+    """Raises TrainingError for what several processes can't train together."""
+    part, rest = divmod(config.batch, ranks.size)
+    if rest:
+        raise TrainingError(
+            f"train.batch ({config.batch}) must be a multiple of the number of processes, which is {ranks.size}"
+        )
+    if ranks.size > 1 and objective.needs.pairs and part % 2:
+        raise TrainingError(
+            f"train.batch ({config.batch}) gives each of {ranks.size} processes {part} images, which must be even: "
+            f"{objective.config.name} mixes each with its neighbour"
+        )
+    if ranks.size > 1 and objective.encoder.looks_across_batch and device_of(config.device).type != "cuda":
+        raise TrainingError(
+            "batch norm looks across the whole batch, which several processes share on GPUs alone (torch's "
+            "SyncBatchNorm); take model.norm: group, or one process"
+        )
+
+
 def at_once(what: str, choose: Callable[[], Any]) -> Any:
     """Makes a choice where it is asked for."""
     return choose()
@@ -141,7 +167,9 @@ def choose(objective: Objective, batches: Images, config: TrainConfig, once: Onc
         # Compiled, sums are taken in an order that each process finds out by measuring.
         compile = not config.deterministic and once("compile", lambda: device.type == "cuda")
     threads = config.threads or once("threads", torch.get_num_threads)
-    whole = Execution(precision, compile, threads, config.batch)
+    part = config.batch // here().size  # what this process reads of a batch
+    check_shares(objective, config, here())
+    whole = Execution(precision, compile, threads, config.batch if objective.needs.whole_batch else part)
     if objective.needs.whole_batch and micro_batch not in ("auto", config.batch):
         raise ValueError(
             f"train.micro_batch ({micro_batch}) must be train.batch ({config.batch}): "
@@ -161,9 +189,10 @@ def choose(objective: Objective, batches: Images, config: TrainConfig, once: Onc
 
 def _micro_batch(objective: Objective, batches: Images, config: TrainConfig, whole: Execution) -> int:
     """The largest part of the batch that fits in a GPU's memory, or in a CPU's caches."""
-    sizes = [size for size in range(config.batch, 0, -1) if config.batch % size == 0]
+    part = whole.micro_batch
+    sizes = [size for size in range(part, 0, -1) if part % size == 0]
     if objective.needs.pairs:
-        sizes = [size for size in sizes if size % 2 == 0] or [config.batch]
+        sizes = [size for size in sizes if size % 2 == 0] or [part]
     if device_of(config.device).type == "cuda":
         return _largest_that_fits(objective, batches, config, whole, sizes)
     tokens = objective.encoder.tokens

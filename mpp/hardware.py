@@ -6,6 +6,7 @@ import resource
 import torch
 
 from mpp.errors import UserError
+from mpp.launch import launched
 from mpp.train_config import DeviceName
 
 
@@ -13,15 +14,28 @@ class HardwareError(UserError):
     """A recipe asks for what this machine does not have."""
 
 
+def device_kind(name: DeviceName) -> str:
+    """The kind of the device a recipe names, whether this machine has it or not."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return next(kind for kind, there in present.items() if there) if name == "auto" else name
+
+
 def device_of(name: DeviceName) -> torch.device:
     """The device a recipe names; "auto" is the fastest there is."""
+    kind = device_kind(name)
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in present.items() if there))
-    if not present[name]:
+    if not present[kind]:
         has = ", ".join(kind for kind, there in present.items() if there)
-        raise HardwareError(f"train.device: this machine has no {name}; it has {has}")
-    return torch.device(name)
+        raise HardwareError(f"train.device: this machine has no {kind}; it has {has}")
+    launch = launched()
+    if kind != "cuda" or launch.size == 1:
+        return torch.device(kind)
+    if launch.local >= (count := torch.cuda.device_count()):
+        raise HardwareError(
+            f"train.device: process {launch.local} of {launch.local_size} on this machine has no GPU of its own, as it "
+            f"has {count}; start as many processes as it has GPUs (torchrun --nproc-per-node {count})"
+        )
+    return torch.device(kind, launch.local)
 
 
 def visible_gpus() -> list[str]:

@@ -128,6 +128,31 @@ class Log:
             raise FileError(f"{self.out}: cannot be written to: {cause(error)}") from error
 
 
+class Unlogged:
+    """The log of a process that leaves it to another one."""
+
+    def __enter__(self) -> "Unlogged":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
+        pass
+
+    def scored(self, step: int) -> bool:
+        return False
+
+    def pictured(self, step: int) -> bool:
+        return False
+
+
 def picture_grid(pictures: dict[str, Tensor]) -> np.ndarray:
     """Puts pictures, name -> uint8 (b, c, h, w), into one (height, width, 3): a row for each name, on white."""
     rows = []

@@ -3,9 +3,11 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +16,15 @@ from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import Loss, be_deterministic, callers_state, choose, drawing, forward_pass
+from mpp.execution import Loss, be_deterministic, callers_state, check_shares, choose, drawing, forward_pass, generators
 from mpp.hardware import device_of
-from mpp.log import Log
+from mpp.log import Log, Unlogged
 from mpp.models.encoder import Encoder, feed
 from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
+from mpp.ranks import ALONE, Ranks, Turn, here
 from mpp.saving import Writer, on_host
 from mpp.shards.classes import translation
 from mpp.shards.index import Index
@@ -62,6 +65,8 @@ def train(
     folder, settings = out / "checkpoints", begun.settings_of(objective, images, config, seed)
     config = begun.same(folder, settings, config, execution)
     device, log, steps = device_of(config.device), log or LogConfig(), steps_of(config)
+    ranks = sharing(images)
+    check_shares(objective, config, ranks)
     if isinstance(images, Batches):
         feed(objective, images.input)
     _refuse_other_numbers(objective, images)
@@ -72,51 +77,63 @@ def train(
     torch.set_num_threads(execution.threads)
     be_deterministic(config)
     objective.to(device).train()
+    ranks.spread(objective.state_dict().values())
     optimizer = build_optimizer(objective, config)
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
-    start = resume(objective, optimizer, ema, folder)
+    start = resume(objective, optimizer, ema, folder, ranks)
     objective.progress.fill_(start / steps)
-    forward = checked(objective, forward_pass(objective, config, execution))
+    forward = checked(objective, forward_pass(objective, config, execution), ranks)
     clock = Clock(config.lr)
     record = functools.cache(lambda: begun.write(folder, settings, execution))  # once, before the first checkpoint
     # Read once: the first batch of streamed shards may have to be fetched again.
     shown = functools.cache(lambda: next(images.at(0).split(PICTURED)).to(device))
     metrics_beside_bar = ("loss", *list(objective.config.metrics)[:1], "images/s")
+    opened = Log(out, start, steps, log.tensorboard, metrics_beside_bar) if ranks.leads else Unlogged()
     writer = Writer(folder, described, config.keep, kept)
-    with Log(out, start, steps, log.tensorboard, metrics_beside_bar) as logger, stop_signals() as signals, writer:
+    with opened as logger, stop_signals() as signals, writer:
 
         def keep(step: int) -> None:
-            record()
-            writer.wait()  # before another copy of all there is
-            writer.write(step, snapshot(objective, optimizer, ema))
+            if ranks.leads:
+                record()
+                writer.wait()  # before another copy of all there is
+                writer.write(step, snapshot(objective, optimizer, ema))
 
         def look(step: int, scores: bool, shows: bool) -> None:
             """Scores and shows what a step left, unless a signal comes: then the next start does it."""
-            if signals or not (scores or shows):
+            if not (scores or shows) or (ranks.size == 1 and signals):
                 return
             with clock.stopped(), swapped(objective, ema):
                 if evaluate and scores and (figures := evaluate(signals)):
                     logger.scalars(step, figures)
-                if shows and not signals:
+                if shows and not (ranks.size == 1 and signals):
                     logger.pictures(step, pictures(objective, shown()))
 
         if start:  # what was interrupted after this step was saved
             scores, shows = (due(start, every, start == steps) for every in (evaluation, log.pictures))
-            look(start, scores and not logger.scored(start), shows and not logger.pictured(start))
-        read, step = clock.waits(images.iterate(start, signals), signals), start
-        for step, batch in zip(range(start + 1, steps + 1), read, strict=False):
+            done = ranks.shared(lambda: [logger.scored(start), logger.pictured(start)])
+            look(start, scores and not done[0], shows and not done[1])
+        read, step, stop, saves = clock.waits(images.iterate(start, signals), signals), start, 0, False
+        while step < steps and not stop:
+            batch = next(read, None)
+            turn = ranks.turn(signals, batch)
+            if batch is None or turn.ended:  # a signal came while a batch was waited for
+                stop = turn.stop
+                break
+            step += 1
             writer.check()
-            batch = checked_batch(objective, batch, step).to(device)
+            batch = checked_batch(objective, placed(batch, turn), step).to(device)
             loss, norm, metrics = update(
-                forward, objective, optimizer, batch, config, execution.micro_batch, seed, step
+                forward, objective, optimizer, batch, config, execution.micro_batch, seed, step, ranks, turn.images
             )
             objective.progress.fill_(step / steps)
             with called(objective.config.name, "after_step()"):
                 objective.after_step(step / steps)
             average(ema, objective, ema_decay(step, config.ema))
-            clock.count(step, loss, norm, len(batch))
+            clock.count(step, loss, norm, turn.images)
             logger.advance()
-            last, ends = step == steps, step == steps or bool(signals)
+            # Several processes stop together, at the end of the step before which all knew of the signal.
+            stop = turn.stop if ranks.size > 1 else sum(signals[:1])
+            last, ends = step == steps, step == steps or stop > 0
             logs, saves = due(step, log.every, ends), due(step, config.save_every, ends or step in kept)
             scores, shows = due(step, evaluation, last), due(step, log.pictures, last)
             if logs or saves or scores or shows:
@@ -126,22 +143,46 @@ def train(
             if logs:
                 with called(objective.config.name, "metrics"):  # checked at the first step; later ones may differ
                     values = {key: float(value) for key, value in {"loss": loss, **metrics, "norm": norm}.items()}
+                values = mean_figures(ranks.gathered([len(batch), values]))
                 rate = {"lr": rate_at(step, config)}
                 logger.scalars(step, values | rate | clock.figures(device))
             if saves:  # before what takes long, and may be interrupted
                 with clock.stopped():
                     keep(step)
-            look(step, scores, shows)
-            if signals:
-                break
-        if signals and step > start and not saves:
+            if not stop:
+                look(step, scores, shows)
+                stop = sum(signals[:1]) if ranks.size == 1 else 0
+        if stop and step > start and not saves:
             clock.check()
             clock.check_tensors(step, lasting(objective, ema))
             keep(step)
         writer.wait()
-        if signals:
-            raise Interrupted(signals[0], step)
+        stop = stop or ranks.turn(signals, ()).stop
+        if stop:
+            raise Interrupted(stop, step)
     adopt(objective, ema)
+
+
+def sharing(images: Images) -> Ranks:
+    """The processes that share each batch: all that were started together, if the batches are read in parts."""
+    ranks, part = here(), getattr(images, "part", None)
+    if part is not None and part.ranks != ranks.size:
+        raise TrainingError(
+            f"batches are read as part of {part.ranks} processes, and {ranks.size} train together; start them by "
+            f"torchrun, or read with rank={ranks.rank}, ranks={ranks.size}"
+        )
+    return ranks
+
+
+def placed(batch: Batch, turn: Turn) -> Batch:
+    """The batch with its images' places in that of all processes, where it does not say them."""
+    return batch if batch.places is not None else replace(batch, places=turn.first + np.arange(len(batch)))
+
+
+def mean_figures(parts: Sequence[Any]) -> dict[str, float]:
+    """The mean of figures that each process has of so many images."""
+    images = sum(count for count, _ in parts)
+    return {name: sum(count * values[name] for count, values in parts) / images for name in parts[0][1]}
 
 
 def due(step: int, every: int, last: bool) -> bool:
@@ -180,11 +221,18 @@ def update(
     micro_batch: int,
     seed: int,
     step: int,
+    ranks: Ranks = ALONE,
+    images: int | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """One optimizer step: the loss, the norm of the gradient, and what the objective reports, all on the device."""
+    """One optimizer step: the loss, the norm of the gradient, and what the objective reports, all on the device.
+
+    images: of the step, over all processes. What is reported is of this one's part, but for the loss.
+    """
     set_rates(optimizer, rate_at(step, config), (step - 1) / steps_of(config))
     totals: dict[str, Tensor] = {}
     whole = objective.batch_weight(batch)
+    if ranks.size > 1:  # gradients are averaged over the processes, whose parts may weigh differently
+        whole = ranks.average([whole])[0] if isinstance(whole, Tensor) else (images or 0) / ranks.size
     for place, part in enumerate(batch.split(micro_batch)):
         with drawing(seed, step, part, place):
             loss, metrics = forward(part)
@@ -193,10 +241,21 @@ def update(
         share = len(part) / len(batch)
         for name, value in {"loss": loss.detach(), **{name: value * share for name, value in metrics.items()}}.items():
             totals[name] = totals.get(name, 0) + value
+    if ranks.size > 1:
+        totals["loss"] = average_gradients(objective, totals["loss"], ranks)
     norm = gradient_norm(objective.parameters(), config.clip)
     optimizer.step()
     optimizer.zero_grad()
     return totals.pop("loss"), norm, totals
+
+
+def average_gradients(objective: Objective, loss: Tensor, ranks: Ranks) -> Tensor:
+    """Makes every process's gradients the mean of all, and gives the mean of their losses: one call for all of them."""
+    trained = [parameter for parameter in objective.parameters() if parameter.grad is not None]
+    *gradients, loss = ranks.average([*(cast(Tensor, parameter.grad) for parameter in trained), loss])
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.grad = gradient
+    return loss
 
 
 def _refuse_other_numbers(objective: Objective, batches: Images) -> None:
@@ -233,12 +292,16 @@ def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Op
     return kind(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
-def resume(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor], folder: Path) -> int:
-    """Puts the newest whole checkpoint below `folder` back; its step, or 0 if there is none."""
-    found = checkpoint.load_latest(folder)
-    if found is None:
+def resume(
+    objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor], folder: Path, ranks: Ranks = ALONE
+) -> int:
+    """Puts the newest whole checkpoint below `folder` back, as the leading process reads it; its step, or 0 if there
+    is none."""
+    found, read = (checkpoint.load_latest(folder) if ranks.leads else None) or (0, {})
+    step: int = ranks.shared(lambda: found)
+    if not step:
         return 0
-    step, state = found
+    state = {name: ranks.of_leading(read.get(name)) for name in ranks.shared(lambda: list(read))}
     checkpoint.restore(objective, optimizer, state)
     if ema and "ema" not in state:
         raise checkpoint.CheckpointError(f"{folder}: holds no running average to go on with; start with train.ema=0")
@@ -279,18 +342,27 @@ def facts_of_result(objective: Objective) -> dict[str, object]:
     return {**facts_of(encoder), "place": f"{place}."}
 
 
-def checked(objective: Objective, forward: Callable[[Batch], Loss]) -> Callable[[Batch], Loss]:
-    """The forward pass, whose first outputs are looked at: what is wrong with an objective is best told at once."""
+def checked(objective: Objective, forward: Callable[[Batch], Loss], ranks: Ranks = ALONE) -> Callable[[Batch], Loss]:
+    """The forward pass, whose first outputs are looked at: what is wrong with an objective is best told at once.
+
+    Of several processes none may draw from torch's generators, whose numbers depend on how a batch is shared.
+    """
     seen = False
 
     def first_checked(batch: Batch) -> Loss:
         nonlocal seen
         if not seen and batch.images.is_floating_point():
             objective.encoder.look(batch.images)  # one wait for the device, and none for uint8
+        before = None if seen or ranks.size == 1 else generators(batch.images.device)
         with called(objective.config.name, "forward()"):
             outputs = forward(batch)
         if not seen:
             _check_outputs(objective.config.name, outputs)
+            if before is not None and not torch.equal(before, generators(batch.images.device)):
+                raise TrainingError(
+                    f"{objective.config.name}: draws from torch's generator, by other numbers in each of {ranks.size} "
+                    "processes than in one; draw by mpp.draws (docs/extending.md), or train in one process"
+                )
             seen = True
         return outputs
 

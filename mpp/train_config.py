@@ -8,6 +8,7 @@ from typing import Literal, get_args
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["bfloat16", "float32"]
 UNITS = ("steps", "epochs", "images")  # in which `train` may say how long
+LONGEST_WAIT = 10_000  # minutes
 DECAY = 0.2  # of a run, at its end, in which the rate of `wsd` falls (Hägele et al., arXiv 2405.18392: 10 to 20 %)
 
 
@@ -39,6 +40,8 @@ class TrainConfig:
     deterministic: bool = False  # bit-equal runs on CUDA too, at some cost; on the CPU they always are
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept, beside that before the decay of wsd
+    shard: Literal["none", "full"] = "none"  # of several processes: full splits all weights and averages among them
+    timeout: float = 10.0  # minutes that one of several processes waits for the others: they compile, and shards lag
     keep_state: bool = True  # keep them after the end of a run too; false: once its results are written, these alone
 
     def __post_init__(self) -> None:
@@ -61,6 +64,8 @@ class TrainConfig:
             raise ValueError(f"train.layer_decay must be in (0, 1], got {self.layer_decay}")
         if not 0 <= self.ema < 1 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.ema and train.betas must be in [0, 1), got {self.ema} and {self.betas}")
+        if not 0 < self.timeout <= LONGEST_WAIT:
+            raise ValueError(f"train.timeout must be above 0 and at most {LONGEST_WAIT} minutes, got {self.timeout:g}")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"train.clip must be above 0, or null for none, got {self.clip}")
 

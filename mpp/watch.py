@@ -14,6 +14,7 @@ from mpp.batch import Batch
 from mpp.errors import UserError
 from mpp.finite import all_finite, broken
 from mpp.hardware import peak_memory
+from mpp.launch import Agreed
 
 AT_ONCE = 1.0  # seconds in which signals are the same wish: a scheduler and a launcher may both send it
 # What to try where numbers are not finite any more.
@@ -24,7 +25,7 @@ class TrainingError(UserError):
     """A run can't go on; the line says where it stopped and what to try."""
 
 
-class Interrupted(Exception):
+class Interrupted(Agreed):
     """A signal stopped a run, which saved its state first."""
 
     def __init__(self, number: int, step: int) -> None:
@@ -34,7 +35,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM is put into, so that the loop can stop between steps; a later one stops at once."""
+    """A list that signals to stop append to, so that the loop can stop between steps; a second one stops at once.
+
+    They are SIGINT, SIGTERM, and SIGUSR1, by which SLURM can say that the time is nearly up.
+    """
     signals: list[int] = []
     first = 0.0
 
@@ -47,7 +51,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:
         before = {number: signal.signal(number, note) for number in kinds}
     except ValueError:  # only the main thread may; in any other, whoever runs it must stop it

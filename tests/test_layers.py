@@ -25,10 +25,10 @@ LAYERS = [
     {"optim", "checkpoint", "log", "watch", "models", "masks", "mixing", "targets", "data"},
     {"shards", "augment"},
     {"remote", "decode_cuda"},
-    {"decode"},
-    {"files", "differing", "hardware", "extend", "finite", "workers", "estimate"},
-    {"jsons", "draws"},
-    {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices"},
+    {"decode", "ranks"},
+    {"files", "differing", "hardware", "extend", "finite", "heartbeat", "estimate"},
+    {"jsons", "draws", "launch"},
+    {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices", "workers"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

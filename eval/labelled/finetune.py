@@ -6,6 +6,7 @@ from mpp.data.subset import contents
 from mpp.errors import UserError
 from mpp.execution import Once, at_once
 from mpp.files import sealed, write_atomically
+from mpp.launch import launched
 from mpp.recipe import Recipe
 from mpp.run import run
 from mpp.shards.index import read_index
@@ -31,7 +32,7 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
             "`mpp pretrain` is for recipes without labels"
         )
     out = run(recipe, once)
-    if recipe.data.val is None:
+    if recipe.data.val is None or not launched().leads:
         return out, None
     classifier = load_classifier(out)
     scores = score_split(classifier, recipe.data.path, recipe.data.val)

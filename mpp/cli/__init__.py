@@ -13,6 +13,7 @@ from typing import NoReturn
 from mpp.cli.parser import parsed
 from mpp.errors import Terminated, UserError, out_of_memory, printable, refusal, terminable, without_secrets
 from mpp.extend import ExtensionError, import_parts
+from mpp.launch import Ended, LaunchError, launched
 from mpp.workers import end_soon
 
 
@@ -57,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with terminable():
             options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
+            if launched().size > 1 and not options.shared:
+                raise LaunchError(
+                    f"{launched().size} processes were started together; pretrain and finetune train so, every other "
+                    "verb is one process: start it without torchrun"
+                )
             options.run(options)
             sys.stdout.flush()
     except BrokenPipeError:  # of `mpp plan RECIPE | head -1`
@@ -66,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (words := out_of_memory(error)):
             raise
         _refuse(error, f"{words}; take a smaller model, smaller images, or a machine with more")
+    except Ended:
+        raise SystemExit(1) from None
     except UserError as error:
         _refuse(error, str(error))
     except OSError as error:

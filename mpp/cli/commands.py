@@ -2,12 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from mpp.devices import DEVICES
-from mpp.errors import counted, printable
+from mpp.errors import UserError, counted, printable
+from mpp.launch import Ended, launched
 
 if TYPE_CHECKING:
     from mpp.recipe import Recipe
@@ -70,6 +72,8 @@ def pretrain(options: argparse.Namespace) -> None:
     from mpp.run import run
 
     out = stoppable(lambda: run(recipe))
+    if not launched().leads:
+        return
     left = {"encoder.safetensors": "the encoder", "pictures": "what it predicts", "metrics.jsonl": "how it went"}
     print("; ".join(f"{out}/{name}: {what}" for name, what in left.items() if (out / name).exists()))
 
@@ -79,6 +83,8 @@ def finetune(options: argparse.Namespace) -> None:
     from mpp.eval.labelled.finetune import finetune
 
     out, scores = stoppable(lambda: finetune(recipe))
+    if not launched().leads:
+        return
     if scores:
         print(printable(scores))
     print(f"{out}/classifier.safetensors: encoder and head; {out}/metrics.jsonl: how it went")
@@ -88,12 +94,24 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
     """The recipe that a command names, with its settings from the command line."""
     from mpp.recipe import RecipeError, load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
     weights, continues = (str(path) if path else None for path in (options.weights, options.continues))
+    with told_once():
+        recipe = load_recipe(options.recipe, options.overrides)
+        try:
+            return replace(recipe, weights=weights or recipe.weights, continues=continues or recipe.continues)
+        except ValueError as error:
+            raise RecipeError(f"command line: {error}") from None
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Lets one process of each machine tell what they all find, before they know of each other."""
     try:
-        return replace(recipe, weights=weights or recipe.weights, continues=continues or recipe.continues)
-    except ValueError as error:
-        raise RecipeError(f"command line: {error}") from None
+        yield
+    except UserError as error:
+        if launched().local:
+            raise Ended from error
+        raise
 
 
 def stoppable(work: Callable[[], T]) -> T:
@@ -103,7 +121,8 @@ def stoppable(work: Callable[[], T]) -> T:
     try:
         return work()
     except Interrupted as stop:
-        print(f"mpp: stopped by {stop}; run the same command again to go on", file=sys.stderr)
+        if launched().leads:
+            print(f"mpp: stopped by {stop}; run the same command again to go on", file=sys.stderr)
         raise SystemExit(128 + stop.number) from None
 
 

@@ -66,7 +66,7 @@ def _verb(group: Group, name: str, run: Command, help: str, example: str) -> arg
     added: argparse.ArgumentParser = group.add_parser(
         name, help=help, description=help, epilog=f"example: {example}", allow_abbrev=False
     )
-    added.set_defaults(run=run)
+    added.set_defaults(run=run, shared=run in (commands.pretrain, commands.finetune))  # by several processes
     added.add_argument("--import", **IMPORT)
     return added
 

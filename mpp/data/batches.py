@@ -93,6 +93,11 @@ class Batches:
             raise ShardError(f"{self.index.origin}: {self.epoch} images make no batch of {self.batch} to keep")
         cv2.setNumThreads(1)  # the threads here are enough; OpenCV's own would fight them and torch's for the cores
 
+    @property
+    def part(self) -> Part:
+        """What of each batch this process reads."""
+        return self._reading.part
+
     def __repr__(self) -> str:
         kind = "training" if self.train else "evaluation"
         size = "x".join(map(str, self.image))

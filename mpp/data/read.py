@@ -14,11 +14,11 @@ from mpp.data.batches import Batches, Part, Reading
 from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, ShuffleName, ViewConfig
 from mpp.data.order import Chain, Mixture, Order
 from mpp.files import cache_folder
+from mpp.launch import own_cores
 from mpp.remote.cache import Cache
 from mpp.shards.classes import relabelled
 from mpp.shards.index import Index, ShardError, merged, read_index
 from mpp.shards.pictures import Indexed, Resident, Shards, decoded_bytes, sizes_of
-from mpp.workers import cores
 
 GIB = 2**30
 # Up to so many pixels decoding takes microseconds, which threads would spend waiting for the interpreter: 32x32 pixels
@@ -191,9 +191,9 @@ def _cache(index: Index, config: DataConfig) -> Cache | None:
 
 
 def _threads_for(index: Index) -> int:
-    """One a core, but a single one for small images."""
+    """One for each core of this process, but a single one for small images."""
     small = np.median(index.height.astype(np.int64) * index.width) <= SMALL_PIXELS
-    return 1 if small else cores()
+    return 1 if small else own_cores()
 
 
 def _common_size(index: Index) -> tuple[int, int]:

@@ -1,18 +1,22 @@
 """A run: from a recipe to a folder with metrics, checkpoints and an encoder; started again there, it goes on."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from mpp.errors import counted, within_memory
 from mpp.execution import Once, at_once, prepare_cuda
 from mpp.files import claimed
+from mpp.hardware import device_kind
 from mpp.loop import train
+from mpp.ranks import together
 from mpp.recipe import Recipe
 from mpp.run.evaluation import evaluation
 from mpp.run.finished import drop_state, is_finished
 from mpp.run.images import open_images
 from mpp.run.onward import go_on_from, open_source, same_source
-from mpp.run.start import begin, earlier, go_on, refuse_leftovers
+from mpp.run.start import begin, check_same_folder, check_shared_epochs, earlier, go_on, refuse_leftovers
 from mpp.weights import save_result
 
 SIZES = "model.width or model.depth"
@@ -24,10 +28,18 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
 
     once: makes the choices that are left to the machine, for `mpp compare` the same ones for all its runs.
     """
-    out = recipe.folder
+    out, alone = recipe.folder, once
     prepare_cuda(recipe.train)
-    with claimed(out, BUSY), ExitStack() as stack:
+    with together(device_kind(recipe.train.device), recipe.train.timeout) as ranks, ExitStack() as stack:
+        if ranks.leads:
+            stack.enter_context(claimed(out, BUSY))
+        ranks.wait()
+
+        def once(what: str, choose: Callable[[], Any]) -> Any:
+            return ranks.shared(lambda: alone(what, choose))
+
         before = earlier(out)
+        check_same_folder(out, ranks)
         source = None
         if before is None:
             refuse_leftovers(out, recipe.objective)
@@ -47,6 +59,7 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
                 objective, settled = begin(recipe, images, once)
         if is_finished(out):
             return out
+        check_shared_epochs(recipe, images.batches.epoch, ranks)
         settings, micro = settled.fill(recipe), settled.execution.micro_batch
         doing = f"{out}: training {recipe.model.describe()} with {counted(micro, 'image')} at a time"
         with within_memory(doing, f"lower train.micro_batch (it is {micro}), model.image, {SIZES}"):
@@ -61,8 +74,8 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
                 evaluate=evaluation(settings, objective, images, settled.execution),
                 evaluate_every=recipe.eval.every,
             )
-            for name, result in objective.results().items():
+            for name, result in objective.results().items() if ranks.leads else ():
                 save_result(result, out / f"{name}.safetensors")
-        if not recipe.train.keep_state:
+        if ranks.leads and not recipe.train.keep_state:
             drop_state(out, [f"{name}.safetensors" for name in objective.results()])
     return out

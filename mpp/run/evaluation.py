@@ -1,8 +1,9 @@
 """Scoring the objective while it trains, on images that it does not train on."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from mpp.execution import drawing, forward_pass
 from mpp.hardware import device_of
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
+from mpp.ranks import here
 from mpp.recipe import Recipe
 from mpp.run.images import RunImages
 from mpp.shards.index import ShardError
@@ -27,8 +29,9 @@ def evaluation(
     It gives nothing if it is asked to stop before. Raises TrainingError if the loss is not finite: whatever else was
     scored is worth nothing then. None where the recipe names no images to score on.
     """
+    ranks = here()
     # A batch that fits in memory. Not compiled: another graph, and one more for its last part, take longer to make.
-    batches = images.open_scored(min(execution.micro_batch, recipe.eval.images))
+    batches = images.open_scored(min(execution.micro_batch * ranks.size, recipe.eval.images))
     if batches is None:
         return None
     device = device_of(recipe.train.device)
@@ -38,20 +41,24 @@ def evaluation(
     def evaluate(stop: Sequence[int]) -> dict[str, float]:
         objective.eval()
         totals: dict[str, float] = {}
-        seen, steps = 0, min(len(batches), math.ceil(recipe.eval.images / batches.batch))
-        for step, batch in zip(range(steps), batches.iterate(0, stop), strict=False):
-            if stop:
+        seen, read, turn = 0, batches.iterate(0, stop), ranks.turn(stop, ())
+        for step in range(len(batches)):
+            batch = next(read, None)
+            turn = ranks.turn(stop, batch)
+            if batch is None or turn.ended or turn.stop:
                 break
             if not len(batch):
-                continue  # all of its images are damaged
+                continue  # all of its images are damaged, or other processes have them
+            batch = replace(batch, places=step * batches.batch + batch.whole_places).to(device)
             with drawing(recipe.seed, EVALUATION, batch, step), called(objective.config.name, "forward()"):
-                loss, metrics = forward(batch.to(device))
+                loss, metrics = forward(batch)
                 for name, value in {"loss": loss, **metrics}.items():
                     totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + float(value) * len(batch)
             seen += len(batch)
         objective.train()
-        if stop:
+        if turn.ended or turn.stop or (ranks.size == 1 and stop):
             return {}
+        totals, seen = summed(ranks.gathered([totals, seen]))
         if not seen:
             raise ShardError(f"{batches.index.origin}: every image to score on is damaged")
         if not math.isfinite(totals["val/loss"]):
@@ -62,3 +69,14 @@ def evaluation(
         return {name: total / seen for name, total in totals.items()}
 
     return evaluate
+
+
+def summed(parts: Iterable[Any]) -> tuple[dict[str, float], int]:
+    """The sums of figures, and of images, that each process has."""
+    totals: dict[str, float] = {}
+    seen = 0
+    for figures, images in parts:
+        seen += images
+        for name, value in figures.items():
+            totals[name] = totals.get(name, 0.0) + value
+    return totals, seen

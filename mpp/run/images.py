@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from mpp.data.batches import Batches, faster
 from mpp.data.chosen import chosen
 from mpp.data.config import DataConfig, PrepareName, ShuffleName
@@ -14,6 +16,7 @@ from mpp.data.read import open_batches, windowed
 from mpp.execution import Once
 from mpp.files import BusyError
 from mpp.hardware import device_of
+from mpp.ranks import here
 from mpp.recipe import Recipe
 from mpp.recipe.settled import Settled
 from mpp.remote.urls import is_url
@@ -37,10 +40,11 @@ class RunImages:
     opened: list[Batches]  # all that `close` gives up
 
     def open_scored(self, batch: int) -> Batches | None:
-        """Batches of the images to score on, if there are any."""
+        """Batches of the images to score on, `eval.images` of them at most, if there are any."""
         if self.scored is None:
             return None
-        self.opened.append(_open(self.recipe, [self.scored], batch, train=False))
+        first = self.scored.select(np.arange(min(len(self.scored), self.recipe.eval.images)))
+        self.opened.append(_open(self.recipe, [first], batch, train=False))
         return self.opened[-1]
 
     def close(self) -> None:
@@ -115,7 +119,7 @@ def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool) 
         raise ShardError(f"{indexes[0].origin}: images have {found} channels, model.channels is {expected}")
     device = device_of(recipe.train.device) if recipe.data.prepare == "device" else None
     opened = partial(open_batches, indexes, batch, recipe.data, image=recipe.model.image, seed=recipe.seed)
-    return opened(train=train, device=device)
+    return opened(train=train, device=device, rank=here().rank, ranks=here().size)
 
 
 def check_classes(train: Index, scored: Index) -> None:

@@ -15,6 +15,7 @@ from mpp.data.config import position_of, step_from
 from mpp.execution import Once, choose
 from mpp.loop import build_optimizer, facts_of_result, kept_steps, rate_at, steps_of
 from mpp.objectives.base import Objective
+from mpp.ranks import here
 from mpp.recipe import Recipe
 from mpp.recipe.recipe import BY_CONTENT, changes, computed, lasting
 from mpp.recipe.settled import Continued, RunError, Settled
@@ -128,7 +129,8 @@ def go_on_from(source: Source, asked: Recipe, images: RunImages, once: Once) -> 
     save_start(asked, settled)
     described = {"encoder": jsons.text(facts_of_result(objective))}
     kept = kept_steps(settings.train)
-    checkpoint.save(asked.folder / "checkpoints", at, state, described, settings.train.keep, kept)
+    if here().leads:
+        checkpoint.save(asked.folder / "checkpoints", at, state, described, settings.train.keep, kept)
     return build(settings), settled
 
 

@@ -20,6 +20,7 @@ from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
+from mpp.ranks import Ranks, here
 from mpp.recipe import Recipe, load_recipe, save_recipe
 from mpp.recipe.recipe import changes, lasting
 from mpp.recipe.settled import FILE, RunError, Settled, load_settled
@@ -104,8 +105,28 @@ def refuse_leftovers(out: Path, objective: ObjectiveConfig) -> None:
         )
 
 
+def check_same_folder(out: Path, ranks: Ranks) -> None:
+    """Raises RunError unless all processes see the same checkpoints, as the folder of a run is one for all of them."""
+    found = ranks.gathered(checkpoint.steps(out / "checkpoints"))
+    if other := next((rank for rank, steps in enumerate(found) if steps != found[0]), None):
+        raise RunError(
+            f"{out}: process {other} sees other checkpoints there than process 0; put it on a disk that all see"
+        )
+
+
+def check_shared_epochs(recipe: Recipe, epoch: int, ranks: Ranks) -> None:
+    """Raises RunError where an epoch ends with a batch that the processes can't share."""
+    if recipe.data.last_batch == "kept" and (left := epoch % recipe.train.batch) % ranks.size:
+        raise RunError(
+            f"data.last_batch: kept ends an epoch of {epoch} images with a batch of {left}, which {ranks.size} "
+            "processes can't share; use chained or dropped"
+        )
+
+
 def save_start(recipe: Recipe, settled: Settled) -> None:
     """Writes recipe.yaml, and settled.json beside it."""
+    if not here().leads:
+        return
     save_recipe(recipe, recipe.folder / "recipe.yaml")
     settled.save(recipe.folder)
 

@@ -1,0 +1,61 @@
+"""Which of several processes this one is, as torchrun says it in the environment, and its share of the machine."""
+
+import os
+from dataclasses import dataclass
+
+from mpp.errors import UserError, shown
+from mpp.workers import cores
+
+
+class LaunchError(UserError):
+    """Processes that can't train together."""
+
+
+class Ended(Exception):
+    """Another process has failed, and said why; this one leaves without a word."""
+
+
+class Agreed(Exception):
+    """What all processes raise at the same moment; one of them tells it."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process of several; a process by itself is 0 of 1."""
+
+    rank: int = 0  # of all
+    size: int = 1
+    local: int = 0  # of those on this machine
+    local_size: int = 1
+    attempt: int = 0  # how often torchrun has started all of them again
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that writes and speaks for all."""
+        return self.rank == 0
+
+
+def launched() -> Launch:
+    """Which process this is; LaunchError if the environment says what can't be."""
+    names = {
+        "rank": "RANK", "size": "WORLD_SIZE", "local": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE",
+        "attempt": "TORCHELASTIC_RESTART_COUNT",
+    }  # fmt: skip
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Launch()
+    found = {}
+    for field, name in names.items():
+        text = os.environ.get(name, str(getattr(Launch(), field)))
+        if not text.isdecimal():
+            raise LaunchError(f"{name}={shown(text)} in the environment: expected a whole number, as torchrun sets it")
+        found[field] = int(text)
+    launch = Launch(**found)
+    if not (0 <= launch.rank < launch.size and 0 <= launch.local < launch.local_size <= launch.size):
+        said = ", ".join(f"{name}={found[field]}" for field, name in names.items() if field != "attempt")
+        raise LaunchError(f"{said} in the environment don't go together; start the processes by torchrun")
+    return launch
+
+
+def own_cores() -> int:
+    """How many of the cores that this process may use are its own: those of a machine are shared by its processes."""
+    return max(1, cores() // launched().local_size)

@@ -1,0 +1,190 @@
+"""The processes that train one run together, and what each asks of all: started by torchrun, one a GPU or of a CPU.
+
+One process alone needs none of it: it leads, and whatever it asks of all it answers itself.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mpp import jsons
+from mpp.errors import cause
+from mpp.heartbeat import Heartbeat
+from mpp.launch import Agreed, Ended, Launch, LaunchError, launched, own_cores
+
+T = TypeVar("T")
+ONE = Launch()
+PORT = 29500  # torch's own, where the environment has none
+
+
+class Turn(NamedTuple):
+    """What all processes know before a step."""
+
+    stop: int  # the signal that one of them got, or 0
+    ended: bool  # whether one has no batch, as it gave up waiting for it after a signal
+    first: int  # how many of the step's images come before this process's
+    images: int  # of the step, over all
+
+
+class Ranks:
+    """The processes of a run. All of them call its methods in the same order, and wait for each other there."""
+
+    def __init__(self, launch: Launch = ONE, heart: Heartbeat | None = None) -> None:
+        self.launch, self.heart = launch, heart
+        self.rank, self.size, self.leads = launch.rank, launch.size, launch.leads
+
+    def turn(self, signals: Sequence[int], batch: Sized | None) -> Turn:
+        """What to do in a step: as all of them do the same, each waits here for the slowest."""
+        mine = (signals[0] if signals else 0, batch is None, 0 if batch is None else len(batch))
+        stops, missing, counts = zip(*self.each(*mine), strict=True)
+        return Turn(max(stops), any(missing), sum(counts[: self.rank]), sum(counts))
+
+    def each(self, *numbers: int) -> list[tuple[int, ...]]:
+        """The numbers that each process gives."""
+        if self.size == 1:
+            return [numbers]
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        self._call(dist.all_gather, found, mine)
+        return [tuple(row.tolist()) for row in found]
+
+    def shared(self, choose: Callable[[], T]) -> T:
+        """What the leading process chooses, in values that JSON has; the others do not choose."""
+        if self.size == 1:
+            return choose()
+        return cast(T, self.gathered(choose() if self.leads else None)[0])
+
+    def gathered(self, value: T) -> list[T]:
+        """What each process gives, in values that JSON has. Nothing is pickled."""
+        if self.size == 1:
+            return [value]
+        data = jsons.text(value).encode()
+        lengths = [length for (length,) in self.each(len(data))]
+        mine = torch.zeros(max(lengths), dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        self._call(dist.all_gather, found, mine)
+        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(found, lengths, strict=True)]
+
+    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The mean of all processes' tensors, each in float32; one call for all of them."""
+        if self.size == 1:
+            return list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self._call(dist.all_reduce, flat)
+        flat /= self.size
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def of_leading(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """The leading process's tensors on the CPU, by name; the others give none."""
+        if self.size == 1:
+            return tensors or {}
+        given = tensors or {}
+        facts = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in given.items()}
+        found = {}
+        for name, (dtype, *shape) in self.shared(lambda: facts).items():
+            value = given[name] if self.leads else torch.empty(shape, dtype=getattr(torch, dtype))
+            found[name] = value.contiguous()
+            self._call(dist.broadcast, found[name], 0)
+        return found
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Puts the leading process's numbers in the place of the others', on their devices."""
+        for tensor in tensors if self.size > 1 else ():
+            self._call(dist.broadcast, tensor, 0)
+
+    def wait(self) -> None:
+        """Waits until all have come here."""
+        self.each(0)
+
+    def _call(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """A call of torch.distributed, whose failure is one line that names the process that is gone or late."""
+        if self.heart:
+            self.heart.calls += 1
+        try:
+            work(*arguments)
+        except RuntimeError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: RuntimeError) -> Exception:
+        if self.heart is None:
+            return LaunchError(f"process {self.rank} of {self.size}: the others can't be reached: {cause(error)}")
+        try:
+            gone = self.heart.silent_soon()
+            if self.heart.failed() is not None:
+                return Ended()
+            if gone is not None:
+                return LaunchError(f"{self.heart.who(gone)} is gone: killed, or out of memory")
+            late = self.heart.late()
+            if late and late != [self.rank]:
+                others = ", ".join(self.heart.who(rank) for rank in late if rank != self.rank)
+                return LaunchError(f"waited longer than train.timeout for {others}")
+        except RuntimeError:  # the store is gone too
+            return LaunchError("process 0, or torchrun beside it, is gone")
+        return LaunchError(f"process {self.rank} of {self.size}: the others can't be reached: {cause(error)}")
+
+
+ALONE = Ranks()
+_here = ALONE
+
+
+def here() -> Ranks:
+    """The processes that this one trains with."""
+    return _here
+
+
+@contextmanager
+def together(device: str, minutes: float) -> Iterator[Ranks]:
+    """Joins the processes that torchrun started with this one, and leaves them at the end, however that comes.
+
+    device: "cuda" or "cpu", where all of them train. minutes: the longest that one waits for the others.
+    Of what makes several fail one line is told; the others raise Ended.
+    """
+    global _here
+    launch = launched()
+    if launch.size == 1 or dist.is_initialized():
+        yield _here
+        return
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", PORT))
+    try:
+        kind = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(kind, timeout=timedelta(minutes=minutes))
+        # A connection of its own: that of the group may be held by a thread that waits.
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=minutes))
+        heart = Heartbeat(dist.PrefixStore(f"mpp/{launch.attempt}", store), launch)
+        _here = Ranks(launch, heart)
+        _here.wait()
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(f"{host}:{port}: {launch.size} processes could not come together: {cause(error)}") from error
+    heart.start()
+    if device == "cuda" and launch.local < torch.cuda.device_count():
+        torch.cuda.set_device(launch.local)
+    before = torch.get_num_threads()
+    torch.set_num_threads(own_cores())
+    try:
+        yield _here
+        _here.wait()  # nobody leaves while another one may still ask
+        heart.stop()
+    except Agreed:
+        heart.stop()
+        raise
+    except BaseException as error:  # the heart goes on, and ends this process if it hangs below
+        try:
+            first = heart.fails(cause(error))
+        except RuntimeError:
+            first = True
+        if not first:
+            raise Ended from error
+        raise
+    finally:
+        _here = ALONE
+        torch.set_num_threads(before)
+        dist.destroy_process_group()

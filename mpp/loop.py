@@ -121,9 +121,12 @@ def train(
                 break
             step += 1
             writer.check()
-            batch = checked_batch(objective, placed(batch, turn), step).to(device)
+            batch, share = placed(batch, turn), turn.images / ranks.size
+            if objective.needs.whole_batch:  # each process computes all of it, and the same
+                batch, share = ranks.joined(batch), turn.images
+            batch = checked_batch(objective, batch, step).to(device)
             loss, norm, metrics = update(
-                forward, objective, optimizer, batch, config, execution.micro_batch, seed, step, ranks, turn.images
+                forward, objective, optimizer, batch, config, execution.micro_batch, seed, step, ranks, share
             )
             objective.progress.fill_(step / steps)
             with called(objective.config.name, "after_step()"):
@@ -222,17 +225,17 @@ def update(
     seed: int,
     step: int,
     ranks: Ranks = ALONE,
-    images: int | None = None,
+    share: float = 0.0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One optimizer step: the loss, the norm of the gradient, and what the objective reports, all on the device.
 
-    images: of the step, over all processes. What is reported is of this one's part, but for the loss.
+    share: images of a process, the mean of all of them. What is reported is of this one's, but for the loss.
     """
     set_rates(optimizer, rate_at(step, config), (step - 1) / steps_of(config))
     totals: dict[str, Tensor] = {}
     whole = objective.batch_weight(batch)
     if ranks.size > 1:  # gradients are averaged over the processes, whose parts may weigh differently
-        whole = ranks.average([whole])[0] if isinstance(whole, Tensor) else (images or 0) / ranks.size
+        whole = ranks.average([whole])[0] if isinstance(whole, Tensor) else share
     for place, part in enumerate(batch.split(micro_batch)):
         with drawing(seed, step, part, place):
             loss, metrics = forward(part)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mpp import jsons
+from mpp.batch import Batch
 from mpp.errors import cause
 from mpp.heartbeat import Heartbeat
 from mpp.launch import Agreed, Ended, Launch, LaunchError, launched, own_cores
@@ -95,6 +96,24 @@ class Ranks:
             found[name] = value.contiguous()
             self._call(dist.broadcast, found[name], 0)
         return found
+
+    def joined(self, batch: Batch) -> Batch:
+        """The whole batch, of which each process has a part, in the order of the processes."""
+        if self.size == 1:
+            return batch
+        counts = [count for (count,) in self.each(len(batch))]
+        labels = None if batch.labels is None else self._rows(batch.labels, counts)
+        views = tuple(self._rows(view, counts) for view in batch.views)
+        places = self._rows(torch.from_numpy(batch.whole_places), counts).numpy()
+        return Batch(self._rows(batch.images, counts), labels, views, places)
+
+    def _rows(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        """All processes' rows of a tensor, of which each has so many."""
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in counts]
+        self._call(dist.all_gather, found, padded)
+        return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """Puts the leading process's numbers in the place of the others', on their devices."""

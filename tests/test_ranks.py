@@ -40,7 +40,8 @@ RECIPES = {
     "masked": "objective: {name: mpp}",
     "bfloat16": """objective: {name: mpp, target: pixels}
 train: {precision: bfloat16, activation_checkpointing: true}""",
-    "labels": """objective: {name: labels, mixup: 0.8, cutmix: 1, smoothing: 0.1, weights: [1, 2, 1, 1, 3, 1, 1, 1, 1, 5]}
+    "labels": """
+objective: {name: labels, mixup: 0.8, cutmix: 1, smoothing: 0.1, weights: [1, 2, 1, 1, 3, 1, 1, 1, 1, 5]}
 model: {dropout: 0.1}
 train: {clip: 0.5, layer_decay: 0.8}""",
     "across": "objective: {name: across}\ntrain: {micro_batch: auto}",
@@ -164,9 +165,9 @@ data: {path: DIGITS}"""
     ("text", "batch", "expected"),
     [
         ("masked", 51, "train.batch (51) must be a multiple of the number of processes, which is 2"),
-        ("labels", 50, "train.batch (50) gives each of 2 processes 25 images, which must be even: labels mixes each with"),
+        ("labels", 50, "train.batch (50) gives each of 2 processes 25 images, which must be even: labels mixes"),
         (CNN, 48, "batch norm looks across the whole batch, which several processes share on GPUs alone"),
-        ("masked", 12, "data.last_batch: kept ends an epoch of 1442 images with a batch of 2, which 3 processes can't share"),
+        ("masked", 12, "data.last_batch: kept ends an epoch of 1442 images with a batch of 2, which 3 processes"),
     ],
 )  # fmt: skip
 def test_what_processes_cannot_share_is_one_line_and_all_are_gone(text, batch, expected, folder, tmp_path):

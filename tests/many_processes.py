@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PATIENCE = 120  # seconds
+STARTED: list[subprocess.Popen[str]] = []  # and not yet waited for
 
 
 class Left(NamedTuple):
@@ -28,7 +29,7 @@ def start(count: int, command: Sequence[str], cwd: Path, **more: str) -> list[su
     """So many processes of `python COMMAND`, of one thread each."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), **more}
     shared |= {"LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    return [
+    processes = [
         subprocess.Popen(
             [sys.executable, *command],
             cwd=cwd,
@@ -39,6 +40,8 @@ def start(count: int, command: Sequence[str], cwd: Path, **more: str) -> list[su
         )
         for rank in range(count)
     ]
+    STARTED.extend(processes)
+    return processes
 
 
 def left(processes: Sequence[subprocess.Popen[str]]) -> list[Left]:
@@ -48,6 +51,7 @@ def left(processes: Sequence[subprocess.Popen[str]]) -> list[Left]:
     finally:
         for process in processes:
             process.kill()
+            STARTED.remove(process)
     return [Left(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 

@@ -5,13 +5,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from many_processes import left, lines, start
+from many_processes import STARTED, left, lines, start
 from ranks_worker import carry_out
 from safetensors.torch import load_file
 from tiny_runs import metrics, run
@@ -80,6 +81,16 @@ def shared(folder) -> Path:
         ends = left(start(count, [str(WORKER), recipes, str(count)], folder))
         assert [end.status for end in ends] == [0] * count, ends[0].said
     return folder
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """Nothing that a test has started outlives it."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.communicate()
+    STARTED.clear()
 
 
 def figures(out: Path) -> dict[int, dict[str, float]]:
@@ -196,8 +207,8 @@ def test_a_second_launch_into_a_folder_is_refused_and_the_first_goes_on(shared, 
     first = start(2, command, shared)
     wait_for(lambda: logged(tmp_path / "run") > 1)
     second = left(start(2, command, shared))
-    (said,) = [line for end in second for line in lines(end.said)]
-    assert "in use by a run that is still going" in said
+    told = [line for end in second for line in lines(end.said) if "in use by a run that is still going" in line]
+    assert len(told) == 1
     assert all(end.status for end in second)
     assert all(process.poll() is None for process in first)
     first[0].terminate()

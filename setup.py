@@ -20,7 +20,7 @@ setup(
         "torchvision>=0.26",
         "einops>=0.8",
         "pyyaml>=6",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "fsspec>=2024.12",
         "numpy>=2.0",
         "pillow>=11",

@@ -169,32 +169,21 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def claimed(folder: Path, busy: str) -> Iterator[None]:
+def claimed(folder: Path, busy: str, name: str = ".lock") -> Iterator[None]:
     """Holds a folder for this process, however it ends; makes it where needed, and removes it if it stayed empty.
 
-    Raises BusyError, with the text `busy`, if another process holds it.
+    name: of the lock's file; by another name it is another lock. Raises BusyError, with the text `busy`, if another
+    process holds it.
     """
     made = missing_folders(folder)
-    with _claim(folder, busy):
+    with _claim(folder / name, busy):
         try:
             yield
         finally:
             with suppress(OSError):
-                (folder / ".lock").unlink()
+                (folder / name).unlink()
                 for one in made:
                     one.rmdir()  # goes only if it stayed empty
-
-
-def busy(folder: Path) -> bool:
-    """Whether another process holds a folder, by `claimed`, at this moment; what holds in the next, only that tells."""
-    try:
-        with (folder / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # above all, that nobody has made it
-        return False
-    return False
 
 
 def missing_folders(folder: Path) -> list[Path]:
@@ -202,9 +191,9 @@ def missing_folders(folder: Path) -> list[Path]:
     return list(itertools.takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
 
 
-def _claim(folder: Path, busy: str) -> IO[str]:
-    """The locked lock file of a folder; one that its last holder has just deleted is made anew."""
-    lock = folder / ".lock"
+def _claim(lock: Path, busy: str) -> IO[str]:
+    """A folder's lock file, locked; one that its last holder has just deleted is made anew."""
+    folder = lock.parent
     for attempt in range(ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)

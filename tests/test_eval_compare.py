@@ -20,7 +20,7 @@ from mpp.eval.compare.arms import load_comparison
 from mpp.eval.compare.chains import Chains
 from mpp.eval.compare.compare import other_than_wanted
 from mpp.files import claimed, sealed
-from mpp.run.images import make_missing
+from mpp.run.images import make_missing, open_images
 from mpp.shards.index import read_index, splits, write_index
 from mpp.weights import load_classifier, load_encoder, save_encoder
 
@@ -238,6 +238,21 @@ def test_runs_of_other_recipes_are_refused_and_left_alone(done, change):
     assert result.code == 2
     assert "holds a run of another recipe" in result.line
     assert times(out) == before
+
+
+def test_to_look_at_a_folder_takes_up_no_gpu(done, monkeypatch):
+    """Where pictures are made on the device, their batches hold it; the one that starts others would all along."""
+    out, recipe, _ = done
+    asked = []
+
+    def opened(recipe, *more):
+        asked.append(recipe.data.prepare)
+        return open_images(recipe, *more)
+
+    monkeypatch.setattr("mpp.eval.compare.compare.open_images", opened)
+    job = Chains(load_comparison(recipe, [f"out={out}", "data.prepare=device"])).jobs()[0]
+    assert "holds a run of another recipe (data.prepare" in (other_than_wanted(job) or "")
+    assert asked == ["cpu"]
 
 
 def test_data_by_another_path_is_the_same_comparison(done, shards, tmp_path, monkeypatch):

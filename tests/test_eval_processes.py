@@ -18,11 +18,12 @@ from tiny_runs import losses, run, small_splits
 from torch import nn
 
 from mpp.eval.compare.chains import Job
-from mpp.eval.compare.compare import attempt, share
+from mpp.eval.compare.compare import attempt, compare, share
 from mpp.eval.compare.machine import Machine
 from mpp.eval.compare.processes import Place, places, relay
+from mpp.execution import WORKSPACE
 from mpp.extend import imported
-from mpp.files import sealed
+from mpp.files import claimed, sealed
 from mpp.log import METRICS
 
 ONE_LR = [*FEW, "compare.lrs=[]", "compare.choose_at=null"]
@@ -361,6 +362,36 @@ def test_a_choice_by_measuring_is_made_by_one_while_the_others_wait(tmp_path):
         thread.join()
     assert len(made) == 1
     assert given == [1] * 4
+
+
+def test_a_job_is_one_process_s_until_its_result_is_there(tmp_path, capsys):
+    """A run by itself holds its folder only until it is trained; what comes after, scoring, belongs to the job too."""
+    asked = []
+
+    def work() -> None:
+        with claimed(one.result.parent, "a run"):
+            pass
+        asked.append(attempt(one, {}, set()))  # as another process would
+        one.result.write_bytes(sealed({"images": "some"}, indent=None))
+
+    one = job(tmp_path, "a", work=work)
+    assert attempt(one, {}, set())
+    assert asked == [False]
+    assert not attempt(one, {}, set()), "it was done when this process came to it"
+    assert capsys.readouterr().err == "mpp: a\n"
+
+
+@pytest.mark.parametrize("places", [(), (Place("gpu 0", frozenset([0]), 1, "0"),)])
+def test_sums_are_asked_to_be_reproducible_before_anything_computes(places, recipe, tmp_path, monkeypatch):
+    """cuBLAS looks once, and a process may begin with a probing or with scores, which ask for nothing."""
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    found = []
+    for name in ("share_out", "carry_out"):
+        monkeypatch.setattr(f"mpp.eval.compare.compare.{name}", lambda *_: found.append(os.environ.get(WORKSPACE)))
+    for deterministic in ("true", "false"):
+        compare(recipe, [f"out={tmp_path / 'out'}", *ONE_LR, f"train.deterministic={deterministic}"], places)
+    assert found == [":4096:8", None]
+    assert WORKSPACE not in os.environ
 
 
 def test_every_run_is_compiled_however_many_were_before(tmp_path, monkeypatch):

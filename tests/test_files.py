@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mpp.files import BusyError, FileError, busy, cache_folder, claimed, sealed, temporary, unsealed, write_atomically
+from mpp.files import BusyError, FileError, cache_folder, claimed, sealed, temporary, unsealed, write_atomically
 
 SIZES = {b"a": 200_000, b"b": 100_000}
 
@@ -128,18 +128,6 @@ def test_a_flipped_bit_in_any_byte_of_a_sealed_file_is_noticed(indent, tmp_path)
 
 
 # Folders that one process holds
-
-
-def test_a_folder_is_busy_as_long_as_it_is_claimed_and_to_look_leaves_no_trace(tmp_path):
-    assert not busy(tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-    with claimed(tmp_path / "a", "busy"):
-        assert busy(tmp_path / "a")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/.lock").touch()  # of a process that was killed
-    assert not busy(tmp_path / "a")
-    with claimed(tmp_path / "a", "busy"):
-        assert busy(tmp_path / "a")
 
 
 def test_a_claimed_folder_is_refused_to_others_and_gone_afterwards_if_it_stayed_empty(tmp_path):

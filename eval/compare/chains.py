@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from mpp.data.config import SubsetConfig
 from mpp.data.subset import contents, drawn
 from mpp.execution import Once
-from mpp.files import claimed, sealed, unsealed, write_atomically
+from mpp.files import sealed, unsealed, write_atomically
 from mpp.log import METRICS, read_metrics
 from mpp.loop import steps_of
 from mpp.models.encoder import Encoder
@@ -262,26 +262,25 @@ class Chains:
         fraction: one at which the arm is pretrained as this encoder was.
         """
         shards, train, test = self.comparison.data
-        with claimed(out, "in use by a comparison that is still going"):
-            encoder = self.probed(arm, seed, fraction)
-            weights = identity(encoder)
-            done, rows = read_rows(out / ROWS) if probed_weights(out / ROWS) == weights else ([], [])
-            index, missing = read_index(shards, train), [one for one in asked if one not in done]
-            for share in dict.fromkeys(one.fraction for one in missing):
-                numbers, _ = drawn(index, SubsetConfig(share=share), seed)
-                names = [one.protocol for one in missing if one.fraction == share]
-                for row in probe_encoder(encoder, shards, names, train, test, numbers, cache=out / "features"):
-                    place = {"protocol": row.protocol, "fraction": share, "metric": row.metric}
-                    rows.append({**place, "value": row.value, "detail": row.detail})
-            shutil.rmtree(out / "features", ignore_errors=True)
-            results = {
-                "format": FORMAT,
-                "weights": weights,
-                "images": self.read(),
-                "asked": [*done, *missing],
-                "rows": rows,
-            }
-            write_atomically(out / ROWS, sealed(results, indent=None))
+        encoder = self.probed(arm, seed, fraction)
+        weights = identity(encoder)
+        done, rows = read_rows(out / ROWS) if probed_weights(out / ROWS) == weights else ([], [])
+        index, missing = read_index(shards, train), [one for one in asked if one not in done]
+        for share in dict.fromkeys(one.fraction for one in missing):
+            numbers, _ = drawn(index, SubsetConfig(share=share), seed)
+            names = [one.protocol for one in missing if one.fraction == share]
+            for row in probe_encoder(encoder, shards, names, train, test, numbers, cache=out / "features"):
+                place = {"protocol": row.protocol, "fraction": share, "metric": row.metric}
+                rows.append({**place, "value": row.value, "detail": row.detail})
+        shutil.rmtree(out / "features", ignore_errors=True)
+        results = {
+            "format": FORMAT,
+            "weights": weights,
+            "images": self.read(),
+            "asked": [*done, *missing],
+            "rows": rows,
+        }
+        write_atomically(out / ROWS, sealed(results, indent=None))
 
 
 def read_rows(path: Path) -> tuple[list[Asked], list[dict[str, Any]]]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Container, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 
 from mpp.data.chosen import chosen
 from mpp.errors import UserError, cause, counted, out_of_memory, terminable
-from mpp.execution import at_once
+from mpp.execution import at_once, callers_state, prepare_cuda
 from mpp.extend import imported
-from mpp.files import BusyError, busy, write_atomically
+from mpp.files import BusyError, claimed, write_atomically
 from mpp.jsons import encoded
 from mpp.recipe.settled import RunError
 from mpp.run.images import check_classes, make_missing, open_images
@@ -29,6 +30,7 @@ from .gather import gather
 from .processes import Place, say, share_out
 
 POLL = 2.0  # seconds between looks at runs that other processes are doing
+JOB = ".job.lock"  # held as long as a job takes, where a run by itself holds its folder until it is trained
 NEEDS = "needs what failed: "
 
 
@@ -60,7 +62,9 @@ def compare(
     chains.machine.known()  # before any run that would fail by it
     check_folder(jobs)
     try:
-        with terminable():
+        with terminable(), callers_state():
+            for recipe in (*comparison.pretrain.values(), *comparison.finetune.values()):
+                prepare_cuda(recipe.train)  # a probing, or scores, may be what first computes on CUDA
             if places:
                 share(jobs, failures, places, words)
             else:
@@ -131,7 +135,8 @@ def other_than_wanted(job: Job) -> str | None:
     try:
         if job.recipe is not None and (before := earlier(folder, done=job.done)) is not None:
             recipe = job.recipe()
-            images = open_images(recipe, before.settled, at_once)
+            looked_at = replace(recipe, data=replace(recipe.data, prepare="cpu"))  # without room taken up on a GPU
+            images = open_images(looked_at, before.settled, at_once)
             same_run(before, recipe, images)
             images.close()
             same_weights(before, recipe)
@@ -174,14 +179,15 @@ def failed_need(job: Job, failures: Container[str]) -> str | None:
 
 def attempt(job: Job, failures: dict[str, str], told: set[str]) -> bool:
     """Does a job, unless another process is doing it; whether nothing of it is left to do. told: jobs already named."""
-    if busy(job.result.parent):
-        return False
-    forget_compiled()
-    if job.name not in told:
-        print(f"mpp: {job.name}", file=sys.stderr)
-        told.add(job.name)
     try:
-        job.work()
+        with claimed(job.result.parent, "another process of the comparison does it", JOB):
+            if job.done:  # by now
+                return False
+            if job.name not in told:
+                print(f"mpp: {job.name}", file=sys.stderr)
+                told.add(job.name)
+            forget_compiled()
+            job.work()
     except BusyError:
         return False
     except (UserError, MemoryError, RuntimeError) as error:

@@ -26,6 +26,7 @@ from mpp.recipe.settled import RunError, load_settled
 from mpp.remote.urls import kept_url
 from mpp.shards.classes import translation, union
 from mpp.shards.index import read_index
+from mpp.workers import cores
 
 from ..probes.protocols import PROTOCOLS
 from ..report.report import FORMAT
@@ -267,4 +268,4 @@ def _hardware() -> dict[str, Any]:
         processor = names[0] if names else processor
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"processor": processor, "cores": os.cpu_count(), "memory_gib": round(memory), "gpu": gpu}
+    return {"processor": processor, "cores": cores(), "memory_gib": round(memory), "gpu": gpu}

@@ -403,8 +403,8 @@ def judged(training: Training, undisturbed: Path, steps: int, kinds: list[str]) 
         wrong.append("other pictures than undisturbed")
     time.sleep(1)
     wrong += [f"process {pid} is left" for pid in training.processes()]
-    ends = (".partial-*", "*part", ".lock")
-    left = [path for folder in (out, training.cache) for end in ends for path in folder.rglob(end)]
+    ends = {out: (".partial-*", "*.part", ".lock"), training.cache: ("*.mpp-part",)}
+    left = [path for folder, names in ends.items() for name in names for path in folder.rglob(name)]
     wrong += [f"{path} is left" for path in left]
     wrong += [f"mpp said: {line}" for line in training.said("Traceback")]
     back = len(training.said("going back to the checkpoint before it"))

@@ -15,7 +15,7 @@ from mpp import draws
 from mpp.batch import Batch
 from mpp.data.loader import Images
 from mpp.devices import ROOM
-from mpp.hardware import HardwareError, device_of, multiplies_bfloat16
+from mpp.hardware import device_of, multiplies_bfloat16
 from mpp.objectives.base import Objective
 from mpp.ranks import Ranks, here
 from mpp.seeds import seed_of
@@ -48,23 +48,9 @@ def callers_state() -> Iterator[None]:
 
 
 def prepare_cuda(config: TrainConfig) -> None:
-    """Asks cuBLAS for reproducible sums where `config` does: before any work on CUDA, as torch looks only once."""
+    """Asks cuBLAS for reproducible sums where `config` does: before any work on CUDA, as it is asked but once."""
     if config.deterministic:
         os.environ.setdefault(WORKSPACE, ":4096:8")
-
-
-def be_deterministic(config: TrainConfig) -> None:
-    """Sets torch's deterministic mode as `config` has it; HardwareError if it is too late for it."""
-    prepare_cuda(config)
-    torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic and (device := device_of(config.device)).type == "cuda":
-        one = torch.ones(1, 1, device=device)
-        try:
-            one @ one
-        except RuntimeError:
-            raise HardwareError(
-                "train.deterministic: CUDA was in use before; start Python with CUBLAS_WORKSPACE_CONFIG=:4096:8"
-            ) from None
 
 
 @contextmanager
@@ -218,4 +204,5 @@ def _largest_that_fits(
         finally:
             objective.zero_grad()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)  # what is logged is what training takes
     raise TrainingError("train.micro_batch: not even one image fits in the GPU's memory; take a smaller model or image")

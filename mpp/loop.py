@@ -16,7 +16,7 @@ from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import Loss, be_deterministic, callers_state, check_shares, choose, drawing, forward_pass, generators
+from mpp.execution import Loss, callers_state, check_shares, choose, drawing, forward_pass, generators, prepare_cuda
 from mpp.hardware import device_of
 from mpp.log import Log, Unlogged
 from mpp.models.encoder import Encoder, feed
@@ -75,7 +75,8 @@ def train(
     kept = kept_steps(config)
     execution = execution or choose(objective, images, config)
     torch.set_num_threads(execution.threads)
-    be_deterministic(config)
+    prepare_cuda(config)
+    torch.use_deterministic_algorithms(config.deterministic)
     objective.to(device).train()
     ranks.spread(objective.state_dict().values())
     optimizer = build_optimizer(objective, config)

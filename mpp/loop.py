@@ -75,6 +75,7 @@ def train(
     kept = kept_steps(config)
     execution = execution or choose(objective, images, config)
     torch.set_num_threads(execution.threads)
+    ranks.announce(execution.threads, device)
     prepare_cuda(config)
     torch.use_deterministic_algorithms(config.deterministic)
     objective.to(device).train()

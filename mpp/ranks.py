@@ -4,6 +4,7 @@ One process alone needs none of it: it leads, and whatever it asks of all it ans
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mpp import jsons
-from mpp.errors import cause
+from mpp.errors import cause, counted
 from mpp.heartbeat import Heartbeat
 from mpp.launch import Agreed, Ended, Launch, LaunchError, launched, own_cores
 from mpp.meeting import agreed_name
@@ -24,6 +25,8 @@ from mpp.meeting import agreed_name
 T = TypeVar("T")
 ONE = Launch()
 PORT = 29500  # torch's own, where the environment has none
+
+logger = logging.getLogger("mpp.ranks")
 
 
 class Turn(NamedTuple):
@@ -41,6 +44,14 @@ class Ranks:
     def __init__(self, launch: Launch = ONE, heart: Heartbeat | None = None) -> None:
         self.launch, self.heart = launch, heart
         self.rank, self.size, self.leads = launch.rank, launch.size, launch.leads
+
+    def announce(self, threads: int, device: torch.device) -> None:
+        """Says what trains together, in one line of the leading process; one by itself has nothing to say."""
+        if self.size > 1 and self.leads:
+            here = "" if self.launch.local_size == self.size else f", {self.launch.local_size} of them on this machine"
+            means = "NCCL" if device.type == "cuda" else "gloo"
+            each = counted(threads, "thread")
+            logger.info("%d processes%s, each with %s, on %s (%s)", self.size, here, each, device.type, means)
 
     def turn(self, signals: Sequence[int], batch: Sized | None) -> Turn:
         """What to do in a step: as all of them do the same, each waits here for the slowest."""

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mpp import jsons
 from mpp.batch import Batch
 from mpp.errors import cause, counted
 from mpp.heartbeat import Heartbeat
 from mpp.launch import Agreed, Ended, Launch, LaunchError, launched, own_cores
+from mpp.meeting import agreed_name
 
 T = TypeVar("T")
 ONE = Launch()
@@ -186,10 +188,14 @@ def together(device: str, minutes: float) -> Iterator[Ranks]:
     host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", PORT))
     try:
         kind = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(kind, timeout=timedelta(minutes=minutes))
+        longest = timedelta(minutes=minutes)
+        store, _, _ = next(rendezvous("env://", timeout=longest))
+        name = agreed_name(store, launch, 60 * minutes)
+        group = dist.PrefixStore(f"{name}/group", store)
+        dist.init_process_group(kind, store=group, rank=launch.rank, world_size=launch.size, timeout=longest)
         # A connection of its own: that of the group may be held by a thread that waits.
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=minutes))
-        heart = Heartbeat(dist.PrefixStore(f"mpp/{launch.attempt}", store), launch)
+        beside = dist.TCPStore(host, port, is_master=False, timeout=longest)
+        heart = Heartbeat(dist.PrefixStore(f"{name}/alive", beside), launch)
         _here = Ranks(launch, heart)
         _here.wait()
     except (RuntimeError, ValueError) as error:

@@ -16,7 +16,17 @@ from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import Loss, callers_state, check_shares, choose, drawing, forward_pass, generators, prepare_cuda
+from mpp.execution import (
+    Loss,
+    callers_state,
+    check_shares,
+    choose,
+    drawing,
+    forward_pass,
+    generators,
+    prepare_cuda,
+    sharing,
+)
 from mpp.hardware import device_of
 from mpp.log import Log, Unlogged
 from mpp.models.encoder import Encoder, feed
@@ -24,7 +34,7 @@ from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
-from mpp.ranks import ALONE, Ranks, Turn, here
+from mpp.ranks import ALONE, Ranks, Turn
 from mpp.saving import Writer, on_host
 from mpp.shards.classes import translation
 from mpp.shards.index import Index
@@ -79,6 +89,8 @@ def train(
     prepare_cuda(config)
     torch.use_deterministic_algorithms(config.deterministic)
     objective.to(device).train()
+    if ranks.size > 1 and objective.encoder.looks_across_batch:
+        nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # in place, names and numbers as they are
     ranks.spread(objective.state_dict().values())
     optimizer = build_optimizer(objective, config)
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
@@ -166,17 +178,6 @@ def train(
         if stop:
             raise Interrupted(stop, step)
     adopt(objective, ema)
-
-
-def sharing(images: Images) -> Ranks:
-    """The processes that share each batch: all that were started together, if the batches are read in parts."""
-    ranks, part = here(), getattr(images, "part", None)
-    if part is not None and part.ranks != ranks.size:
-        raise TrainingError(
-            f"batches are read as part of {part.ranks} processes, and {ranks.size} train together; start them by "
-            f"torchrun, or read with rank={ranks.rank}, ranks={ranks.size}"
-        )
-    return ranks
 
 
 def placed(batch: Batch, turn: Turn) -> Batch:

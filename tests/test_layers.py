@@ -26,7 +26,7 @@ LAYERS = [
     {"shards", "augment"},
     {"remote", "decode_cuda"},
     {"decode", "ranks"},
-    {"files", "differing", "hardware", "extend", "finite", "heartbeat", "estimate"},
+    {"files", "differing", "hardware", "extend", "finite", "heartbeat", "meeting", "estimate"},
     {"jsons", "draws", "launch"},
     {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices", "workers"},
 ]

@@ -112,14 +112,18 @@ def train(
                 writer.wait()  # before another copy of all there is
                 writer.write(step, snapshot(objective, optimizer, ema))
 
+        def asked() -> int:
+            """The signal that a process by itself obeys at once; several hear of it together, before a step."""
+            return sum(signals[:1]) if ranks.size == 1 else 0
+
         def look(step: int, scores: bool, shows: bool) -> None:
             """Scores and shows what a step left, unless a signal comes: then the next start does it."""
-            if not (scores or shows) or (ranks.size == 1 and signals):
+            if not (scores or shows) or asked():
                 return
             with clock.stopped(), swapped(objective, ema):
                 if evaluate and scores and (figures := evaluate(signals)):
                     logger.scalars(step, figures)
-                if shows and not (ranks.size == 1 and signals):
+                if shows and not asked():
                     logger.pictures(step, pictures(objective, shown()))
 
         if start:  # what was interrupted after this step was saved
@@ -148,8 +152,7 @@ def train(
             average(ema, objective, ema_decay(step, config.ema))
             clock.count(step, loss, norm, turn.images)
             logger.advance()
-            # Several processes stop together, at the end of the step before which all knew of the signal.
-            stop = turn.stop if ranks.size > 1 else sum(signals[:1])
+            stop = turn.stop or asked()
             last, ends = step == steps, step == steps or stop > 0
             logs, saves = due(step, log.every, ends), due(step, config.save_every, ends or step in kept)
             scores, shows = due(step, evaluation, last), due(step, log.pictures, last)
@@ -168,7 +171,7 @@ def train(
                     keep(step)
             if not stop:
                 look(step, scores, shows)
-                stop = sum(signals[:1]) if ranks.size == 1 else 0
+                stop = asked()
         if stop and step > start and not saves:
             clock.check()
             clock.check_tensors(step, lasting(objective, ema))

@@ -83,17 +83,23 @@ class Ranks:
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
-    def of_leading(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The leading process's tensors on the CPU, by name; the others give none."""
+    def of_leading(
+        self, tensors: dict[str, Tensor] | None, own: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    ) -> dict[str, Tensor]:
+        """The leading process's tensors on the CPU, by name; the others give none.
+
+        own: what each process keeps of a tensor.
+        """
         if self.size == 1:
-            return tensors or {}
+            return {name: own(name, tensor) for name, tensor in (tensors or {}).items()}
         given = tensors or {}
         facts = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in given.items()}
         found = {}
         for name, (dtype, *shape) in self.shared(lambda: facts).items():
             value = given[name] if self.leads else torch.empty(shape, dtype=getattr(torch, dtype))
-            found[name] = value.contiguous()
-            self._call(dist.broadcast, found[name], 0)
+            value = value.contiguous()
+            self._call(dist.broadcast, value, 0)
+            found[name] = own(name, value)
         return found
 
     def spread(self, tensors: Iterable[Tensor]) -> None:

@@ -17,6 +17,8 @@ from mpp.run.finished import drop_state, is_finished
 from mpp.run.images import open_images
 from mpp.run.onward import go_on_from, open_source, same_source
 from mpp.run.start import begin, check_same_folder, check_shared_epochs, earlier, go_on, refuse_leftovers
+from mpp.saving import on_host
+from mpp.split import is_sharded
 from mpp.weights import save_result
 
 SIZES = "model.width or model.depth"
@@ -74,8 +76,10 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
                 evaluate=evaluation(settings, objective, images, settled.execution),
                 evaluate_every=recipe.eval.every,
             )
-            for name, result in objective.results().items() if ranks.leads else ():
-                save_result(result, out / f"{name}.safetensors")
+            for name, result in objective.results().items() if ranks.leads or is_sharded(objective) else ():
+                whole = on_host({name: result.state_dict()}, ranks.leads)
+                if ranks.leads:
+                    save_result(result, out / f"{name}.safetensors", whole[name])
         if ranks.leads and not recipe.train.keep_state:
             drop_state(out, [f"{name}.safetensors" for name in objective.results()])
     return out

@@ -146,7 +146,7 @@ def group_of(kernel: str) -> str:
 
 
 def syncs(run: Callable[[], Timing]) -> int:
-    """How often the host waits for the device in a round, the round's own two waits apart."""
+    """How often the host waits for the device in a round; a round itself does so for its loss."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

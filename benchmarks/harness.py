@@ -225,8 +225,8 @@ def write(name: str, threads: int, device: str, tables: Mapping[str, Table], fol
 
 
 def commit() -> str | None:
-    """Of this work tree; None where it is a copy without its history."""
-    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
+    """Of this work tree, "-dirty" where files differ from it; None where it is a copy without its history."""
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,12 @@ from mpp import draws
 from mpp.batch import Batch
 from mpp.data.loader import Images
 from mpp.devices import ROOM
-from mpp.hardware import HardwareError, device_of, multiplies_bfloat16
+from mpp.hardware import device_of, multiplies_bfloat16
 from mpp.objectives.base import Objective
 from mpp.ranks import Ranks, here
 from mpp.seeds import seed_of
 from mpp.sharding import to_shard
-from mpp.split import is_sharded, let_go
+from mpp.split import is_sharded, let_go, uncompiled
 from mpp.train_config import Execution, TrainConfig
 from mpp.watch import TrainingError
 
@@ -50,23 +50,9 @@ def callers_state() -> Iterator[None]:
 
 
 def prepare_cuda(config: TrainConfig) -> None:
-    """Asks cuBLAS for reproducible sums where `config` does: before any work on CUDA, as torch looks only once."""
+    """Asks cuBLAS for reproducible sums where `config` does: before any work on CUDA, as it is asked but once."""
     if config.deterministic:
         os.environ.setdefault(WORKSPACE, ":4096:8")
-
-
-def be_deterministic(config: TrainConfig) -> None:
-    """Sets torch's deterministic mode as `config` has it; HardwareError if it is too late for it."""
-    prepare_cuda(config)
-    torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic and (device := device_of(config.device)).type == "cuda":
-        one = torch.ones(1, 1, device=device)
-        try:
-            one @ one
-        except RuntimeError:
-            raise HardwareError(
-                "train.deterministic: CUDA was in use before; start Python with CUBLAS_WORKSPACE_CONFIG=:4096:8"
-            ) from None
 
 
 @contextmanager
@@ -133,7 +119,8 @@ def forward_pass(objective: Objective, config: TrainConfig, execution: Execution
     def forward(batch: Batch) -> Loss:
         if not is_sharded(objective):  # which it may become only after this function is made
             return plain(batch)
-        outputs = objective(batch)
+        with nullcontext() if execution.compile else uncompiled():
+            outputs = objective(batch)
         if not torch.is_grad_enabled():
             let_go(objective)
         return outputs
@@ -238,4 +225,5 @@ def _largest_that_fits(
         finally:
             objective.zero_grad()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)  # what is logged is what training takes
     raise TrainingError("train.micro_batch: not even one image fits in the GPU's memory; take a smaller model or image")

@@ -27,7 +27,6 @@ class Launch:
     size: int = 1
     local: int = 0  # of those on this machine
     local_size: int = 1
-    attempt: int = 0  # how often torchrun has started all of them again
 
     @property
     def leads(self) -> bool:
@@ -37,10 +36,7 @@ class Launch:
 
 def launched() -> Launch:
     """Which process this is; LaunchError if the environment says what can't be."""
-    names = {
-        "rank": "RANK", "size": "WORLD_SIZE", "local": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE",
-        "attempt": "TORCHELASTIC_RESTART_COUNT",
-    }  # fmt: skip
+    names = {"rank": "RANK", "size": "WORLD_SIZE", "local": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Launch()
     found = {}
@@ -51,7 +47,7 @@ def launched() -> Launch:
         found[field] = int(text)
     launch = Launch(**found)
     if not (0 <= launch.rank < launch.size and 0 <= launch.local < launch.local_size <= launch.size):
-        said = ", ".join(f"{name}={found[field]}" for field, name in names.items() if field != "attempt")
+        said = ", ".join(f"{name}={found[field]}" for field, name in names.items())
         raise LaunchError(f"{said} in the environment don't go together; start the processes by torchrun")
     return launch
 

@@ -16,7 +16,7 @@ from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import Loss, be_deterministic, callers_state, check_shares, choose, drawing, forward_pass, generators
+from mpp.execution import Loss, callers_state, check_shares, choose, drawing, forward_pass, generators, prepare_cuda
 from mpp.hardware import device_of
 from mpp.log import Log, Unlogged
 from mpp.models.encoder import Encoder, feed
@@ -29,7 +29,7 @@ from mpp.saving import Writer, on_host
 from mpp.sharding import shard, to_shard
 from mpp.shards.classes import translation
 from mpp.shards.index import Index
-from mpp.split import is_sharded, is_split, let_go, own_part, split_as
+from mpp.split import is_sharded, is_split, let_go, own_part, split_as, uncompiled
 from mpp.train_config import Execution, LogConfig, TrainConfig
 from mpp.watch import Clock, Interrupted, TrainingError, stop_signals
 
@@ -77,7 +77,9 @@ def train(
     kept = kept_steps(config)
     execution = execution or choose(objective, images, config)
     torch.set_num_threads(execution.threads)
-    be_deterministic(config)
+    ranks.announce(execution.threads, device)
+    prepare_cuda(config)
+    torch.use_deterministic_algorithms(config.deterministic)
     objective.train()
     if to_shard(config, ranks):
         ranks.spread(objective.state_dict().values())
@@ -131,9 +133,12 @@ def train(
                 break
             step += 1
             writer.check()
-            batch = checked_batch(objective, placed(batch, turn), step).to(device)
+            batch, share = placed(batch, turn), turn.images / ranks.size
+            if objective.needs.whole_batch:  # each process computes all of it, and the same
+                batch, share = ranks.joined(batch), turn.images
+            batch = checked_batch(objective, batch, step).to(device)
             loss, norm, metrics = update(
-                forward, objective, optimizer, batch, config, execution.micro_batch, seed, step, ranks, turn.images
+                forward, objective, optimizer, batch, config, execution.micro_batch, seed, step, ranks, share
             )
             objective.progress.fill_(step / steps)
             with called(objective.config.name, "after_step()"):
@@ -232,17 +237,17 @@ def update(
     seed: int,
     step: int,
     ranks: Ranks = ALONE,
-    images: int | None = None,
+    share: float = 0.0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One optimizer step: the loss, the norm of the gradient, and what the objective reports, all on the device.
 
-    images: of the step, over all processes. What is reported is of this one's part, but for the loss.
+    share: images of a process, the mean of all of them. What is reported is of this one's, but for the loss.
     """
     set_rates(optimizer, rate_at(step, config), (step - 1) / steps_of(config))
     totals: dict[str, Tensor] = {}
     whole = objective.batch_weight(batch)
     if ranks.size > 1:  # gradients are averaged over the processes, whose parts may weigh differently
-        whole = ranks.average([whole])[0] if isinstance(whole, Tensor) else (images or 0) / ranks.size
+        whole = ranks.average([whole])[0] if isinstance(whole, Tensor) else share
     for place, part in enumerate(batch.split(micro_batch)):
         with drawing(seed, step, part, place):
             loss, metrics = forward(part)
@@ -454,7 +459,7 @@ def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
 
 def pictures(objective: Objective, batch: Batch) -> dict[str, Tensor]:
     """What the objective shows of some images."""
-    with drawing(PICTURE_SEED, 0, batch), called(objective.config.name, "pictures()"):
+    with drawing(PICTURE_SEED, 0, batch), called(objective.config.name, "pictures()"), uncompiled():
         shown = objective.pictures(batch)
     let_go(objective)
     for name, row in shown.items():

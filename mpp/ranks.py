@@ -4,6 +4,7 @@ One process alone needs none of it: it leads, and whatever it asks of all it ans
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -13,15 +14,20 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mpp import jsons
-from mpp.errors import cause
+from mpp.batch import Batch
+from mpp.errors import cause, counted
 from mpp.heartbeat import Heartbeat
 from mpp.launch import Agreed, Ended, Launch, LaunchError, launched, own_cores
+from mpp.meeting import agreed_name
 
 T = TypeVar("T")
 ONE = Launch()
 PORT = 29500  # torch's own, where the environment has none
+
+logger = logging.getLogger("mpp.ranks")
 
 
 class Turn(NamedTuple):
@@ -39,6 +45,14 @@ class Ranks:
     def __init__(self, launch: Launch = ONE, heart: Heartbeat | None = None) -> None:
         self.launch, self.heart = launch, heart
         self.rank, self.size, self.leads = launch.rank, launch.size, launch.leads
+
+    def announce(self, threads: int, device: torch.device) -> None:
+        """Says what trains together, in one line of the leading process; one by itself has nothing to say."""
+        if self.size > 1 and self.leads:
+            here = "" if self.launch.local_size == self.size else f", {self.launch.local_size} of them on this machine"
+            means = "NCCL" if device.type == "cuda" else "gloo"
+            each = counted(threads, "thread")
+            logger.info("%d processes%s, each with %s, on %s (%s)", self.size, here, each, device.type, means)
 
     def turn(self, signals: Sequence[int], batch: Sized | None) -> Turn:
         """What to do in a step: as all of them do the same, each waits here for the slowest."""
@@ -102,6 +116,24 @@ class Ranks:
             found[name] = own(name, value)
         return found
 
+    def joined(self, batch: Batch) -> Batch:
+        """The whole batch, of which each process has a part, in the order of the processes."""
+        if self.size == 1:
+            return batch
+        counts = [count for (count,) in self.each(len(batch))]
+        labels = None if batch.labels is None else self._rows(batch.labels, counts)
+        views = tuple(self._rows(view, counts) for view in batch.views)
+        places = self._rows(torch.from_numpy(batch.whole_places), counts).numpy()
+        return Batch(self._rows(batch.images, counts), labels, views, places)
+
+    def _rows(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        """All processes' rows of a tensor, of which each has so many."""
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in counts]
+        self._call(dist.all_gather, found, padded)
+        return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
+
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """Puts the leading process's numbers in the place of the others', on their devices."""
         for tensor in tensors if self.size > 1 else ():
@@ -119,6 +151,15 @@ class Ranks:
             work(*arguments)
         except RuntimeError as error:
             raise self._failure(error) from error
+
+    def told(self, error: BaseException) -> BaseException:
+        """An error as it is, or what stands for one that a call of torch's own made, such as FSDP's for weights."""
+        link: BaseException | None = error
+        while link is not None and not isinstance(error, LaunchError | Ended):
+            if isinstance(link, dist.DistError) or (isinstance(link, RuntimeError) and "gloo" in str(link)):
+                return self._failure(link)
+            link = link.__cause__
+        return error
 
     def _failure(self, error: RuntimeError) -> Exception:
         if self.heart is None:
@@ -162,10 +203,14 @@ def together(device: str, minutes: float) -> Iterator[Ranks]:
     host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", PORT))
     try:
         kind = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(kind, timeout=timedelta(minutes=minutes))
+        longest = timedelta(minutes=minutes)
+        store, _, _ = next(rendezvous("env://", timeout=longest))
+        name = agreed_name(store, launch, 60 * minutes)
+        group = dist.PrefixStore(f"{name}/group", store)
+        dist.init_process_group(kind, store=group, rank=launch.rank, world_size=launch.size, timeout=longest)
         # A connection of its own: that of the group may be held by a thread that waits.
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=minutes))
-        heart = Heartbeat(dist.PrefixStore(f"mpp/{launch.attempt}", store), launch)
+        beside = dist.TCPStore(host, port, is_master=False, timeout=longest)
+        heart = Heartbeat(dist.PrefixStore(f"{name}/alive", beside), launch)
         _here = Ranks(launch, heart)
         _here.wait()
     except (RuntimeError, ValueError) as error:
@@ -183,12 +228,15 @@ def together(device: str, minutes: float) -> Iterator[Ranks]:
         heart.stop()
         raise
     except BaseException as error:  # the heart goes on, and ends this process if it hangs below
+        told = _here.told(error)
         try:
-            first = heart.fails(cause(error))
+            first = heart.fails(cause(told))
         except RuntimeError:
             first = True
         if not first:
             raise Ended from error
+        if told is not error:
+            raise told from error
         raise
     finally:
         _here = ALONE

@@ -5,12 +5,7 @@ averaged over the processes as soon as they are there, after each micro-batch, a
 What stands in no block, such as the stem and heads, is gathered for the whole of a pass.
 """
 
-import logging
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,10 +14,6 @@ from mpp.models.trunk import Block
 from mpp.objectives.base import Objective
 from mpp.ranks import Ranks
 from mpp.train_config import Execution, TrainConfig
-
-GRAPHS = 4  # that a compiled block may need: with all tokens or some, and for a last batch of another size
-
-logger = logging.getLogger("mpp.sharding")
 
 
 def to_shard(config: TrainConfig, ranks: Ranks) -> bool:
@@ -46,8 +37,9 @@ def shard(objective: Objective, config: TrainConfig, execution: Execution) -> No
     policy = low if execution.precision == "bfloat16" else same
     parts = list(objective.modules())
     blocks = [part for part in parts if isinstance(part, Block)]
-    if execution.compile:
-        _compile(blocks, {"deterministic": True} if config.deterministic else None)
+    for block in blocks if execution.compile else ():  # by themselves, as between them weights are gathered
+        options = {"deterministic": True} if config.deterministic else None
+        block.forward = torch.compile(block.forward, options=options)  # type: ignore
     for norm in parts if policy is low else ():
         if isinstance(norm, _BatchNorm):
             fully_shard(norm, mesh=mesh, mp_policy=same)
@@ -55,15 +47,3 @@ def shard(objective: Objective, config: TrainConfig, execution: Execution) -> No
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(objective, "pictures")
-
-
-def _compile(blocks: list[Block], options: dict[str, Any] | None) -> None:
-    """Compiles blocks by themselves, as between them weights are gathered; evaluation calls them uncompiled."""
-    # All have one code, which would be compiled for the first eight alone: their chances to drop paths differ.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS * len(blocks))
-    for block in blocks:
-        block.forward = _in_training(block, block.forward, torch.compile(block.forward, options=options))  # type: ignore[method-assign]
-
-
-def _in_training(block: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *inputs: (compiled if block.training else plain)(*inputs)

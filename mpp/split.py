@@ -3,6 +3,8 @@
 Nothing here imports torch.distributed.tensor, which takes a second, before there are such tensors.
 """
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,3 +52,8 @@ def let_go(module: nn.Module) -> None:
     sharded: Any = module
     if is_sharded(module):
         sharded.reshard()
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Lets what is compiled of a sharded module run as it is: to compile it once more takes longer than a few calls."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -109,9 +109,8 @@ def test_compiled_draws_are_the_same(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA here")
 
-    def drawn(rows: int) -> list[torch.Tensor]:
-        keys, place = draws.keys(rows, torch.device(device)), torch.device(device)
-        again = draws.keys(2 * rows, place)
+    def drawn(rows: int, place: torch.device) -> list[torch.Tensor]:
+        keys, again = draws.keys(rows, place), draws.keys(2 * rows, place)
         return [
             draws.words(keys, 50).argsort(1), draws.uniform(again, 9), draws.below(keys, 9, 63),
             draws.hits(draws.apart(keys, 3), 30, 0.3), draws.batch_keys(place),
@@ -122,9 +121,9 @@ def test_compiled_draws_are_the_same(device):
     compiled = torch.compile(drawn, backend=backend, fullgraph=True, dynamic=False)
     for step in range(3):
         with draws.drawing(of(8, step)):
-            expected = drawn(8)
+            expected = drawn(8, torch.device("cpu"))
         with draws.drawing(of(8, step).to(device)):
-            found = compiled(8)
+            found = compiled(8, torch.device(device))
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one.cpu(), other)
     assert backend.frame_count == 1

@@ -394,6 +394,15 @@ def test_sums_are_asked_to_be_reproducible_before_anything_computes(places, reci
     assert WORKSPACE not in os.environ
 
 
+class Doubled(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, 1)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return 2 * self.project(rows)
+
+
 def test_every_run_is_compiled_however_many_were_before(tmp_path, monkeypatch):
     """torch keeps so many graphs of a function, here 2, and carries out what is beyond them uncompiled."""
     graphs: list[int] = []
@@ -404,9 +413,9 @@ def test_every_run_is_compiled_however_many_were_before(tmp_path, monkeypatch):
 
     def work() -> None:
         graphs.append(0)
-        model = nn.Linear(4 + len(graphs), 1)  # another graph each time
+        model = Doubled(4 + len(graphs))  # another graph each time
         model.compile(backend=backend)
-        model(torch.ones(3, model.in_features))
+        model(torch.ones(3, 4 + len(graphs)))
 
     with torch._dynamo.config.patch(recompile_limit=2):
         failures: dict[str, str] = {}

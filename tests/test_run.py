@@ -19,7 +19,8 @@ from tiny_runs import LABELS, digests, finished, metrics, run, small_disk, small
 from mpp.execution import WORKSPACE
 from mpp.files import sealed, unsealed
 from mpp.recipe import load_recipe
-from mpp.recipe.settled import RunError
+from mpp.recipe.settled import RunError, load_settled
+from mpp.run.start import with_threads
 from mpp.shards.build import index_folder
 from mpp.shards.index import read_index, write_index
 from mpp.weights import load_encoder
@@ -168,6 +169,29 @@ def test_what_was_chosen_once_is_kept_where_the_machine_would_choose_otherwise(s
     (out / "checkpoints/began.json").write_bytes(sealed(began))
     assert run("pretrain", recipe, *auto, f"out={out}").code == 0
     assert settled(out)["execution"]["micro_batch"] == 2
+
+
+def test_threads_are_kept_unless_another_number_of_processes_goes_on(done, splits, tmp_path):
+    recipe, out = write_recipe(tmp_path, splits), shutil.copytree(done, tmp_path / "run")
+    found, more = unsealed(out / "settled.json"), torch.get_num_threads() + 6
+    assert found["processes"] == 1
+    found["execution"]["threads"] = more
+    for processes in (1, 3):
+        (out / "settled.json").write_bytes(sealed({**found, "processes": processes}))
+        open_, three = load_recipe(recipe), load_recipe(recipe, ["train.threads=3"])
+        settled = load_settled(out)
+        kept = with_threads(settled, open_).execution.threads
+        if processes == 1:
+            assert kept == more
+            said = refused("pretrain", recipe, "train.threads=3", f"out={out}")
+            assert f"train.threads: {more} there, 3 here" in said
+        else:
+            assert kept == torch.get_num_threads()
+            assert with_threads(settled, three).execution.threads == 3
+            assert run("pretrain", recipe, "train.threads=3", f"out={out}").code == 0
+            said = refused("pretrain", recipe, "train.lr=3e-3", "train.threads=3", f"out={out}")
+            assert "train.lr" in said
+            assert "train.threads" not in said
 
 
 def test_epochs_become_steps_once(splits, tmp_path):
@@ -551,7 +575,8 @@ def test_a_settled_json_that_is_cut_is_named(text, done, splits, tmp_path):
      ("execution", {"precision": "foo", "compile": False, "threads": 1, "micro_batch": 4}),
      ("execution", {"precision": "float32", "compile": "yes", "threads": 1, "micro_batch": 4}),
      ("execution", {"precision": "float32", "compile": False, "threads": None, "micro_batch": 4}),
-     ("execution", {"precision": "float32", "compile": False, "threads": 1, "micro_batch": "a"})],
+     ("execution", {"precision": "float32", "compile": False, "threads": 1, "micro_batch": "a"}),
+     ("processes", 0), ("processes", "2")],
 )  # fmt: skip
 def test_a_settled_json_with_a_value_that_none_can_have_chosen_is_named(key, value, done, splits, tmp_path):
     out = shutil.copytree(done, tmp_path / "run")

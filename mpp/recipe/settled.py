@@ -3,7 +3,7 @@
 A run goes on as it began, whatever the machine would choose now, and on the images and weights that it began with.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,15 @@ class Settled:
     execution: Execution
     imports: dict[str, str]  # key of the recipe, such as objective.name -> what `--import` its part came by
     continued: Continued | None = None  # the state of another run that it goes on from
+    processes: int = 1  # that trained together; another number of them takes its threads anew
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no start can have settled: the values may come from a file."""
         texts = {"images": self.images, "labels": self.labels or "", "weights": self.weights or ""}
         if wrong := [name for name, value in texts.items() if not isinstance(value, str)]:
             raise ValueError(f"{wrong[0]}: expected a text")
+        if not (type(self.processes) is int and self.processes >= 1):
+            raise ValueError(f"processes {self.processes!r}")
         if not (type(self.steps) is type(self.warmup) is int and self.steps >= 1 and 0 <= self.warmup <= self.steps):
             raise ValueError(f"steps {self.steps!r} or warmup {self.warmup!r}")
         if self.shuffle not in ("all", "window") or self.prepare not in ("cpu", "device"):
@@ -109,7 +112,8 @@ def load_settled(folder: Path) -> Settled:
         if (found := budget.json_file(path)["format"]) != FORMAT:
             raise RunError(f"{path}: has format {found}, this version of mpp reads {FORMAT}")
         facts = unsealed(path)
-        values = {field.name: facts[field.name] for field in fields(Settled) if field.name != "continued"}
+        there = [field.name for field in fields(Settled) if field.name in facts or field.default is MISSING]
+        values = {name: facts[name] for name in there}
         state = facts.get("continued")
         continued = None if state is None else Continued(**state)
         return Settled(**{**values, "execution": Execution(**values["execution"]), "continued": continued})

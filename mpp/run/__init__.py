@@ -1,5 +1,6 @@
 """A run: from a recipe to a folder with metrics, checkpoints and an encoder; started again there, it goes on."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,8 @@ from mpp.saving import on_host
 from mpp.split import is_sharded
 from mpp.weights import save_result
 
+logger = logging.getLogger("mpp.run")
+
 SIZES = "model.width or model.depth"
 BUSY = "in use by a run that is still going; stop it, or choose another folder with out="
 
@@ -40,6 +43,8 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
         def once(what: str, choose: Callable[[], Any]) -> Any:
             return ranks.shared(lambda: alone(what, choose))
 
+        if recipe.train.shard == "full" and ranks.size == 1:
+            logger.info("%s: train.shard: full splits nothing, as this process trains by itself", out)
         before = earlier(out)
         check_same_folder(out, ranks)
         source = None

@@ -32,7 +32,8 @@ def evaluation(
     """
     ranks = here()
     # A batch that fits in memory. Not compiled: another graph, and one more for its last part, take longer to make.
-    batches = images.open_scored(min(execution.micro_batch * ranks.size, recipe.eval.images))
+    across = objective.needs.whole_batch
+    batches = images.open_scored(min(execution.micro_batch * (1 if across else ranks.size), recipe.eval.images))
     if batches is None:
         return None
     device = device_of(recipe.train.device)
@@ -48,6 +49,7 @@ def evaluation(
             turn = ranks.turn(stop, batch)
             if batch is None or turn.ended or turn.stop:
                 break
+            batch = ranks.joined(batch) if across else batch
             own = len(batch)  # 0 where all of its images are damaged, or other processes have them
             if not turn.images or not (own or is_sharded(objective)):
                 continue

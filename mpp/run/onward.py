@@ -125,6 +125,7 @@ def go_on_from(source: Source, asked: Recipe, images: RunImages, once: Once) -> 
         execution=execution,
         imports=imports_of_parts(asked),
         continued=Continued(step, at, checkpoint.digest(source.checkpoint(step)), source.identity),
+        processes=here().size,
     )
     save_start(asked, settled)
     described = {"encoder": jsons.text(facts_of_result(objective))}

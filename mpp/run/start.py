@@ -90,6 +90,7 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
         prepare=images.batches.prepared,
         execution=execution,
         imports=imports_of_parts(recipe),
+        processes=here().size,
     )
     save_start(recipe, settled)
     return objective, settled
@@ -144,14 +145,26 @@ def found_settings(asked: ObjectiveConfig, settled: ObjectiveConfig) -> dict[str
 
 def go_on(before: Earlier, recipe: Recipe, images: RunImages) -> tuple[Objective, Settled]:
     """The objective of a run that has begun, whose checkpoint the loop puts back; RunError if it is another run."""
-    return build(same_run(before, recipe, images), same_weights(before, recipe)), before.settled
+    return build(same_run(before, recipe, images), same_weights(before, recipe)), with_threads(before.settled, recipe)
+
+
+def with_threads(settled: Settled, recipe: Recipe) -> Settled:
+    """As settled, but with threads anew where another number of processes goes on: sums have another order by that
+    anyway, and a machine's cores are shared by so many."""
+    if here().size == settled.processes:
+        return settled
+    threads = recipe.train.threads or here().shared(torch.get_num_threads)
+    return replace(settled, execution=replace(settled.execution, threads=threads))
 
 
 def same_run(before: Earlier, recipe: Recipe, images: RunImages) -> Recipe:
     """The recipe with what follows from its images; RunError unless it and they are those that a run began with."""
     folder, settled = before.folder, before.settled
     settings = with_index(recipe, images.batches.index).in_steps(images.batches.epoch)
-    if changed := changes(settled.fill(before.recipe), settled.for_machine(settings)):
+    there, now = settled.fill(before.recipe), settled.for_machine(settings)
+    if here().size != settled.processes:
+        there = replace(there, train=replace(there.train, threads=now.train.threads))
+    if changed := changes(there, now):
         can_go_on = not (lasting(changed, settings) or (folder / FINISHED).exists())
         onward = f", there with --continue {folder} to go on from this one's state" if can_go_on else ""
         raise RunError(

@@ -54,7 +54,7 @@ def evaluation(
             if not turn.images or not (own or is_sharded(objective)):
                 continue
             if not own:  # the others need this process's part of the weights
-                batch = batch.blank(2 if objective.needs.pairs else 1)
+                batch = batch.blank(2)  # pairs, and norms that refuse a single value
             batch = replace(batch, places=step * batches.batch + batch.whole_places).to(device)
             with drawing(recipe.seed, EVALUATION, batch, step), called(objective.config.name, "forward()"):
                 loss, metrics = forward(batch)

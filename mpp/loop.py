@@ -16,7 +16,17 @@ from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import Loss, callers_state, check_shares, choose, drawing, forward_pass, generators, prepare_cuda
+from mpp.execution import (
+    Loss,
+    callers_state,
+    check_shares,
+    choose,
+    drawing,
+    forward_pass,
+    generators,
+    prepare_cuda,
+    sharing,
+)
 from mpp.hardware import device_of
 from mpp.log import Log, Unlogged
 from mpp.models.encoder import Encoder, feed
@@ -24,7 +34,7 @@ from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
-from mpp.ranks import ALONE, Ranks, Turn, here
+from mpp.ranks import ALONE, Ranks, Turn
 from mpp.saving import Writer, on_host
 from mpp.sharding import shard, to_shard
 from mpp.shards.classes import translation
@@ -81,12 +91,13 @@ def train(
     prepare_cuda(config)
     torch.use_deterministic_algorithms(config.deterministic)
     objective.train()
-    if to_shard(config, ranks):
-        ranks.spread(objective.state_dict().values())
-        shard(objective, config, execution)
-    else:
+    if ranks.size > 1 and objective.encoder.looks_across_batch:
+        nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # in place, names and numbers as they are
+    if not to_shard(config, ranks):
         objective.to(device)
-        ranks.spread(objective.state_dict().values())
+    ranks.spread(objective.state_dict().values())
+    if to_shard(config, ranks):
+        shard(objective, config, execution)
     optimizer = build_optimizer(objective, config)
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
     start = resume(objective, optimizer, ema, folder, ranks)
@@ -110,14 +121,18 @@ def train(
             if ranks.leads:
                 writer.write(step, state)
 
+        def asked() -> int:
+            """The signal that a process by itself obeys at once; several hear of it together, before a step."""
+            return sum(signals[:1]) if ranks.size == 1 else 0
+
         def look(step: int, scores: bool, shows: bool) -> None:
             """Scores and shows what a step left, unless a signal comes: then the next start does it."""
-            if not (scores or shows) or (ranks.size == 1 and signals):
+            if not (scores or shows) or asked():
                 return
             with clock.stopped(), swapped(objective, ema):
                 if evaluate and scores and (figures := evaluate(signals)):
                     logger.scalars(step, figures)
-                if shows and not (ranks.size == 1 and signals):
+                if shows and not asked():
                     logger.pictures(step, pictures(objective, shown()))
 
         if start:  # what was interrupted after this step was saved
@@ -146,8 +161,7 @@ def train(
             average(ema, objective, ema_decay(step, config.ema))
             clock.count(step, loss, norm, turn.images)
             logger.advance()
-            # Several processes stop together, at the end of the step before which all knew of the signal.
-            stop = turn.stop if ranks.size > 1 else sum(signals[:1])
+            stop = turn.stop or asked()
             last, ends = step == steps, step == steps or stop > 0
             logs, saves = due(step, log.every, ends), due(step, config.save_every, ends or step in kept)
             scores, shows = due(step, evaluation, last), due(step, log.pictures, last)
@@ -166,7 +180,7 @@ def train(
                     keep(step)
             if not stop:
                 look(step, scores, shows)
-                stop = sum(signals[:1]) if ranks.size == 1 else 0
+                stop = asked()
         if stop and step > start and not saves:
             clock.check()
             clock.check_tensors(step, lasting(objective, ema))
@@ -176,17 +190,6 @@ def train(
         if stop:
             raise Interrupted(stop, step)
     adopt(objective, ema)
-
-
-def sharing(images: Images) -> Ranks:
-    """The processes that share each batch: all that were started together, if the batches are read in parts."""
-    ranks, part = here(), getattr(images, "part", None)
-    if part is not None and part.ranks != ranks.size:
-        raise TrainingError(
-            f"batches are read as part of {part.ranks} processes, and {ranks.size} train together; start them by "
-            f"torchrun, or read with rank={ranks.rank}, ranks={ranks.size}"
-        )
-    return ranks
 
 
 def placed(batch: Batch, turn: Turn) -> Batch:

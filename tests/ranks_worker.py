@@ -3,6 +3,7 @@
 It has an objective that looks across its whole batch, and one that draws from torch's generator.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,23 @@ def carry_out(folder: Path, out: Path) -> None:
         run(load_recipe(path, [f"out={out / path.stem}"]))
 
 
+def by_hand(shards: Path, out: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Training by `mpp.train`, on batches read in parts."""
+    torch.manual_seed(0)
+    config = mpp.ViTConfig(image=(8, 8), patch=2, width=32, depth=2, heads=2, drop_path=0.2)
+    objective = mpp.MaskedPatchPrediction(mpp.ViT(config))
+    batches = mpp.read_shards(shards, 24, seed=2, rank=rank, ranks=ranks)
+    train = mpp.TrainConfig(steps=8, batch=24, micro_batch=6, lr=1e-2, optimizer="sgd", device="cpu", threads=1)
+    mpp.train(objective, batches, train, out=out, log=mpp.LogConfig(every=1, pictures=0, tensorboard=False))
+    if rank == 0:
+        torch.save([value.detach() for value in objective.parameters()], out / "weights.pt")
+
+
 if __name__ == "__main__":
     with together("cpu", 2):
         carry_out(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) > 3:
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group("gloo")
+        by_hand(Path(sys.argv[3]), Path(sys.argv[2]) / "by hand", rank, ranks)
+        torch.distributed.destroy_process_group()

@@ -17,6 +17,7 @@ import mpp
 from mpp.ranks import together
 from mpp.recipe import load_recipe
 from mpp.run import run
+from mpp.split import own_part
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Taught(mpp.Objective):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
+        if progress == 1:  # the last step
+            held, whole = (
+                sum(map(Tensor.numel, some)) for some in (map(own_part, self.parameters()), self.parameters())
+            )
+            print(f"holds {held} of {whole} numbers", file=sys.stderr)
         for own, student in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
             own.lerp_(student, 0.1)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from many_processes import STARTED, left, lines, start
-from ranks_worker import carry_out
+from ranks_worker import by_hand, carry_out
 from safetensors.torch import load_file
 from tiny_runs import metrics, run
 from torch.distributed import HashStore
@@ -23,7 +23,10 @@ from mpp import checkpoint, heartbeat
 from mpp.hardware import HardwareError, device_of
 from mpp.heartbeat import Heartbeat
 from mpp.launch import Launch, LaunchError, launched, own_cores
+from mpp.models.cnn import ResNet
+from mpp.models.resnet_config import ResNetConfig
 from mpp.shards.write import make_shards
+from mpp.watch import TrainingError
 from mpp.workers import cores
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -78,7 +81,7 @@ def shared(folder) -> Path:
     for name in WITH_FOUR:
         (folder / f"some/{name}.yaml").write_text((folder / f"recipes/{name}.yaml").read_text())
     for count, recipes in ((2, "recipes"), (4, "some")):
-        ends = left(start(count, [str(WORKER), recipes, str(count)], folder))
+        ends = left(start(count, [str(WORKER), recipes, str(count), *["digits"] * (count == 2)], folder))
         assert [end.status for end in ends] == [0] * count, ends[0].said
     return folder
 
@@ -119,6 +122,42 @@ def equal_runs(one: Path, other: Path, weights: float, loss: float = LOSS) -> No
 def test_several_processes_train_as_one(count, name, shared):
     rounding = 0.02 if name == "bfloat16" else LOSS  # of bfloat16: its numbers have 8 bits
     equal_runs(shared / f"1/{name}", shared / f"{count}/{name}", WEIGHTS.get(name, 1e-4), rounding)
+
+
+def test_mpp_train_shares_batches_that_are_read_in_parts_in_a_callers_own_group(shared):
+    by_hand(shared / "digits", shared / "1/by hand")
+    one, two = (torch.load(shared / f"{count}/by hand/weights.pt", weights_only=True) for count in (1, 2))
+    for here, there in zip(one, two, strict=True):
+        torch.testing.assert_close(there, here, rtol=0, atol=1e-6)
+    losses = [[line["loss"] for line in metrics(shared / f"{count}/by hand")] for count in (1, 2)]
+    assert losses[1] == pytest.approx(losses[0], rel=LOSS)
+
+
+def test_processes_that_would_train_each_by_itself_are_refused(shared, tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        TrainingError, match=r"2 processes were started together, and each would train by itself, into one"
+    ):
+        by_hand(shared / "digits", tmp_path)
+    with pytest.raises(
+        TrainingError, match=r"read as part 1 of 2, and this is process 0 of 1 .*read with rank=0, ranks=1"
+    ):
+        by_hand(shared / "digits", tmp_path, 1, 2)
+
+
+def test_batch_norm_of_several_gpus_is_torchs_with_the_same_numbers():
+    encoder = ResNet(ResNetConfig(image=(16, 16), depth=18, width=4, stem="small"))
+    encoder.eval()
+    images, before = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), {**encoder.state_dict()}
+    expected = encoder(images)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    assert any(isinstance(part, torch.nn.SyncBatchNorm) for part in encoder.modules())
+    assert encoder.looks_across_batch
+    assert all(
+        value is before[name] or torch.equal(value, before[name]) for name, value in encoder.state_dict().items()
+    )
+    assert torch.equal(encoder(images), expected)
 
 
 def layout(path: Path) -> dict[tuple[str, str], tuple[torch.dtype, torch.Size]]:

@@ -1,6 +1,7 @@
 """A run whose weights are split among processes is the run of one process, but for rounding, and so are its files."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def runs(tmp_path_factory) -> Path:
     cut(folder / "1/labels", 8, folder / "onto-sharded")
     jobs = [[str(folder / f"{name}.yaml"), f"out={folder / '2' / name}", "train.shard=full"] for name in RECIPES]
     jobs += [[str(folder / "labels.yaml"), f"out={folder / 'onto-sharded'}", "train.shard=full"]]
-    together(2, jobs, folder)
+    said = together(2, jobs, folder)
+    (folder / "said.json").write_text(json.dumps(said))
     cut(folder / "2/labels", 8, folder / "onto-one")
     cut(folder / "2/masked", 16, folder / "onto-three")
     carry_out([[str(folder / "labels.yaml"), f"out={folder / 'onto-one'}"]])
@@ -75,10 +77,12 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-def together(count: int, jobs: list[list[str]], folder: Path) -> None:
+def together(count: int, jobs: list[list[str]], folder: Path) -> list[str]:
+    """What so many processes say that carry out runs one after the other."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    ends = left(start(count, [str(WORKER), "jobs.json"], folder))
+    ends = left(start(count, [str(WORKER), "jobs.json"], folder), 400)
     assert [end.status for end in ends] == [0] * count, "\n".join(end.said[-3000:] for end in ends)
+    return [end.said for end in ends]
 
 
 def cut(run: Path, step: int, out: Path) -> None:
@@ -123,6 +127,15 @@ def agree(one: Path, other: Path, weights: float, loss: float = LOSS) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_split_weights_train_as_whole_ones(name, runs):
     agree(runs / "1" / name, runs / "2" / name, WEIGHTS.get(name, 1e-4), 1e-3 if name == "bfloat16" else LOSS)
+
+
+def test_each_process_holds_its_part_alone(runs):
+    for said in json.loads((runs / "said.json").read_text()):
+        found = re.findall(r"holds (\d+) of (\d+) numbers", said)
+        assert len(found) == 2  # in float32 and in bfloat16
+        for held, whole in found:
+            assert int(whole) > 50_000
+            assert int(held) == pytest.approx(int(whole) / 2, abs=16), "but for weights of an odd number of rows"
 
 
 @pytest.mark.parametrize(

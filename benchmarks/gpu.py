@@ -154,7 +154,7 @@ def syncs(run: Callable[[], Timing]) -> int:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in seen)
+    return sum("called a synchronizing" in str(warning.message) for warning in seen)
 
 
 def measure(name: str, size: Size, device: str, rounds: int) -> Table:

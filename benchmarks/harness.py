@@ -90,8 +90,11 @@ class Ratio:
         return f"{self.median:6.2f} ({self.least:.2f}-{self.most:.2f}){verdict}"
 
 
-def interleave(contenders: Sequence[Contender], rounds: int) -> dict[str, list[Timing]]:
-    """Runs all contenders in turn, `rounds` times; the others sleep on their pipes meanwhile and use no core."""
+def interleave(contenders: Sequence[Contender], rounds: int, unit: str = "images/s") -> dict[str, list[Timing]]:
+    """Runs all contenders in turn, `rounds` times; the others sleep on their pipes meanwhile and use no core.
+
+    unit: of their rates, as printed.
+    """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -107,7 +110,7 @@ def interleave(contenders: Sequence[Contender], rounds: int) -> dict[str, list[T
             for name, pipe in pipes.items():
                 pipe.send("round")
                 timings[name].append(receive(pipe, name))
-                say(f"  round {number + 1}/{rounds}  {name:<44} {timings[name][-1].rate:10.1f} images/s")
+                say(f"  round {number + 1}/{rounds}  {name:<44} {timings[name][-1].rate:10.1f} {unit}")
     finally:
         for pipe in pipes.values():
             pipe.close()  # ends the loop in `serve`
@@ -148,9 +151,16 @@ def busy_seconds() -> float:
 
 
 def own_seconds() -> float:
-    """The same for this process and those of its children that have ended."""
+    """The same for this process and its children, those that have ended and those that live."""
+    living = sum(seconds_of(child.pid) for child in multiprocessing.active_children() if child.pid)
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return times.user + times.system + times.children_user + times.children_system + living
+
+
+def seconds_of(process: int) -> float:
+    """The same for a process by its number."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()  # its name may hold anything
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_mib() -> float:

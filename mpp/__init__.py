@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from mpp.objectives.masked_patch import MaskedPatchPrediction as MaskedPatchPrediction
     from mpp.objectives.masked_patch_config import MaskedPatchConfig as MaskedPatchConfig
     from mpp.optim import Scale as Scale
+    from mpp.ranks import together as together
     from mpp.recipe import load_recipe as load_recipe
     from mpp.train_config import LogConfig as LogConfig
     from mpp.train_config import TrainConfig as TrainConfig
@@ -84,6 +85,7 @@ _HOMES = {
     "load_classifier": "mpp.weights",
     "convert": "mpp.export.convert",
     "read_shards": "mpp.data.read",
+    "together": "mpp.ranks",
     "draws": "mpp",
     "masks": "mpp",
     "targets": "mpp",

@@ -16,8 +16,9 @@ from mpp.batch import Batch
 from mpp.data.loader import Images
 from mpp.devices import ROOM
 from mpp.hardware import device_of, multiplies_bfloat16
+from mpp.launch import launched
 from mpp.objectives.base import Objective
-from mpp.ranks import Ranks, here
+from mpp.ranks import Ranks, here, of_group
 from mpp.seeds import seed_of
 from mpp.train_config import Execution, TrainConfig
 from mpp.watch import TrainingError
@@ -78,6 +79,25 @@ def generators(device: torch.device) -> Tensor:
     """The state of torch's generators from which something on a device may draw."""
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     return torch.cat([state.cpu() for state in states])
+
+
+def sharing(images: Images) -> Ranks:
+    """The processes that share each batch: those that `mpp.ranks.together` has joined or, for batches that are read in
+    parts, those of a caller's own process group. TrainingError where the parts are not theirs."""
+    ranks, part = here(), getattr(images, "part", None)
+    if part is not None and part.ranks != ranks.size:
+        ranks = of_group() if ranks.size == 1 else ranks
+    if part is not None and (part.rank, part.ranks) != (ranks.rank, ranks.size):
+        raise TrainingError(
+            f"batches are read as part {part.rank} of {part.ranks}, and this is process {ranks.rank} of {ranks.size} "
+            f"that train together; read with rank={ranks.rank}, ranks={ranks.size}"
+        )
+    if ranks.size == 1 and launched().size > 1:
+        raise TrainingError(
+            f"{launched().size} processes were started together, and each would train by itself, into one folder; "
+            "train inside `with mpp.together():`"
+        )
+    return ranks
 
 
 def check_shares(objective: Objective, config: TrainConfig, ranks: Ranks) -> None:
@@ -153,8 +173,9 @@ def choose(objective: Objective, batches: Images, config: TrainConfig, once: Onc
         # Compiled, sums are taken in an order that each process finds out by measuring.
         compile = not config.deterministic and once("compile", lambda: device.type == "cuda")
     threads = config.threads or once("threads", torch.get_num_threads)
-    part = config.batch // here().size  # what this process reads of a batch
-    check_shares(objective, config, here())
+    ranks = sharing(batches)
+    check_shares(objective, config, ranks)
+    part = config.batch // ranks.size  # what this process reads of a batch
     whole = Execution(precision, compile, threads, config.batch if objective.needs.whole_batch else part)
     if objective.needs.whole_batch and micro_batch not in ("auto", config.batch):
         raise ValueError(

@@ -46,11 +46,8 @@ class Heartbeat:
 
     def fails(self, line: str) -> bool:
         """Says that this process fails; whether it is the first to, whose line is told."""
-        return (
-            self._store.compare_set(FAILED, "", f"{self._launch.rank} {line}")
-            .decode()
-            .startswith(f"{self._launch.rank} ")
-        )
+        first = self._store.compare_set(FAILED, "", f"{self._launch.rank} {line}").decode()
+        return first.split()[0] == str(self._launch.rank)
 
     def failed(self) -> str | None:
         """What the first process to fail has said, after its number; None if none has."""

@@ -16,7 +16,17 @@ from mpp.batch import Batch
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
 from mpp.errors import shown
-from mpp.execution import Loss, callers_state, check_shares, choose, drawing, forward_pass, generators, prepare_cuda
+from mpp.execution import (
+    Loss,
+    callers_state,
+    check_shares,
+    choose,
+    drawing,
+    forward_pass,
+    generators,
+    prepare_cuda,
+    sharing,
+)
 from mpp.hardware import device_of
 from mpp.log import Log, Unlogged
 from mpp.models.encoder import Encoder, feed
@@ -24,7 +34,7 @@ from mpp.models.encoders import facts_of
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
-from mpp.ranks import ALONE, Ranks, Turn, here
+from mpp.ranks import ALONE, Ranks, Turn
 from mpp.saving import Writer, on_host
 from mpp.shards.classes import translation
 from mpp.shards.index import Index
@@ -79,6 +89,8 @@ def train(
     prepare_cuda(config)
     torch.use_deterministic_algorithms(config.deterministic)
     objective.to(device).train()
+    if ranks.size > 1 and objective.encoder.looks_across_batch:
+        nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # in place, names and numbers as they are
     ranks.spread(objective.state_dict().values())
     optimizer = build_optimizer(objective, config)
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
@@ -100,14 +112,18 @@ def train(
                 writer.wait()  # before another copy of all there is
                 writer.write(step, snapshot(objective, optimizer, ema))
 
+        def asked() -> int:
+            """The signal that a process by itself obeys at once; several hear of it together, before a step."""
+            return sum(signals[:1]) if ranks.size == 1 else 0
+
         def look(step: int, scores: bool, shows: bool) -> None:
             """Scores and shows what a step left, unless a signal comes: then the next start does it."""
-            if not (scores or shows) or (ranks.size == 1 and signals):
+            if not (scores or shows) or asked():
                 return
             with clock.stopped(), swapped(objective, ema):
                 if evaluate and scores and (figures := evaluate(signals)):
                     logger.scalars(step, figures)
-                if shows and not (ranks.size == 1 and signals):
+                if shows and not asked():
                     logger.pictures(step, pictures(objective, shown()))
 
         if start:  # what was interrupted after this step was saved
@@ -123,9 +139,12 @@ def train(
                 break
             step += 1
             writer.check()
-            batch = checked_batch(objective, placed(batch, turn), step).to(device)
+            batch, share = placed(batch, turn), turn.images / ranks.size
+            if objective.needs.whole_batch:  # each process computes all of it, and the same
+                batch, share = ranks.joined(batch), turn.images
+            batch = checked_batch(objective, batch, step).to(device)
             loss, norm, metrics = update(
-                forward, objective, optimizer, batch, config, execution.micro_batch, seed, step, ranks, turn.images
+                forward, objective, optimizer, batch, config, execution.micro_batch, seed, step, ranks, share
             )
             objective.progress.fill_(step / steps)
             with called(objective.config.name, "after_step()"):
@@ -133,8 +152,7 @@ def train(
             average(ema, objective, ema_decay(step, config.ema))
             clock.count(step, loss, norm, turn.images)
             logger.advance()
-            # Several processes stop together, at the end of the step before which all knew of the signal.
-            stop = turn.stop if ranks.size > 1 else sum(signals[:1])
+            stop = turn.stop or asked()
             last, ends = step == steps, step == steps or stop > 0
             logs, saves = due(step, log.every, ends), due(step, config.save_every, ends or step in kept)
             scores, shows = due(step, evaluation, last), due(step, log.pictures, last)
@@ -153,7 +171,7 @@ def train(
                     keep(step)
             if not stop:
                 look(step, scores, shows)
-                stop = sum(signals[:1]) if ranks.size == 1 else 0
+                stop = asked()
         if stop and step > start and not saves:
             clock.check()
             clock.check_tensors(step, lasting(objective, ema))
@@ -163,17 +181,6 @@ def train(
         if stop:
             raise Interrupted(stop, step)
     adopt(objective, ema)
-
-
-def sharing(images: Images) -> Ranks:
-    """The processes that share each batch: all that were started together, if the batches are read in parts."""
-    ranks, part = here(), getattr(images, "part", None)
-    if part is not None and part.ranks != ranks.size:
-        raise TrainingError(
-            f"batches are read as part of {part.ranks} processes, and {ranks.size} train together; start them by "
-            f"torchrun, or read with rank={ranks.rank}, ranks={ranks.size}"
-        )
-    return ranks
 
 
 def placed(batch: Batch, turn: Turn) -> Batch:
@@ -224,17 +231,17 @@ def update(
     seed: int,
     step: int,
     ranks: Ranks = ALONE,
-    images: int | None = None,
+    share: float = 0.0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One optimizer step: the loss, the norm of the gradient, and what the objective reports, all on the device.
 
-    images: of the step, over all processes. What is reported is of this one's part, but for the loss.
+    share: images of a process, the mean of all of them. What is reported is of this one's, but for the loss.
     """
     set_rates(optimizer, rate_at(step, config), (step - 1) / steps_of(config))
     totals: dict[str, Tensor] = {}
     whole = objective.batch_weight(batch)
     if ranks.size > 1:  # gradients are averaged over the processes, whose parts may weigh differently
-        whole = ranks.average([whole])[0] if isinstance(whole, Tensor) else (images or 0) / ranks.size
+        whole = ranks.average([whole])[0] if isinstance(whole, Tensor) else share
     for place, part in enumerate(batch.split(micro_batch)):
         with drawing(seed, step, part, place):
             loss, metrics = forward(part)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mpp import jsons
+from mpp.batch import Batch
 from mpp.errors import cause, counted
 from mpp.heartbeat import Heartbeat
 from mpp.launch import Agreed, Ended, Launch, LaunchError, launched, own_cores
@@ -109,6 +111,24 @@ class Ranks:
             self._call(dist.broadcast, found[name], 0)
         return found
 
+    def joined(self, batch: Batch) -> Batch:
+        """The whole batch, of which each process has a part, in the order of the processes."""
+        if self.size == 1:
+            return batch
+        counts = [count for (count,) in self.each(len(batch))]
+        labels = None if batch.labels is None else self._rows(batch.labels, counts)
+        views = tuple(self._rows(view, counts) for view in batch.views)
+        places = self._rows(torch.from_numpy(batch.whole_places), counts).numpy()
+        return Batch(self._rows(batch.images, counts), labels, views, places)
+
+    def _rows(self, tensor: Tensor, counts: Sequence[int]) -> Tensor:
+        """All processes' rows of a tensor, of which each has so many."""
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in counts]
+        self._call(dist.all_gather, found, padded)
+        return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
+
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """Puts the leading process's numbers in the place of the others', on their devices."""
         for tensor in tensors if self.size > 1 else ():
@@ -154,11 +174,19 @@ def here() -> Ranks:
     return _here
 
 
+def of_group() -> Ranks:
+    """The processes of a group that the caller has made by torch.distributed; this one alone where there is none."""
+    if not dist.is_initialized():
+        return ALONE
+    return Ranks(replace(launched(), rank=dist.get_rank(), size=dist.get_world_size()))
+
+
 @contextmanager
-def together(device: str, minutes: float) -> Iterator[Ranks]:
+def together(device: str = "auto", minutes: float = 10.0) -> Iterator[Ranks]:
     """Joins the processes that torchrun started with this one, and leaves them at the end, however that comes.
 
-    device: "cuda" or "cpu", where all of them train. minutes: the longest that one waits for the others.
+    device: "cuda" or "cpu", where all of them train; "auto" is CUDA where there is some. minutes: the longest that one
+        waits for the others. What it gives has `rank`, `size` and `leads`.
     Of what makes several fail one line is told; the others raise Ended.
     """
     global _here
@@ -166,9 +194,10 @@ def together(device: str, minutes: float) -> Iterator[Ranks]:
     if launch.size == 1 or dist.is_initialized():
         yield _here
         return
+    on_gpus = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", PORT))
     try:
-        kind = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        kind = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         longest = timedelta(minutes=minutes)
         store, _, _ = next(rendezvous("env://", timeout=longest))
         name = agreed_name(store, launch, 60 * minutes)
@@ -182,7 +211,7 @@ def together(device: str, minutes: float) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise LaunchError(f"{host}:{port}: {launch.size} processes could not come together: {cause(error)}") from error
     heart.start()
-    if device == "cuda" and launch.local < torch.cuda.device_count():
+    if on_gpus and launch.local < torch.cuda.device_count():
         torch.cuda.set_device(launch.local)
     before = torch.get_num_threads()
     torch.set_num_threads(own_cores())

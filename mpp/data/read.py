@@ -14,7 +14,7 @@ from mpp.data.batches import Batches, Part, Reading
 from mpp.data.config import DataConfig, LastBatch, ReaderName, SamplingName, ShuffleName, ViewConfig
 from mpp.data.order import Chain, Mixture, Order
 from mpp.files import cache_folder
-from mpp.launch import own_cores
+from mpp.launch import launched, own_cores
 from mpp.remote.cache import Cache
 from mpp.shards.classes import relabelled
 from mpp.shards.index import Index, ShardError, merged, read_index
@@ -123,7 +123,8 @@ def open_batches(
     else:
         order = Chain(index, np.arange(len(index)), window=window, shuffled=False)
     shards = Shards(index, _cache(index, config))
-    resident = config.reader == "resident" or (config.reader == "auto" and decoded_bytes(index) <= config.memory * GIB)
+    kept = decoded_bytes(index) * launched().local_size  # by all processes of this machine
+    resident = config.reader == "resident" or (config.reader == "auto" and kept <= config.memory * GIB)
     images = (Resident if resident else Indexed)(shards)
     input = input or config.augment.input(image or _common_size(index))
     reading = Reading(

@@ -31,7 +31,8 @@ def evaluation(
     """
     ranks = here()
     # A batch that fits in memory. Not compiled: another graph, and one more for its last part, take longer to make.
-    batches = images.open_scored(min(execution.micro_batch * ranks.size, recipe.eval.images))
+    across = objective.needs.whole_batch
+    batches = images.open_scored(min(execution.micro_batch * (1 if across else ranks.size), recipe.eval.images))
     if batches is None:
         return None
     device = device_of(recipe.train.device)
@@ -47,6 +48,7 @@ def evaluation(
             turn = ranks.turn(stop, batch)
             if batch is None or turn.ended or turn.stop:
                 break
+            batch = ranks.joined(batch) if across else batch
             if not len(batch):
                 continue  # all of its images are damaged, or other processes have them
             batch = replace(batch, places=step * batches.batch + batch.whole_places).to(device)

@@ -424,13 +424,16 @@ def judged(
     if back < (damaged := sum(kind in ("checkpoint cut", "bit flipped") for kind in kinds)):
         wrong.append(f"{back} of {damaged} damaged checkpoints were noticed")
     attempts = len(list(training.logs.glob("*/attempt_*")))
+    forced = sum(path.read_text().count("forcefully exiting") for path in training.logs.glob("torchrun-*.log"))
     lines = Counter(re.sub(r"\d+", "N", line) for line in training.said("^mpp: "))
-    facts = {"launches": len(training.codes), "attempts": attempts, "images": images, "apart": apart}
+    facts = {"launches": len(training.codes), "attempts": attempts, "killed by torchrun": forced}
+    facts |= {"images": images, "apart": apart}
     return facts | {"lines": dict(lines.most_common())}, wrong
 
 
 def main(options: argparse.Namespace) -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore, and their children
+    for number in (signal.SIGINT, signal.SIGTERM):  # jobs in the background ignore the first, and their children
+        signal.signal(number, signal.default_int_handler)
     draws = random.Random(options.seed)
     kinds = options.kinds or drawn(options.faults, draws)
     steps = len(kinds) * SPACING + 3 * SAVED
@@ -461,6 +464,8 @@ def main(options: argparse.Namespace) -> int:
         finally:
             alone.end()
             training.end()
+        if wrong:
+            shutil.copytree(disk, folder / "kept")
         record |= facts | {"wrong": wrong}
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -116,21 +116,24 @@ def train(
             """The signal that a process by itself obeys at once; several hear of it together, before a step."""
             return sum(signals[:1]) if ranks.size == 1 else 0
 
-        def look(step: int, scores: bool, shows: bool) -> None:
-            """Scores and shows what a step left, unless a signal comes: then the next start does it."""
+        def look(step: int, scores: bool, shows: bool) -> int:
+            """Scores and shows what a step left, unless a signal comes, which it gives: the next start does it then,
+            and no other step may come before."""
             if not (scores or shows) or asked():
-                return
+                return asked()
             with clock.stopped(), swapped(objective, ema):
                 if evaluate and scores and (figures := evaluate(signals)):
                     logger.scalars(step, figures)
                 if shows and not asked():
                     logger.pictures(step, pictures(objective, shown()))
+            return ranks.turn(signals, ()).stop
 
+        step, stop, saves = start, 0, False
         if start:  # what was interrupted after this step was saved
             scores, shows = (due(start, every, start == steps) for every in (evaluation, log.pictures))
             done = ranks.shared(lambda: [logger.scored(start), logger.pictured(start)])
-            look(start, scores and not done[0], shows and not done[1])
-        read, step, stop, saves = clock.waits(images.iterate(start, signals), signals), start, 0, False
+            stop = look(start, scores and not done[0], shows and not done[1])
+        read = clock.waits(images.iterate(start, signals), signals)
         while step < steps and not stop:
             batch = next(read, None)
             turn = ranks.turn(signals, batch)
@@ -170,8 +173,7 @@ def train(
                 with clock.stopped():
                     keep(step)
             if not stop:
-                look(step, scores, shows)
-                stop = asked()
+                stop = look(step, scores, shows)
         if stop and step > start and not saves:
             clock.check()
             clock.check_tensors(step, lasting(objective, ema))

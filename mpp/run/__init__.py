@@ -10,6 +10,7 @@ from mpp.errors import counted, within_memory
 from mpp.execution import Once, at_once, prepare_cuda
 from mpp.files import claimed
 from mpp.hardware import device_kind
+from mpp.launch import told_once
 from mpp.loop import train
 from mpp.ranks import together
 from mpp.recipe import Recipe
@@ -35,7 +36,9 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
     """
     out, alone = recipe.folder, once
     prepare_cuda(recipe.train)
-    with together(device_kind(recipe.train.device), recipe.train.timeout) as ranks, ExitStack() as stack:
+    with told_once():
+        kind = device_kind(recipe.train.device)
+    with together(kind, recipe.train.timeout) as ranks, ExitStack() as stack:
         if ranks.leads:
             stack.enter_context(claimed(out, BUSY))
         ranks.wait()

@@ -14,6 +14,7 @@ from mpp.models.layers import MLP, Drop, Initialised, norm_of, take
 from mpp.models.mixers import MIXERS, Places
 from mpp.models.positions import POSITIONS
 from mpp.models.trunk_config import Grid, TrunkConfig
+from mpp.split import is_split
 
 
 class Block(nn.Module):
@@ -256,6 +257,8 @@ class Trunk(nn.Module):
             return block(tokens, places, at)
         # What stands in the parameters' place now, a bfloat16 copy perhaps, no longer does in the backward pass.
         now: dict[str, Tensor] = dict(block.named_parameters())
+        if any(map(is_split, now.values())):  # a sharded block's stand there whenever it is called
+            return checkpoint(block, tokens, places, at, use_reentrant=False)
 
         def run(tokens: Tensor) -> Tensor:
             return functional_call(block, now, (tokens, places, at))

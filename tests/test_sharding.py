@@ -14,6 +14,9 @@ from tiny_runs import metrics
 
 import mpp
 from mpp import checkpoint
+from mpp.errors import UserError
+from mpp.launch import Launch, LaunchError
+from mpp.ranks import Ranks
 from mpp.shards.write import make_shards
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
@@ -31,7 +34,7 @@ RECIPES = {
     "labels": """objective: {name: labels, mixup: 0.8, cutmix: 1.0, smoothing: 0.1}
 model: {dropout: 0.1, registers: 1, layer_scale: 0.1}
 train: {clip: 0.5, layer_decay: 0.8, weight_decay: 0.05, activation_checkpointing: true}""",
-    "frozen": "objective: {name: labels, freeze: true}\nmodel: {pool: map}\ntrain: {ema: 0}",
+    "frozen": "objective: {name: labels, freeze: true}\nmodel: {pool: map}\ntrain: {ema: 0, steps: 9}",
     "taught": "objective: {name: taught}\ntrain: {steps: 9, ema: 0, optimizer: sgd, lr: 0.05}",
     "bfloat16": "objective: {name: taught}\ntrain: {precision: bfloat16, steps: 9}",
     "resnet": """objective: {name: labels}
@@ -165,3 +168,15 @@ def test_encoders_are_read_from_a_checkpoint_of_split_weights(runs):
     encoder = mpp.load_encoder(last)
     for name, value in mpp.load_encoder(runs / "2/masked").state_dict().items():
         assert torch.equal(encoder.state_dict()[name], value)
+
+
+def test_a_process_that_is_gone_is_told_by_whatever_torch_calls():
+    ranks, gone = Ranks(Launch(0, 2)), RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+    passed_on = UserError("objective own: forward(): RuntimeError")
+    passed_on.__cause__ = gone
+    for error in (gone, passed_on):
+        told = ranks.told(error)
+        assert isinstance(told, LaunchError)
+        assert "the others can't be reached" in str(told)
+    for other in (RuntimeError("shapes"), told):
+        assert ranks.told(other) is other

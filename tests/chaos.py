@@ -38,7 +38,7 @@ from mpp.log import read_metrics
 from mpp.shards.build import index_folder
 
 RECIPE = """\
-data: {path: URL, val: test, window: 2, cache: CACHE, cache_gib: 0.004, augment: {crop: inception, flip: true}}
+data: {path: URL, val: test, window: 2, cache: CACHE, cache_gib: GIB, augment: {crop: inception, flip: true}}
 model: {image: 32, patch: 8, width: 32, depth: 2, heads: 2, positions: sincos2d, pool: avg, drop_path: 0.2}
 objective: {name: mpp}
 train:
@@ -48,7 +48,7 @@ eval: {every: 50, images: 96}
 log: {every: 1, pictures: 100, tensorboard: false}
 """
 BATCH, SAVED = 48, 5  # images, steps: as in the recipe
-PER_SHARD = 200  # images: about four steps, and a seventh of what the cache holds
+PER_SHARD = 200  # images: about four steps; the cache holds five such shards of CIFAR-10
 DISK = 64  # MiB
 SPACING = 25  # steps in which one fault falls
 RESTARTS = 3  # by torchrun, before it gives up
@@ -117,7 +117,8 @@ class Training:
             if self.tend() and not comes():
                 raise Stuck(f"the run was done before {what}")
             if time.monotonic() > end:
-                raise Stuck(f"{what}: not in {patience:g} s, after step {self.reached()}")
+                last = (self.said("^mpp: ") or ["nothing"])[-1]
+                raise Stuck(f"{what}: not in {patience:g} s, after step {self.reached()}; said was {last}")
             time.sleep(0.05)
 
     def passes(self, seconds: float) -> None:
@@ -354,11 +355,14 @@ def _cut_tar(shards: Path, split: str, first: int, to: Path) -> None:
                 cut.addfile(member, io.BytesIO(file.read()))
 
 
-def written_recipe(folder: Path, name: str, url: str, steps: int) -> Path:
-    """A recipe by whose name its cache and logs are called."""
+def written_recipe(folder: Path, name: str, url: str, steps: int, gib: float = 0.004) -> Path:
+    """A recipe by whose name its cache, of so many GiB, and logs are called."""
     path = folder / f"{name}.yaml"
-    cache = str(path.with_suffix(".cache"))
-    path.write_text(RECIPE.replace("URL", url).replace("CACHE", cache).replace("STEPS", str(steps)))
+    values = {"URL": url, "CACHE": path.with_suffix(".cache"), "STEPS": steps, "GIB": gib}
+    text = RECIPE
+    for name, value in values.items():
+        text = text.replace(name, str(value))
+    path.write_text(text)
     return path
 
 

@@ -240,11 +240,17 @@ def _largest_that_fits(
     for size in sizes:
         try:
             forward(next(images.split(size)))[0].backward()
-            return size
+            break
         except torch.OutOfMemoryError:
             continue
         finally:
             objective.zero_grad()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)  # what is logged is what training takes
-    raise TrainingError("train.micro_batch: not even one image fits in the GPU's memory; take a smaller model or image")
+    else:
+        raise TrainingError(
+            "train.micro_batch: not even one image fits in the GPU's memory; take a smaller model or image"
+        )
+    room.clear()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)  # it begins with what is held now: what is logged is what training takes
+    return size

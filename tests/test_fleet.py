@@ -180,7 +180,10 @@ def test_a_file_that_holds_no_fitting_speed_is_refused_by_one_line(text, said, t
             "--gpus 8: train.micro_batch (1024) must divide each GPU's 512 images of train.batch (4096); "
             "give train.micro_batch=auto",
         ),
-        (["--device", "h100", "--measure"], "--measure: measured on cpu, expected a GPU of --device h100"),
+        (
+            ["--device", "h100", "--measure", "train.device=cpu"],
+            "--measure: measured on cpu, expected a GPU of --device h100",
+        ),
     ],
 )
 def test_gpus_that_cannot_be_planned_for_are_refused_by_one_line(arguments, said):

@@ -56,8 +56,9 @@ class Lucky(Across):
         return loss * torch.rand(()), metrics
 
 
-mpp.OBJECTIVES.add("across", AcrossConfig, Across)
-mpp.OBJECTIVES.add("lucky", LuckyConfig, Lucky)
+def add_parts() -> None:
+    mpp.OBJECTIVES.add("across", AcrossConfig, Across)
+    mpp.OBJECTIVES.add("lucky", LuckyConfig, Lucky)
 
 
 def carry_out(folder: Path, out: Path) -> None:
@@ -78,6 +79,7 @@ def by_hand(shards: Path, out: Path, rank: int = 0, ranks: int = 1) -> None:
 
 
 if __name__ == "__main__":
+    add_parts()
     with together("cpu", 2):
         carry_out(Path(sys.argv[1]), Path(sys.argv[2]))
     if len(sys.argv) > 3:

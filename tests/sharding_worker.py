@@ -72,7 +72,8 @@ class Taught(mpp.Objective):
         return {"said": (255 * brightness.sigmoid()).to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 8, 8)}
 
 
-mpp.OBJECTIVES.add("taught", TaughtConfig, Taught)
+def add_parts() -> None:
+    mpp.OBJECTIVES.add("taught", TaughtConfig, Taught)
 
 
 def carry_out(jobs: list[list[str]]) -> None:
@@ -81,5 +82,6 @@ def carry_out(jobs: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
+    add_parts()
     with together("cpu", 2):
         carry_out(json.loads(Path(sys.argv[1]).read_text()))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from many_processes import STARTED, left, lines, start
-from ranks_worker import by_hand, carry_out
+from ranks_worker import add_parts, by_hand, carry_out
 from safetensors.torch import load_file
 from tiny_runs import metrics, run
 from torch.distributed import HashStore
@@ -59,6 +59,15 @@ LOSS = 2e-6
 # is 0, as that of the keys' biases (softmax does not see them), its steps are rounding made as large as any other.
 WEIGHTS = {"sgd": 1e-6, "bfloat16": 3e-2}
 BLIND = ".mixer.qkv.bias"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parts() -> Iterator[None]:
+    """Objectives of the workers' own, for this module alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mpp.OBJECTIVES, "_added", {})
+        add_parts()
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from many_processes import left, start
 from safetensors.torch import load_file
-from sharding_worker import carry_out
+from sharding_worker import add_parts, carry_out
 from tiny_runs import metrics
 
 import mpp
@@ -51,6 +52,15 @@ LOSS = 1e-6
 # differ in their last bit may be cast to neighbours that are 0.4 % apart.
 WEIGHTS = {"taught": 1e-6, "resnet": 1e-6, "bfloat16": 3e-3}
 BLIND = ".mixer.qkv.bias"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parts() -> Iterator[None]:
+    """Objectives of the workers' own, for this module alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mpp.OBJECTIVES, "_added", {})
+        add_parts()
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -100,12 +100,14 @@ def below(keys: Tensor, count: int, limit: int) -> Tensor:
 def hits(keys: Tensor, count: int, chance: float) -> Tensor:
     """Which of `count` things happen, (b, count) bool, by a chance that is rounded to a multiple of 2 ** -16."""
     lanes = words(keys, -(-count // LANES)).view(torch.int16)[:, :count]  # in [-2 ** 15, 2 ** 15)
-    return lanes < round(chance * 2**16) - 2**15
+    return (
+        lanes <= round(2**16 * rounded(chance)) - 2**15 - 1 if chance > 0 else torch.zeros_like(lanes, dtype=torch.bool)
+    )
 
 
 def rounded(chance: float) -> float:
-    """The chance that `hits` has."""
-    return round(chance * 2**16) / 2**16
+    """The chance that `hits` has: below 1 for one below 1, so that something is left."""
+    return (round(chance * 2**16) if chance >= 1 else min(round(chance * 2**16), 2**16 - 1)) / 2**16
 
 
 def _finalise(words: Tensor) -> Tensor:

@@ -46,20 +46,21 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Makes SIGTERM raise Terminated."""
+    """Makes SIGTERM raise Terminated, and SIGUSR1, by which schedulers say that the time is nearly up."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     except ValueError:  # only the main thread may
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def cause(error: BaseException) -> str:

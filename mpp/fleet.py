@@ -84,6 +84,8 @@ def work_of(recipe: Recipe, gpus: int, precision: Precision, totals: dict[str, i
     micro_batch = None if train.micro_batch == "auto" else train.micro_batch
     if objective.needs.whole_batch or (micro_batch is None and objective.encoder.looks_across_batch):
         micro_batch = images  # not split
+    if micro_batch is not None:
+        micro_batch = min(micro_batch, images)  # a smaller part is one piece
     if micro_batch is not None and images % micro_batch:
         raise PlanError(
             f"--gpus {gpus}: train.micro_batch ({micro_batch}) must divide each GPU's {images} images of train.batch "

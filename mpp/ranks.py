@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from mpp import jsons
 from mpp.batch import Batch
 from mpp.errors import cause, counted
 from mpp.heartbeat import Heartbeat
@@ -77,10 +76,10 @@ class Ranks:
         return cast(T, self.gathered(choose() if self.leads else None)[0])
 
     def gathered(self, value: T) -> list[T]:
-        """What each process gives, in values that JSON has. Nothing is pickled."""
+        """What each process gives, in values that JSON has, or in numbers that are not finite. Nothing is pickled."""
         if self.size == 1:
             return [value]
-        data = jsons.text(value).encode()
+        data = json.dumps(value).encode()  # numbers that are not finite too, which no file may hold
         lengths = [length for (length,) in self.each(len(data))]
         mine = torch.zeros(max(lengths), dtype=torch.uint8)
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -226,6 +225,8 @@ def together(device: str = "auto", minutes: float = 10.0) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise LaunchError(f"{host}:{port}: {launch.size} processes could not come together: {cause(error)}") from error
     heart.start()
+    if not launch.leads:
+        logging.getLogger("mpp").setLevel(logging.WARNING)  # what all would say, the leading one does
     if on_gpus and launch.local < torch.cuda.device_count():
         torch.cuda.set_device(launch.local)
     before = torch.get_num_threads()

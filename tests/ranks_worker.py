@@ -3,6 +3,7 @@
 It has an objective that looks across its whole batch, and one that draws from torch's generator.
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -80,7 +81,9 @@ def by_hand(shards: Path, out: Path, rank: int = 0, ranks: int = 1) -> None:
 
 if __name__ == "__main__":
     add_parts()
-    with together("cpu", 2):
+    with together("cpu", 2) as processes:
+        told = processes.gathered([math.nan, math.inf, processes.rank])
+        assert [str(one) for one in told] == [f"[nan, inf, {rank}]" for rank in range(processes.size)]
         carry_out(Path(sys.argv[1]), Path(sys.argv[2]))
     if len(sys.argv) > 3:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -63,11 +63,16 @@ def test_draws_are_uniform_and_independent_between_images_parts_and_steps():
         assert abs(np.corrcoef(first, other)[0, 1]) < spread
 
 
-@pytest.mark.parametrize("chance", [0.0, 0.001, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("chance", [0.0, 0.001, 0.1, 0.5, 0.999, 1.0])
 def test_hits_happen_by_their_chance(chance):
     share = draws.hits(of(100)[:-1], 1001, chance).float().mean().item()
     assert share == pytest.approx(chance, abs=4 * np.sqrt(chance * (1 - chance) / 100_100))
     assert abs(draws.rounded(chance) - chance) <= 2**-17
+
+
+def test_of_what_is_nearly_certain_something_is_left():
+    assert draws.rounded(1 - 1e-9) == 1 - 2**-16
+    assert 0 < (~draws.hits(of(1000)[:-1], 1001, 1 - 1e-9)).sum() < 50
 
 
 def test_an_image_draws_the_same_in_any_part_of_the_batch():

@@ -176,8 +176,8 @@ def test_a_file_that_holds_no_fitting_speed_is_refused_by_one_line(text, said, t
         (["--gpus", 8], "--gpus 8: give the kind of GPU as well: --device h100, h200, a100"),
         (["--measured", "x"], "--measured: give the kind of GPU as well: --device h100, h200, a100"),
         (
-            ["--gpus", 8, "--device", "h100", "train.micro_batch=1024"],
-            "--gpus 8: train.micro_batch (1024) must divide each GPU's 512 images of train.batch (4096); "
+            ["--gpus", 4, "--device", "h100", "train.batch=96", "train.micro_batch=16"],
+            "--gpus 4: train.micro_batch (16) must divide each GPU's 24 images of train.batch (96); "
             "give train.micro_batch=auto",
         ),
         (

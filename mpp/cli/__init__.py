@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # class names may hold what the terminal can't show
     try:
         with terminable():
-            options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
+            with told_once():
+                options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
             _refuse_together(options)
             options.run(options)
             sys.stdout.flush()
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _refuse(error, words)
     except KeyboardInterrupt as stop:
-        print("mpp: stopped", file=sys.stderr)
+        if launched().leads:
+            print("mpp: stopped", file=sys.stderr)
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         raise SystemExit(128 + number) from None
     finally:

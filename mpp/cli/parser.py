@@ -10,6 +10,7 @@ from mpp.cli import commands
 from mpp.devices import DEVICES
 from mpp.errors import shown, without_secrets
 from mpp.eval.probes.protocols import PROTOCOLS, cheap
+from mpp.launch import Ended, launched
 
 Group = Any  # what `add_subparsers` gives
 Command = Callable[[argparse.Namespace], None]
@@ -46,6 +47,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's, whose errors repeat arguments, but not the secrets of addresses."""
 
     def error(self, message: str) -> NoReturn:
+        if launched().local:
+            raise Ended  # another process of this machine tells it
         super().error(without_secrets(message))
 
 

@@ -60,6 +60,7 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
         with within_memory(f"{out}: opening the images", "lower data.memory, or set data.reader=indexed"):
             images = open_images(source.chosen(recipe) if source else recipe, before and before.settled, once)
         stack.callback(images.close)
+        check_shared_epochs(recipe, images.batches.epoch, ranks)
         with within_memory(f"{out}: building {recipe.model.describe()}", f"lower {SIZES}"):
             if before is not None:
                 objective, settled = go_on(before, recipe, images)
@@ -69,7 +70,6 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
                 objective, settled = begin(recipe, images, once)
         if is_finished(out):
             return out
-        check_shared_epochs(recipe, images.batches.epoch, ranks)
         settings, micro = settled.fill(recipe), settled.execution.micro_batch
         doing = f"{out}: training {recipe.model.describe()} with {counted(micro, 'image')} at a time"
         with within_memory(doing, f"lower train.micro_batch (it is {micro}), model.image, {SIZES}"):

@@ -69,7 +69,7 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
     index, epoch = images.batches.index, images.batches.epoch
     settings = with_index(recipe, index).in_steps(epoch)
     given = load_encoder(recipe.weights) if recipe.weights else None
-    if given is None and recipe.objective.frozen:
+    if given is None and recipe.objective.frozen and here().leads:
         logger.warning("objective.freeze: the encoder that stays as it is has random weights; give --from WEIGHTS")
     objective = build(settings, given)
 
@@ -121,6 +121,12 @@ def check_shared_epochs(recipe: Recipe, epoch: int, ranks: Ranks) -> None:
         raise RunError(
             f"data.last_batch: kept ends an epoch of {epoch} images with a batch of {left}, which {ranks.size} "
             "processes can't share; use chained or dropped"
+        )
+    if recipe.data.last_batch == "kept" and ranks.size > 1 and recipe.objective.needs.pairs and left // ranks.size % 2:
+        raise RunError(
+            f"data.last_batch: kept ends an epoch of {epoch} images with a batch of {left}, of which each of "
+            f"{ranks.size} processes has {left // ranks.size}, expected an even number: {recipe.objective.name} mixes "
+            "each image with its neighbour; use chained or dropped"
         )
 
 

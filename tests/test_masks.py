@@ -208,6 +208,7 @@ def test_an_image_has_the_same_mask_in_any_part_of_the_batch():
             assert torch.equal(found, expected[torch.from_numpy(part)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_compiled_masks_are_the_same_and_one_graph(device):
     if device == "cuda" and not torch.cuda.is_available():

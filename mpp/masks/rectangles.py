@@ -29,7 +29,7 @@ def blocks(
     and stops short of them where ten did not. Here k is fixed: the last block is cut to what is left, by whole rows or
     columns and a part of one, from a side that is drawn, so that what remains is still a block and no side of pictures
     is preferred. The number of tries is fixed too; where they did not suffice (none of 40,000 images at 75 of 14 x 14,
-    one of 1,000 at 147, every fourth at 176), the grid itself is the last block.
+    one of 1,000 at 147, many at 176), the grid itself is the last block.
     """
     smallest, largest = check_blocks(grid, count, smallest, aspect)
     (height, width), patches = grid, math.prod(grid)

@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 STEP_SIZES = {"cifar10": Size(32, 4, 128, 4, 4, 128), **SIZES["cpu"]}  # the first is that of recipes/cifar10/mpp.yaml
 SUM_SIZES = {**STEP_SIZES, "vit_b": Size(224, 16, 768, 12, 12, 8)}
 SUMS = 5  # a round
+FEWEST = 5  # quiet rounds, to leave the others out
+SAME = 0.02  # share by which losses may differ after the same steps, in bfloat16
 
 
 def prepare(size: Size, processes: int, threads: int, part: str) -> Callable[[], Timing]:
@@ -103,9 +105,9 @@ def prepare_step(size: Size, ranks: "Ranks") -> Callable[[], Timing]:
 
     def step() -> torch.Tensor:
         turn = ranks.turn([], batch)
-        mine, number = placed(batch, turn), next(numbers)
+        mine, number, share = placed(batch, turn), next(numbers), turn.images / ranks.size
         loss, _norm, _metrics = update(
-            forward, objective, optimizer, mine, config, micro_batch, 0, number, ranks, turn.images
+            forward, objective, optimizer, mine, config, micro_batch, 0, number, ranks, share
         )
         return loss
 
@@ -170,15 +172,18 @@ def steps(name: str, processes: int, rounds: int) -> Table:
     )
     harness.table(f"{name} {size}", timings, [])
     pairs = list(zip(timings[together], timings[alone], strict=True))
+    if wrong := [pair for pair in pairs if abs(pair[0].facts["loss"] / pair[1].facts["loss"] - 1) > SAME]:
+        raise SystemExit(f"{name}: not the same training, its losses are {[run.facts['loss'] for run in wrong[0]]}")
+    pairs = quiet(pairs)
     found = [
         comparison("speed", [ours.rate / theirs.rate for ours, theirs in pairs]),
         comparison("CPU time", [theirs.facts["cpu_us"] / ours.facts["cpu_us"] for ours, theirs in pairs]),
     ]
     for ratio in found:
-        say(f"  {ratio.what:<9} {together} / {alone}: {ratio}, n = {rounds}")
-    shares = [run.facts["sum_share"] for run in timings[together]]
+        say(f"  {ratio.what:<9} {together} / {alone}: {ratio}, n = {len(pairs)}")
+    shares = [ours.facts["sum_share"] for ours, _ in pairs]
     say(f"  the sum of gradients takes {spread([100 * share for share in shares])} % of a step")
-    settings = {**asdict(size), "processes": processes, "load_average": [load, os.getloadavg()[0]]}
+    settings = {**asdict(size), "processes": processes, "load_average": [load, os.getloadavg()[0]], "quiet": len(pairs)}
     return harness.summary(settings, timings, []) | {"ratios": [asdict(ratio) for ratio in found]}
 
 
@@ -190,12 +195,21 @@ def sums(names: list[str], processes: int, rounds: int) -> Table:
     timings = harness.interleave(entrants, rounds, "sums/s")
     say(f"\nthe sum of gradients over {processes} processes: {rounds} rounds in turn, medians (least-most)")
     for name, runs in timings.items():
-        whole, alone = (spread([run.facts[key] for run in runs]) for key in ("sum_ms", "all_reduce_ms"))
+        kept = [run for (run,) in quiet([(run,) for run in runs])]
+        whole, alone = (spread([run.facts[key] for run in kept]) for key in ("sum_ms", "all_reduce_ms"))
         millions = runs[0].facts["parameters"] / 1e6
-        say(f"  {name:<8} {millions:5.1f} M parameters  {whole} ms, of it the all-reduce {alone} ms")
-    disturbed = sum(run.foreign_cores > FOREIGN_CORES for runs in timings.values() for run in runs)
-    say(f"  {disturbed} of {rounds * len(names)} timings were disturbed: others used more than {FOREIGN_CORES} core")
+        say(f"  {name:<8} {millions:5.1f} M parameters  {whole} ms, of it the all-reduce {alone} ms, n = {len(kept)}")
     return harness.summary({"processes": processes, "load_average": [load, os.getloadavg()[0]]}, timings, [])
+
+
+def quiet(rounds: Sequence[tuple[Timing, ...]]) -> list[tuple[Timing, ...]]:
+    """The rounds that nobody else disturbed; all, where too few would be left."""
+    found = [runs for runs in rounds if all(run.foreign_cores <= FOREIGN_CORES for run in runs)]
+    if len(found) < min(FEWEST, len(rounds)):
+        say(f"  only {len(found)} of {len(rounds)} rounds were quiet: all of them count, disturbed as they are")
+        return list(rounds)
+    say(f"  {len(found)} of {len(rounds)} rounds were quiet, and count: others used at most {FOREIGN_CORES} core")
+    return found
 
 
 def spread(values: list[float]) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from mpp.eval.probes.task import Row as Row
     from mpp.export.convert import convert as convert
     from mpp.loop import train as train
+    from mpp.models.decoder import Decoder as Decoder
+    from mpp.models.decoder_config import DecoderConfig as DecoderConfig
     from mpp.models.encoder import Encoder as Encoder
     from mpp.models.encoder import PixelWarning as PixelWarning
     from mpp.models.encoder_config import EncoderConfig as EncoderConfig
@@ -39,6 +41,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from mpp.objectives.base import Objective as Objective
     from mpp.objectives.labels import Classification as Classification
     from mpp.objectives.labels_config import LabelsConfig as LabelsConfig
+    from mpp.objectives.mae import MAE as MAE
+    from mpp.objectives.mae_config import MAEConfig as MAEConfig
     from mpp.objectives.masked_patch import MaskedPatchPrediction as MaskedPatchPrediction
     from mpp.objectives.masked_patch_config import MaskedPatchConfig as MaskedPatchConfig
     from mpp.optim import Scale as Scale
@@ -69,10 +73,14 @@ _HOMES = {
     "Row": "mpp.eval.probes.task",
     "Trunk": "mpp.models.trunk",
     "TrunkConfig": "mpp.models.trunk_config",
+    "Decoder": "mpp.models.decoder",
+    "DecoderConfig": "mpp.models.decoder_config",
     "TrainConfig": "mpp.train_config",
     "LogConfig": "mpp.train_config",
     "MaskedPatchPrediction": "mpp.objectives.masked_patch",
     "MaskedPatchConfig": "mpp.objectives.masked_patch_config",
+    "MAE": "mpp.objectives.mae",
+    "MAEConfig": "mpp.objectives.mae_config",
     "Classification": "mpp.objectives.labels",
     "LabelsConfig": "mpp.objectives.labels_config",
     "AugmentConfig": "mpp.augment.config",

@@ -44,6 +44,10 @@ class Batch:
             part = slice(start, start + size)
             yield replace(self._each(itemgetter(part)), places=self.whole_places[part])
 
+    def blank(self, images: int) -> "Batch":
+        """So many black images of label 0, otherwise of this batch's kind."""
+        return replace(self._each(lambda tensor: tensor.new_zeros(images, *tensor.shape[1:])), places=None)
+
     @property
     def whole_places(self) -> np.ndarray:
         """The places of the images, (b,) int64."""

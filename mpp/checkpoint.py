@@ -55,7 +55,7 @@ def save(
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        needed = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values()) >> 20
+        needed = -(-sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values()) >> 20)
         raise CheckpointError(f"{final}: could not be saved ({error}); it needs {needed} MiB of disk") from error
     _clear(folder, step, keep, kept)
     return final

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from mpp.launch import launched
 from mpp.objectives.base import Objective
 from mpp.ranks import Ranks, here, of_group
 from mpp.seeds import seed_of
+from mpp.sharding import to_shard
+from mpp.split import is_sharded, let_go, uncompiled
 from mpp.train_config import Execution, TrainConfig
 from mpp.watch import TrainingError
 
@@ -128,10 +130,27 @@ def forward_pass(objective: Objective, config: TrainConfig, execution: Execution
     """The forward pass in the precision of `execution`; parameters and their gradients are float32 in either.
 
     In bfloat16 on a CPU the parameters are cast once a pass and all activations follow, which is faster than autocast's
-    casts of single operations. With `compile`, and on CUDA, it is autocast. Losses are float32 everywhere.
+    casts of single operations. With `compile`, and on CUDA, it is autocast. Losses are float32 everywhere. Of a sharded
+    objective mpp.sharding has seen to all of this.
     """
-    device = device_of(config.device)
     objective.encoder.activation_checkpointing = config.activation_checkpointing
+    plain = _plain_pass(objective, config, execution)
+
+    def forward(batch: Batch) -> Loss:
+        if not is_sharded(objective):  # which it may become only after this function is made
+            return plain(batch)
+        with nullcontext() if execution.compile else uncompiled():
+            outputs = objective(batch)
+        if not torch.is_grad_enabled():
+            let_go(objective)
+        return outputs
+
+    return forward
+
+
+def _plain_pass(objective: Objective, config: TrainConfig, execution: Execution) -> Callable[[Batch], Loss]:
+    """The forward pass of an objective that is not sharded."""
+    device = device_of(config.device)
     call: Callable[[Batch], Loss] = objective
     if execution.compile:
         # Not `objective.compile()`, which whoever else calls the objective, such as an evaluation, would compile again.
@@ -213,8 +232,10 @@ def _largest_that_fits(
     device = device_of(config.device)
     images = batches.at(0).to(device)
     forward = forward_pass(objective.to(device), config, replace(whole, compile=False))  # eager needs the most memory
-    # Held while trying: room for Adam's two averages and a running one, which come later, and for all else.
-    room = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(3)]
+    # Held while trying: room for Adam's two averages and a running one, which come later, and for all else. Where they
+    # are split, there is more than enough without: here weights and gradients are whole.
+    held = 0 if to_shard(config, here()) else 3
+    room = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(held)]
     room.append(torch.empty(int(ROOM * torch.cuda.mem_get_info(device)[1]), dtype=torch.uint8, device=device))
     for size in sizes:
         try:

@@ -15,19 +15,18 @@ class HardwareError(UserError):
 
 
 def device_kind(name: DeviceName) -> str:
-    """The kind of the device a recipe names, whether this machine has it or not."""
+    """The kind of the device a recipe names; "auto" is the fastest there is. HardwareError if this machine has none."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return next(kind for kind, there in present.items() if there) if name == "auto" else name
-
-
-def device_of(name: DeviceName) -> torch.device:
-    """The device a recipe names; "auto" is the fastest there is."""
-    kind = device_kind(name)
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind, there in present.items() if there) if name == "auto" else name
     if not present[kind]:
         has = ", ".join(kind for kind, there in present.items() if there)
         raise HardwareError(f"train.device: this machine has no {kind}; it has {has}")
-    launch = launched()
+    return kind
+
+
+def device_of(name: DeviceName) -> torch.device:
+    """The device a recipe names; of several GPUs the one of this process. HardwareError if it has none."""
+    kind, launch = device_kind(name), launched()
     if kind != "cuda" or launch.size == 1:
         return torch.device(kind)
     if launch.local >= (count := torch.cuda.device_count()):

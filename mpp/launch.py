@@ -1,6 +1,8 @@
 """Which of several processes this one is, as torchrun says it in the environment, and its share of the machine."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mpp.errors import UserError, shown
@@ -50,6 +52,17 @@ def launched() -> Launch:
         said = ", ".join(f"{name}={found[field]}" for field, name in names.items())
         raise LaunchError(f"{said} in the environment don't go together; start the processes by torchrun")
     return launch
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Lets one process of each machine tell what they all find, before they know of each other."""
+    try:
+        yield
+    except UserError as error:
+        if launched().local:
+            raise Ended from error
+        raise
 
 
 def own_cores() -> int:

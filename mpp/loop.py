@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
 from mpp.ranks import ALONE, Ranks, Turn
 from mpp.saving import Writer, on_host
+from mpp.sharding import shard, to_shard
 from mpp.shards.classes import translation
 from mpp.shards.index import Index
+from mpp.split import is_sharded, is_split, let_go, own_part, split_as, uncompiled
 from mpp.train_config import Execution, LogConfig, TrainConfig
 from mpp.watch import Clock, Interrupted, TrainingError, stop_signals
 
@@ -88,10 +90,14 @@ def train(
     ranks.announce(execution.threads, device)
     prepare_cuda(config)
     torch.use_deterministic_algorithms(config.deterministic)
-    objective.to(device).train()
+    objective.train()
     if ranks.size > 1 and objective.encoder.looks_across_batch:
         nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # in place, names and numbers as they are
+    if not to_shard(config, ranks):
+        objective.to(device)
     ranks.spread(objective.state_dict().values())
+    if to_shard(config, ranks):
+        shard(objective, config, execution)
     optimizer = build_optimizer(objective, config)
     ema = [value.clone() for value in averaged(objective).values()] if config.ema else []
     start = resume(objective, optimizer, ema, folder, ranks)
@@ -110,27 +116,33 @@ def train(
             if ranks.leads:
                 record()
                 writer.wait()  # before another copy of all there is
-                writer.write(step, snapshot(objective, optimizer, ema))
+            if ranks.leads or is_sharded(objective):
+                state = snapshot(objective, optimizer, ema, ranks.leads)
+            if ranks.leads:
+                writer.write(step, state)
 
         def asked() -> int:
             """The signal that a process by itself obeys at once; several hear of it together, before a step."""
             return sum(signals[:1]) if ranks.size == 1 else 0
 
-        def look(step: int, scores: bool, shows: bool) -> None:
-            """Scores and shows what a step left, unless a signal comes: then the next start does it."""
+        def look(step: int, scores: bool, shows: bool) -> int:
+            """Scores and shows what a step left, unless a signal comes, which it gives: the next start does it then,
+            and no other step may come before."""
             if not (scores or shows) or asked():
-                return
+                return asked()
             with clock.stopped(), swapped(objective, ema):
                 if evaluate and scores and (figures := evaluate(signals)):
                     logger.scalars(step, figures)
                 if shows and not asked():
                     logger.pictures(step, pictures(objective, shown()))
+            return ranks.turn(signals, ()).stop
 
+        step, stop, saves = start, 0, False
         if start:  # what was interrupted after this step was saved
             scores, shows = (due(start, every, start == steps) for every in (evaluation, log.pictures))
             done = ranks.shared(lambda: [logger.scored(start), logger.pictured(start)])
-            look(start, scores and not done[0], shows and not done[1])
-        read, step, stop, saves = clock.waits(images.iterate(start, signals), signals), start, 0, False
+            stop = look(start, scores and not done[0], shows and not done[1])
+        read = clock.waits(images.iterate(start, signals), signals)
         while step < steps and not stop:
             batch = next(read, None)
             turn = ranks.turn(signals, batch)
@@ -170,8 +182,7 @@ def train(
                 with clock.stopped():
                     keep(step)
             if not stop:
-                look(step, scores, shows)
-                stop = asked()
+                stop = look(step, scores, shows)
         if stop and step > start and not saves:
             clock.check()
             clock.check_tensors(step, lasting(objective, ema))
@@ -259,10 +270,14 @@ def update(
 
 
 def average_gradients(objective: Objective, loss: Tensor, ranks: Ranks) -> Tensor:
-    """Makes every process's gradients the mean of all, and gives the mean of their losses: one call for all of them."""
-    trained = [parameter for parameter in objective.parameters() if parameter.grad is not None]
-    *gradients, loss = ranks.average([*(cast(Tensor, parameter.grad) for parameter in trained), loss])
-    for parameter, gradient in zip(trained, gradients, strict=True):
+    """Makes every process's gradients the mean of all, and gives the mean of their losses: one call for all of them.
+
+    FSDP has averaged those of split weights already.
+    """
+    found = [(parameter, parameter.grad) for parameter in objective.parameters()]
+    trained = [(parameter, grad) for parameter, grad in found if grad is not None and not is_split(grad)]
+    *gradients, loss = ranks.average([*(grad for _, grad in trained), loss])
+    for (parameter, _), gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
     return loss
 
@@ -296,7 +311,8 @@ def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Op
         objective, config.weight_decay, config.layer_decay, objective.encoder, scale=objective.scale
     )
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], fused=True)
+        fused = not is_sharded(objective)  # of DTensors PyTorch 2.11 has no fused one
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], fused=fused, foreach=not fused)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
     return kind(groups, lr=config.lr, betas=config.betas, fused=True)
 
@@ -310,22 +326,33 @@ def resume(
     step: int = ranks.shared(lambda: found)
     if not step:
         return 0
-    state = {name: ranks.of_leading(read.get(name)) for name in ranks.shared(lambda: list(read))}
+    parts = {name: value for name, value in objective.state_dict().items() if is_split(value)}
+
+    def own(name: str, value: Tensor) -> Tensor:
+        like = parts.get(name, parts.get(name.rpartition("/")[0]))  # an optimizer's are named PARAMETER/ENTRY
+        return value if like is None else split_as(like, value)
+
+    state = {name: ranks.of_leading(read.get(name), own) for name in ranks.shared(lambda: list(read))}
     checkpoint.restore(objective, optimizer, state)
     if ema and "ema" not in state:
         raise checkpoint.CheckpointError(f"{folder}: holds no running average to go on with; start with train.ema=0")
     for name, value in zip(averaged(objective), ema, strict=False):
-        value.copy_(state["ema"][name])
+        own_part(value).copy_(own_part(state["ema"][name]))
     return step
 
 
-def snapshot(objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor]) -> checkpoint.State:
-    """What a checkpoint holds, in the CPU's memory: training goes on and changes what it is a copy of."""
+def snapshot(
+    objective: Objective, optimizer: torch.optim.Optimizer, ema: list[Tensor], leads: bool = True
+) -> checkpoint.State:
+    """What a checkpoint holds, in the CPU's memory: training goes on and changes what it is a copy of.
+
+    Sharded, all processes call it, and the one that leads has it.
+    """
     state = {"model": objective.state_dict(), "optimizer": checkpoint.optimizer_state(objective, optimizer)}
     if ema:
         # With what is not averaged, batch norm's counters, so that an encoder can be loaded from this file alone.
         state["ema"] = state["model"] | dict(zip(averaged(objective), ema, strict=True))
-    return on_host(state)
+    return on_host(state, leads)
 
 
 def facts_of_result(objective: Objective) -> dict[str, object]:
@@ -399,9 +426,9 @@ def lasting(objective: Objective, ema: list[Tensor]) -> Iterator[tuple[str, Tens
     average = dict(zip(averaged(objective), ema, strict=False))
     for name, tensor in objective.state_dict(keep_vars=True).items():
         if id(tensor) in lasts:
-            yield name, tensor
+            yield name, own_part(tensor)
             if name in average:
-                yield f"the running average of {name}", average[name]
+                yield f"the running average of {name}", own_part(average[name])
 
 
 def averaged(objective: Objective) -> dict[str, Tensor]:
@@ -413,14 +440,15 @@ def averaged(objective: Objective) -> dict[str, Tensor]:
 def average(ema: list[Tensor], objective: Objective, decay: float) -> None:
     """Moves the running average towards the parameters."""
     if ema:
-        torch._foreach_lerp_(ema, list(averaged(objective).values()), 1 - decay)
+        own = [own_part(value) for value in averaged(objective).values()]
+        torch._foreach_lerp_([own_part(value) for value in ema], own, 1 - decay)
 
 
 @torch.no_grad()
 def adopt(objective: Objective, values: Iterable[Tensor]) -> None:
     """Copies values into the parameters, if there are any."""
     for own, value in zip(averaged(objective).values(), values, strict=False):
-        own.copy_(value)
+        own_part(own).copy_(own_part(value))
 
 
 @contextlib.contextmanager
@@ -436,8 +464,9 @@ def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
 
 def pictures(objective: Objective, batch: Batch) -> dict[str, Tensor]:
     """What the objective shows of some images."""
-    with drawing(PICTURE_SEED, 0, batch), called(objective.config.name, "pictures()"):
+    with drawing(PICTURE_SEED, 0, batch), called(objective.config.name, "pictures()"), uncompiled():
         shown = objective.pictures(batch)
+    let_go(objective)
     for name, row in shown.items():
         if not isinstance(row, Tensor) or row.dtype != torch.uint8 or row.ndim != 4:
             found = f"{row.dtype} of shape {tuple(row.shape)}" if isinstance(row, Tensor) else type(row).__name__

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from mpp.split import own_part, whole
+
 Schedule = Callable[[float], float]  # of the share of the run that is done, in [0, 1]
 KERNELS = (nn.Linear, nn.Conv2d)  # layers whose weights decay
 
@@ -98,7 +100,8 @@ def ema_decay(step: int, decay: float) -> float:
 def gradient_norm(parameters: Iterable[nn.Parameter], clip: float | None) -> Tensor:
     """The norm of all gradients together, which are scaled down to `clip` where they exceed it."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if clip is not None:
-        torch._foreach_mul_(gradients, torch.clamp(clip / (norm + 1e-6), max=1.0))  # 1e-6 as torch's clip_grad_norm_
+        scale = torch.clamp(clip / (norm + 1e-6), max=1.0)  # 1e-6 as torch's clip_grad_norm_
+        torch._foreach_mul_([own_part(gradient) for gradient in gradients], scale)
     return norm

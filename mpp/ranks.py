@@ -98,17 +98,23 @@ class Ranks:
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
-    def of_leading(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The leading process's tensors on the CPU, by name; the others give none."""
+    def of_leading(
+        self, tensors: dict[str, Tensor] | None, own: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    ) -> dict[str, Tensor]:
+        """The leading process's tensors on the CPU, by name; the others give none.
+
+        own: what each process keeps of a tensor.
+        """
         if self.size == 1:
-            return tensors or {}
+            return {name: own(name, tensor) for name, tensor in (tensors or {}).items()}
         given = tensors or {}
         facts = {name: [str(value.dtype).removeprefix("torch."), *value.shape] for name, value in given.items()}
         found = {}
         for name, (dtype, *shape) in self.shared(lambda: facts).items():
             value = given[name] if self.leads else torch.empty(shape, dtype=getattr(torch, dtype))
-            found[name] = value.contiguous()
-            self._call(dist.broadcast, found[name], 0)
+            value = value.contiguous()
+            self._call(dist.broadcast, value, 0)
+            found[name] = own(name, value)
         return found
 
     def joined(self, batch: Batch) -> Batch:
@@ -146,6 +152,15 @@ class Ranks:
             work(*arguments)
         except RuntimeError as error:
             raise self._failure(error) from error
+
+    def told(self, error: BaseException) -> BaseException:
+        """An error as it is, or what stands for one that a call of torch's own made, such as FSDP's for weights."""
+        link: BaseException | None = error
+        while link is not None and not isinstance(error, LaunchError | Ended):
+            if isinstance(link, dist.DistError) or (isinstance(link, RuntimeError) and "gloo" in str(link)):
+                return self._failure(link)
+            link = link.__cause__
+        return error
 
     def _failure(self, error: RuntimeError) -> Exception:
         if self.heart is None:
@@ -223,12 +238,15 @@ def together(device: str = "auto", minutes: float = 10.0) -> Iterator[Ranks]:
         heart.stop()
         raise
     except BaseException as error:  # the heart goes on, and ends this process if it hangs below
+        told = _here.told(error)
         try:
-            first = heart.fails(cause(error))
+            first = heart.fails(cause(told))
         except RuntimeError:
             first = True
         if not first:
             raise Ended from error
+        if told is not error:
+            raise told from error
         raise
     finally:
         _here = ALONE

@@ -11,18 +11,28 @@ import torch
 from mpp import checkpoint
 from mpp.checkpoint import State
 from mpp.errors import UserError
+from mpp.split import whole
 from mpp.workers import PATIENCE
 
 logger = logging.getLogger("mpp.saving")
 
 
-def on_host(state: State) -> State:
+def on_host(state: State, leads: bool = True) -> State:
     """A copy of a state in the CPU's memory; a tensor that stands in several of its files is copied once.
+
+    What is split among processes is put together tensor by tensor, for which all of them call this. leads: whether this
+    one is to have the copy; the others get nothing.
 
     Waits for the device once. From a GPU it goes into page-locked memory, which torch keeps for the next copy.
     """
     own = {id(tensor): tensor for tensors in state.values() for tensor in tensors.values()}
-    copies = {key: tensor.detach().to("cpu", copy=True, non_blocking=True) for key, tensor in own.items()}
+    copies = {}
+    for key, tensor in own.items():
+        full = whole(tensor.detach())
+        if leads:
+            copies[key] = full.to("cpu", copy=True, non_blocking=True)
+    if not leads:
+        return {}
     for device in {tensor.device for tensor in own.values() if tensor.device.type != "cpu"}:
         torch.accelerator.synchronize(device)
     return {name: {key: copies[id(tensor)] for key, tensor in tensors.items()} for name, tensors in state.items()}

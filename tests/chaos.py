@@ -38,7 +38,7 @@ from mpp.log import read_metrics
 from mpp.shards.build import index_folder
 
 RECIPE = """\
-data: {path: URL, val: test, window: 2, cache: CACHE, cache_gib: 0.004, augment: {crop: inception, flip: true}}
+data: {path: URL, val: test, window: 2, cache: CACHE, cache_gib: GIB, augment: {crop: inception, flip: true}}
 model: {image: 32, patch: 8, width: 32, depth: 2, heads: 2, positions: sincos2d, pool: avg, drop_path: 0.2}
 objective: {name: mpp}
 train:
@@ -48,15 +48,14 @@ eval: {every: 50, images: 96}
 log: {every: 1, pictures: 100, tensorboard: false}
 """
 BATCH, SAVED = 48, 5  # images, steps: as in the recipe
-PER_SHARD = 200  # images: about four steps, and a seventh of what the cache holds
+PER_SHARD = 200  # images: about four steps; the cache holds five such shards of CIFAR-10
 DISK = 64  # MiB
-SPACING = 40  # steps in which one fault falls
-FURTHER = 5  # steps beyond the fault after which training has gone on: those under way at a signal are one or two
+SPACING = 25  # steps in which one fault falls
 RESTARTS = 3  # by torchrun, before it gives up
 PATIENCE = 300.0  # seconds without the next thing to come, after which something hangs
-# Losses undisturbed and disturbed: on a CPU the same sums in the same order, so that they should be equal. This is
-# what issue and docs promise for other numbers of processes: two units in the last place of a float32 of about 7.
-TOLERANCE = 1e-6
+# By which a disturbed training may differ from an undisturbed one. On a CPU all sums are the same and in the same
+# order, so that nothing should; this is two units in the last place of a float32 loss of about 7.
+TOLERANCES = {"losses": 1e-6, "figures": 1e-6, "weights": 1e-6}
 OTHER = {"images/s", "waiting", "memory"}  # of metrics.jsonl: differ from run to run
 PAUSE = 12.0  # seconds that a process is stopped and others must bear: LATE of mpp/heartbeat.py is less, SILENT more
 MARK = "MPP_CHAOS"  # in the environment of all processes that a training has
@@ -74,7 +73,7 @@ class Met:
     what: str
     step: int  # last one logged before
     at: float  # seconds after the beginning
-    on_after: float = 0.0  # seconds until training was FURTHER than ever before
+    on_after: float = 0.0  # seconds until a step was logged that never had been, by processes that live on
     launches: int = 0  # of torchrun meanwhile
 
 
@@ -118,7 +117,8 @@ class Training:
             if self.tend() and not comes():
                 raise Stuck(f"the run was done before {what}")
             if time.monotonic() > end:
-                raise Stuck(f"{what}: not in {patience:g} s, after step {self.reached()}")
+                last = (self.said("^mpp: ") or ["nothing"])[-1]
+                raise Stuck(f"{what}: not in {patience:g} s, after step {self.reached()}; said was {last}")
             time.sleep(0.05)
 
     def passes(self, seconds: float) -> None:
@@ -156,6 +156,10 @@ class Training:
                     ranks = [int(entry[5:]) for entry in entries if entry.startswith(b"RANK=")]
                     found[int(path.parent.name)] = ranks[0] if ranks else None
         return found
+
+    def ranks(self) -> set[int]:
+        """The ids of those that train."""
+        return {pid for pid, rank in self.processes().items() if rank is not None}
 
     def torchrun(self) -> int:
         self.until(lambda: self.process is not None, "torchrun was there")
@@ -295,6 +299,7 @@ KINDS: dict[str, Callable[[Training], str]] = {
     "server hangs": Training.server_hangs,
     "server down": Training.server_down,
 }
+BORNE = {"a rank paused", "server fails", "server cuts answers", "server hangs"}  # the same processes go on
 
 
 def drawn(faults: int, draws: random.Random) -> list[str]:
@@ -314,8 +319,12 @@ def disturbed(training: Training, kinds: list[str], spacing: int, tell: Callable
         time.sleep(draws.uniform(0, 0.2))  # to land anywhere in a step
         now, launches = time.monotonic(), len(training.codes)
         met = Met(kind, "", training.reached(), round(now - started, 1))
+        before = training.ranks()
         met.what = KINDS[kind](training)
-        training.until(lambda at=met.step + FURTHER: training.reached() >= at, f"training went on after {met}")
+        if kind not in BORNE:
+            training.until(lambda ids=before: not ids & training.ranks(), f"the processes ended after {met}")
+        last = training.reached()
+        training.until(lambda at=last: training.reached() > at, f"training went on after {met}")
         met.on_after, met.launches = round(time.monotonic() - now, 1), len(training.codes) - launches
         found.append(met)
         tell(f"{number + 1}: {kind}: {met.what}: after step {met.step}, on after {met.on_after:.0f} s")
@@ -346,11 +355,14 @@ def _cut_tar(shards: Path, split: str, first: int, to: Path) -> None:
                 cut.addfile(member, io.BytesIO(file.read()))
 
 
-def written_recipe(folder: Path, name: str, url: str, steps: int) -> Path:
-    """A recipe by whose name its cache and logs are called."""
+def written_recipe(folder: Path, name: str, url: str, steps: int, gib: float = 0.004) -> Path:
+    """A recipe by whose name its cache, of so many GiB, and logs are called."""
     path = folder / f"{name}.yaml"
-    cache = str(path.with_suffix(".cache"))
-    path.write_text(RECIPE.replace("URL", url).replace("CACHE", cache).replace("STEPS", str(steps)))
+    values = {"URL": url, "CACHE": path.with_suffix(".cache"), "STEPS": steps, "GIB": gib}
+    text = RECIPE
+    for name, value in values.items():
+        text = text.replace(name, str(value))
+    path.write_text(text)
     return path
 
 
@@ -383,7 +395,9 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     }
 
 
-def judged(training: Training, undisturbed: Path, steps: int, kinds: list[str]) -> tuple[dict[str, Any], list[str]]:
+def judged(
+    training: Training, undisturbed: Path, steps: int, kinds: list[str], tolerances: dict[str, float] = TOLERANCES
+) -> tuple[dict[str, Any], list[str]]:
     """What came out of it all, and what is wrong with it."""
     out, wrong = training.out, []
     logged = [int(row["step"]) for row in figures(out) if "lr" in row]
@@ -394,12 +408,15 @@ def judged(training: Training, undisturbed: Path, steps: int, kinds: list[str]) 
         wrong.append(f"{images} images, undisturbed {expected}")
     try:
         apart = differences(out, undisturbed)
-        wrong += [f"{name} differ by {apart[name]:g}" for name in ("losses", "weights") if apart[name] > TOLERANCE]
+        wrong += [f"{name} differ by {apart[name]:g}" for name, most in tolerances.items() if apart[name] > most]
     except (AssertionError, ValueError) as error:
         apart = {}
         wrong.append(f"other figures than undisturbed: {error}")
     shown, others = (sorted((path / "pictures").iterdir()) for path in (out, undisturbed))
-    if [path.read_bytes() for path in shown] != [path.read_bytes() for path in others]:
+    equal = [path.name for path in shown] == [path.name for path in others]
+    if apart.get("weights") == 0:
+        equal = equal and all(one.read_bytes() == other.read_bytes() for one, other in zip(shown, others, strict=True))
+    if not equal:
         wrong.append("other pictures than undisturbed")
     time.sleep(1)
     wrong += [f"process {pid} is left" for pid in training.processes()]
@@ -411,13 +428,16 @@ def judged(training: Training, undisturbed: Path, steps: int, kinds: list[str]) 
     if back < (damaged := sum(kind in ("checkpoint cut", "bit flipped") for kind in kinds)):
         wrong.append(f"{back} of {damaged} damaged checkpoints were noticed")
     attempts = len(list(training.logs.glob("*/attempt_*")))
+    forced = sum(path.read_text().count("forcefully exiting") for path in training.logs.glob("torchrun-*.log"))
     lines = Counter(re.sub(r"\d+", "N", line) for line in training.said("^mpp: "))
-    facts = {"launches": len(training.codes), "attempts": attempts, "images": images, "apart": apart}
+    facts = {"launches": len(training.codes), "attempts": attempts, "killed by torchrun": forced}
+    facts |= {"images": images, "apart": apart}
     return facts | {"lines": dict(lines.most_common())}, wrong
 
 
 def main(options: argparse.Namespace) -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore, and their children
+    for number in (signal.SIGINT, signal.SIGTERM):  # jobs in the background ignore the first, and their children
+        signal.signal(number, signal.default_int_handler)
     draws = random.Random(options.seed)
     kinds = options.kinds or drawn(options.faults, draws)
     steps = len(kinds) * SPACING + 3 * SAVED
@@ -448,6 +468,8 @@ def main(options: argparse.Namespace) -> int:
         finally:
             alone.end()
             training.end()
+        if wrong:
+            shutil.copytree(disk, folder / "kept")
         record |= facts | {"wrong": wrong}
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")

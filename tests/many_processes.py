@@ -44,10 +44,10 @@ def start(count: int, command: Sequence[str], cwd: Path, **more: str) -> list[su
     return processes
 
 
-def left(processes: Sequence[subprocess.Popen[str]]) -> list[Left]:
+def left(processes: Sequence[subprocess.Popen[str]], patience: float = PATIENCE) -> list[Left]:
     """Waits for their ends; kills them all if one takes too long."""
     try:
-        said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+        said = [process.communicate(timeout=patience)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -21,6 +21,7 @@ LAYERS = [
     {"counts"},
     {"loop", "recipe", "weights"},
     {"execution", "begun", "saving"},
+    {"sharding"},
     {"objectives"},
     {"optim", "checkpoint", "log", "watch", "models", "masks", "mixing", "targets", "data"},
     {"shards", "augment"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"decode", "ranks"},
     {"files", "differing", "hardware", "extend", "finite", "heartbeat", "meeting", "estimate"},
     {"jsons", "draws", "launch"},
-    {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices", "workers"},
+    {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices", "workers", "split"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

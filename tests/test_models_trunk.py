@@ -409,3 +409,31 @@ def test_layer_scale_keeps_the_stream_in_bfloat16():
     tokens = torch.randn(2, N, WIDTH, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert trunk.blocks[0](tokens, Places(GRID, 0)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos2d_mae", "relative", "rope"])
+def test_tokens_that_a_trunk_is_given_stand_where_its_own_would(positions):
+    own = trunk_of(positions=positions, registers=2)
+    given = Trunk(config_of(positions=positions), GRID, front=2).eval()
+    state = own.state_dict()
+    front = state.pop("registers")
+    given.load_state_dict(state)
+    tokens, at = torch.randn(2, N, WIDTH), drawn(5)
+    for options in ({}, {"at": at}, {"keep": at}):
+        found = given.encode(tokens, **options, front=front.expand(2, -1, -1))
+        torch.testing.assert_close(found, own.encode(tokens, **options))
+    other = given.encode(tokens, front=torch.randn(2, 2, WIDTH))
+    assert not torch.allclose(other[0, 2:], own.encode(tokens)[0, 2:], atol=1e-3), "the patches look at them"
+
+
+def test_tokens_in_front_must_be_those_that_a_trunk_is_to_be_given():
+    tokens, given = torch.randn(2, N, WIDTH), Trunk(config_of(), GRID, front=2)
+    with pytest.raises(ValueError, match=r"encode needs `front` of shape \(2, 2, 64\), .* got none"):
+        given.encode(tokens)
+    with pytest.raises(ValueError, match=r"encode needs `front` of shape \(2, 2, 64\), .* got \(2, 1, 64\)"):
+        given.encode(tokens, front=tokens[:, :1])
+    with pytest.raises(ValueError, match="encode got `front`, and this trunk has its own tokens"):
+        trunk_of().encode(tokens, front=tokens[:, :1])
+    for own, config in {"class_token": {"class_token": True}, "registers": {"registers": 1}}.items():
+        with pytest.raises(ValueError, match=f"^trunk.{own}: the tokens in front of this trunk's patches"):
+            Trunk(config_of(**config), GRID, front=1)

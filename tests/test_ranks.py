@@ -268,12 +268,25 @@ def test_a_killed_process_is_named_and_the_others_end(shared, tmp_path):
     assert f"process 1 of 3 ({os.uname().nodename}, process {processes[1].pid}) is gone" in said[0]
 
 
-def test_other_verbs_are_for_one_process(monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["recipes"], "every other verb is one process"),
+        (["pretrain", "masked.yaml", "train.lrr=1"], "train.lrr: unknown key"),
+        (["finetune", "masked.yaml"], "objective.name is mpp, expected labels"),
+        pytest.param(["pretrain", "masked.yaml", "train.device=cuda"], "train.device: this machine has no cuda; it has",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")),
+    ],
+)  # fmt: skip
+def test_what_all_find_before_they_know_of_each_other_is_told_once(command, expected, folder, monkeypatch):
+    monkeypatch.chdir(folder / "recipes")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    first = run(*command)
+    assert expected in first.line
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "every other verb is one process" in run("recipes").line
+    assert (run(*command).code, run(*command).err, first.code) == (1, "", 2)
 
 
 # The environment

@@ -574,6 +574,29 @@ def test_every_bundled_recipe_loads_and_tells_its_source_and_result():
         assert re.search(r"^Source: .*^Result: ", comment, re.DOTALL | re.MULTILINE), name
 
 
+def test_mae_s_recipes_have_its_published_numbers():
+    recipe, large = load_recipe("paper/vit_b16_mae"), load_recipe("paper/vit_l16_mae")
+    train, objective, mean = recipe.train, recipe.objective, (0.485, 0.456, 0.406)
+    assert (train.epochs, train.warmup, train.batch, train.min_lr, train.clip) == (1600, 40, 4096, 0, None)
+    assert (train.optimizer, train.lr, train.weight_decay, train.betas) == (
+        "adamw",
+        1.5e-4 * 4096 / 256,
+        0.05,
+        (0.9, 0.95),
+    )
+    assert (objective.share, objective.normalised) == (0.75, True)
+    assert (objective.decoder.width, objective.decoder.depth, objective.decoder.heads) == (512, 8, 16)
+    assert objective.decoder.positions == recipe.model.positions == "sincos2d_mae"
+    assert recipe.model == replace(presets["B/16"], positions="sincos2d_mae", mean=mean, std=(0.229, 0.224, 0.225))
+    assert (recipe.data.augment.crop, recipe.data.augment.area, recipe.data.augment.flip) == (
+        "inception",
+        (0.2, 1),
+        True,
+    )
+    assert (large.train, large.objective, large.data) == (train, objective, recipe.data)
+    assert (large.model.width, large.model.depth, large.model.heads, large.model.mean) == (1024, 24, 16, mean)
+
+
 def test_the_paper_s_recipe_has_the_paper_s_numbers():
     recipe = load_recipe("paper/vit_b16_mpp")
     train, objective = recipe.train, recipe.objective

@@ -30,8 +30,10 @@ from tiny_runs import (
 
 from mpp.data.read import read_shards
 from mpp.errors import Terminated, terminable
+from mpp.launch import Launch
 from mpp.loop import train
 from mpp.models.vit import ViT
+from mpp.ranks import Ranks
 from mpp.train_config import LogConfig
 from mpp.watch import Interrupted, TrainingError, stop_signals
 
@@ -88,6 +90,50 @@ def test_a_signal_while_scoring_stops_after_that_step_which_is_saved(images, tmp
     assert caught.value.number == signal.SIGTERM
     assert digests(tmp_path, 2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Twin(Ranks):
+    """The first of two processes that read, draw and are told the same."""
+
+    def __init__(self) -> None:
+        super().__init__(Launch(0, 2, 0, 2))
+
+    def each(self, *numbers):
+        return [numbers] * 2
+
+    def gathered(self, value):
+        return [value] * 2
+
+    def average(self, tensors):
+        return list(tensors)
+
+    def of_leading(self, tensors):
+        return tensors
+
+    def spread(self, tensors):
+        pass
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_signal_keeps_from_being_scored_is_scored_by_a_later_start(processes, images, tmp_path, monkeypatch):
+    """Also if another signal comes while that one scores."""
+    signalled = 2
+
+    def evaluate(stop) -> dict[str, float]:
+        nonlocal signalled
+        if signalled:
+            signalled -= 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {} if stop else {"val/loss": 1.0}
+
+    if processes == 2:
+        monkeypatch.setattr("mpp.loop.sharing", lambda images: Twin())
+    for _ in range(2):
+        with pytest.raises(Interrupted, match="SIGTERM after step 2"):
+            fit(tmp_path, images, evaluate=evaluate, evaluate_every=2)
+    fit(tmp_path, images, evaluate=evaluate, evaluate_every=2)
+    assert [line["step"] for line in metrics(tmp_path) if "val/loss" in line] == [2, 4, 6]
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_signals_at_once_are_one_and_a_later_one_stops_at_once(monkeypatch):

@@ -6,7 +6,7 @@ from mpp.data.subset import contents
 from mpp.errors import UserError
 from mpp.execution import Once, at_once
 from mpp.files import sealed, write_atomically
-from mpp.launch import launched
+from mpp.launch import launched, told_once
 from mpp.recipe import Recipe
 from mpp.run import run
 from mpp.shards.index import read_index
@@ -27,10 +27,11 @@ def finetune(recipe: Recipe, once: Once = at_once) -> tuple[Path, Scores | None]
     """
     objective = recipe.objective
     if not (objective.needs.labels and "classifier" in objective.results):
-        raise FinetuneError(
-            f"{recipe.name}: objective.name is {objective.name}, expected labels, or another that trains a classifier; "
-            "`mpp pretrain` is for recipes without labels"
-        )
+        with told_once():
+            raise FinetuneError(
+                f"{recipe.name}: objective.name is {objective.name}, expected labels, or another that trains a "
+                "classifier; `mpp pretrain` is for recipes without labels"
+            )
     out = run(recipe, once)
     if recipe.data.val is None or not launched().leads:
         return out, None

@@ -1,5 +1,6 @@
 """`mpp ...`: parses the command line and calls one function a verb."""
 
+import argparse
 import io
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import NoReturn
 from mpp.cli.parser import parsed
 from mpp.errors import Terminated, UserError, out_of_memory, printable, refusal, terminable, without_secrets
 from mpp.extend import ExtensionError, import_parts
-from mpp.launch import Ended, LaunchError, launched
+from mpp.launch import Ended, LaunchError, launched, told_once
 from mpp.workers import end_soon
 
 
@@ -58,11 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with terminable():
             options = parsed(import_first(sys.argv[1:] if arguments is None else arguments))
-            if launched().size > 1 and not options.shared:
-                raise LaunchError(
-                    f"{launched().size} processes were started together; pretrain and finetune train so, every other "
-                    "verb is one process: start it without torchrun"
-                )
+            _refuse_together(options)
             options.run(options)
             sys.stdout.flush()
     except BrokenPipeError:  # of `mpp plan RECIPE | head -1`
@@ -89,6 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             remote.close_caches()  # what still waits for a server would keep Python from exiting
         if arguments is None:  # a process of its own
             end_soon(_status(sys.exc_info()[1]))
+
+
+def _refuse_together(options: argparse.Namespace) -> None:
+    """Raises LaunchError for a verb that several processes were started with, and that one process carries out."""
+    if launched().size > 1 and not options.shared:
+        with told_once():
+            raise LaunchError(
+                f"{launched().size} processes were started together; pretrain and finetune train so, every other verb "
+                "is one process: start it without torchrun"
+            )
 
 
 def _status(ended: BaseException | None) -> int:

@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from mpp.devices import DEVICES
-from mpp.errors import UserError, counted, printable
-from mpp.launch import Ended, launched
+from mpp.errors import counted, printable
+from mpp.launch import launched, told_once
 
 if TYPE_CHECKING:
     from mpp.recipe import Recipe
@@ -101,17 +100,6 @@ def recipe_of(options: argparse.Namespace) -> "Recipe":
             return replace(recipe, weights=weights or recipe.weights, continues=continues or recipe.continues)
         except ValueError as error:
             raise RecipeError(f"command line: {error}") from None
-
-
-@contextmanager
-def told_once() -> Iterator[None]:
-    """Lets one process of each machine tell what they all find, before they know of each other."""
-    try:
-        yield
-    except UserError as error:
-        if launched().local:
-            raise Ended from error
-        raise
 
 
 def stoppable(work: Callable[[], T]) -> T:

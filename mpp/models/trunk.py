@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 import torch
@@ -14,6 +15,7 @@ from mpp.models.layers import MLP, Drop, Initialised, norm_of, take
 from mpp.models.mixers import MIXERS, Places
 from mpp.models.positions import POSITIONS
 from mpp.models.trunk_config import Grid, TrunkConfig
+from mpp.split import is_split
 
 
 class Block(nn.Module):
@@ -50,18 +52,24 @@ class Trunk(nn.Module):
     """What is between a ViT's stem and its pool; by itself a decoder or a predictor. Its one verb is `encode`.
 
     grid: the (rows, columns) of its patches; for others, learned positions are interpolated. context: channels of the
-    tokens that the mixer `cross` looks at, where they are not as wide as the trunk's own.
+    tokens that the mixer `cross` looks at, where they are not as wide as the trunk's own. front: how many tokens
+    `encode` is given to stand in front of the patches, without a place, in a trunk that has none of its own there.
     """
 
     config: TrunkConfig
+    given = 0  # tokens in front that `encode` is given
     activation_checkpointing = False  # recompute a block in the backward pass instead of keeping what it computed
 
-    def __init__(self, config: TrunkConfig, grid: Grid, context: int | None = None) -> None:
+    def __init__(self, config: TrunkConfig, grid: Grid, context: int | None = None, front: int = 0) -> None:
         super().__init__()
         if len(grid) != 2 or min(grid) < 1:
             found = "x".join(map(str, grid))
             raise ValueError(f"a trunk needs (rows, columns), a grid of at least 1x1 patches, got {found}")
-        self.config = config
+        if front and config.prefix:
+            own = "class_token" if config.has_class_token else "registers"
+            raise ValueError(f"{config.section}.{own}: the tokens in front of this trunk's patches are the encoder's")
+        self.given = front
+        self.config = replace(config, registers=front) if front else config  # they have no place, as registers
         self._put_together(grid, context)
         self.initialise()
 
@@ -72,7 +80,8 @@ class Trunk(nn.Module):
         self.prefix = config.prefix  # tokens in front of the patches
         self.positions = POSITIONS[config.positions](config, grid)
         self.class_token = nn.Parameter(torch.empty(config.width)) if config.has_class_token else None
-        self.registers = nn.Parameter(torch.empty(config.registers, config.width)) if config.registers else None
+        registers = 0 if self.given else config.registers
+        self.registers = nn.Parameter(torch.empty(registers, config.width)) if registers else None
         self.drop = Drop(config.dropout)
         self.norm_pre = norm_of(config, config.width) if config.pre_norm else None
         self.blocks = nn.ModuleList()
@@ -106,6 +115,7 @@ class Trunk(nn.Module):
         grid: Grid | None = None,
         context: Tensor | None = None,
         context_at: Tensor | None = None,
+        front: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -118,6 +128,7 @@ class Trunk(nn.Module):
         grid: Grid | None = None,
         context: Tensor | None = None,
         context_at: Tensor | None = None,
+        front: Tensor | None = None,
     ) -> list[Tensor]: ...
 
     def encode(
@@ -130,6 +141,7 @@ class Trunk(nn.Module):
         grid: Grid | None = None,
         context: Tensor | None = None,
         context_at: Tensor | None = None,
+        front: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Runs the blocks on patch tokens (b, n, d): (b, prefix + n, d).
 
@@ -141,22 +153,25 @@ class Trunk(nn.Module):
         grid: (rows, columns) of the patches where it is not the trunk's own.
         context: (b, m, channels), the tokens that the mixer `cross` looks at. context_at: (b, m) says which patches of
             the grid they are, numbers below 0 for those without a place; needed where positions turn queries and keys.
+        front: (b, prefix, d), the tokens in front of the patches, of a trunk that has none of its own (`front` there).
 
         A ViT leaves the final norm to `pool` where that is avg_norm. Raises ValueError for `keep` if a mixer needs the
         grid, and for what does not fit the settings.
         """
         grid = grid or self.own_grid
         self._check(tokens, keep, at, layers, grid, context, context_at)
+        self._check_front(tokens, front)
         tokens = tokens + self.positions.patches(grid).to(tokens.dtype)
         index = None
         if keep is not None:
             if reason := self.config.needs_grid:
                 raise ValueError(f"{reason}, so no patches can be dropped")
             tokens = take(tokens, keep)
-            front = torch.arange(self.prefix, device=keep.device).expand(len(keep), -1)
-            index = torch.cat([front, keep + self.prefix], dim=1)  # (b, prefix + k)
+            ahead = torch.arange(self.prefix, device=keep.device).expand(len(keep), -1)
+            index = torch.cat([ahead, keep + self.prefix], dim=1)  # (b, prefix + k)
         if self.prefix:
-            tokens = torch.cat([self._front().to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+            front = self._front().expand(len(tokens), -1, -1) if front is None else front
+            tokens = torch.cat([front.to(tokens.dtype), tokens], dim=1)
         # Drawn here and not where they are used, which activation checkpointing does twice.
         keys = draws.keys(len(tokens), tokens.device) if self.training and self.config.drops else None
         tokens = self.drop(tokens, keys)
@@ -220,6 +235,17 @@ class Trunk(nn.Module):
             found, expected = tuple(context_at.shape), tuple(context.shape[:2])
             raise ValueError(f"encode needs `context_at` of shape {expected}, as its context, got {found}")
 
+    def _check_front(self, tokens: Tensor, front: Tensor | None) -> None:
+        """Raises ValueError unless `encode` got the tokens in front that the trunk is to be given."""
+        if front is None and not self.given:
+            return
+        expected = (len(tokens), self.given, tokens.shape[-1])
+        if not self.given:
+            raise ValueError("encode got `front`, and this trunk has its own tokens in front of the patches, if any")
+        if front is None or front.shape != expected:
+            found = "none" if front is None else tuple(front.shape)
+            raise ValueError(f"encode needs `front` of shape {expected}, the tokens in front of patches, got {found}")
+
     def _front(self) -> Tensor:
         """The tokens in front of the patches, (prefix, d)."""
         front = [] if self.class_token is None else [(self.class_token + self.positions.class_token()).unsqueeze(0)]
@@ -256,6 +282,8 @@ class Trunk(nn.Module):
             return block(tokens, places, at)
         # What stands in the parameters' place now, a bfloat16 copy perhaps, no longer does in the backward pass.
         now: dict[str, Tensor] = dict(block.named_parameters())
+        if any(map(is_split, now.values())):  # a sharded block's stand there whenever it is called
+            return checkpoint(block, tokens, places, at, use_reentrant=False)
 
         def run(tokens: Tensor) -> Tensor:
             return functional_call(block, now, (tokens, places, at))

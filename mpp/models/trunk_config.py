@@ -9,6 +9,9 @@ Grid = tuple[int, int]  # patches, (rows, columns)
 MIXER_NAMES = ("attention", "cross", "mlp", "pool", "conv", "identity")
 ATTEND = ("attention", "cross")  # mixers in which every token, with a place or without, asks others
 ON_GRID = ("mlp", "pool", "conv")  # mixers that work on the grid of patches, all of them, and on these alone
+PositionName = Literal[
+    "learned", "learned2d", "sincos2d", "sincos2d_mae", "sincos2d_timm", "relative", "rope", "rope_capi", "none"
+]
 TURNING = ("rope", "rope_capi")  # positions that turn queries and keys
 
 
@@ -27,9 +30,7 @@ class TrunkConfig(Settings):
     # conv (depthwise), identity, or in trunks behind an encoder cross (attention to a context, its tokens). Several
     # names share the blocks equally: [pool, attention] pools in the first half.
     mixer: tuple[str, ...] = ("attention",)
-    positions: Literal[
-        "learned", "learned2d", "sincos2d", "sincos2d_mae", "sincos2d_timm", "relative", "rope", "rope_capi", "none"
-    ] = "learned"
+    positions: PositionName = "learned"
     resize: Literal["bilinear", "bicubic", "bicubic_antialias", "bicubic_offset"] = "bilinear"  # of learned positions
     class_token: bool | None = None  # whether there is one; where not given, if a ViT's `pool` needs it
     registers: int = 0  # further tokens without a place (arXiv 2309.16588)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mpp.extend import Kind, Table
 from mpp.objectives.config import Metric, Needs, ObjectiveConfig
 from mpp.objectives.labels_config import LabelsConfig
+from mpp.objectives.mae_config import MAEConfig
 from mpp.objectives.masked_patch_config import MaskedPatchConfig
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ OBJECTIVES: Table[Kind] = Table(
     Kind,
     {
         "labels": Kind(LabelsConfig, "mpp.objectives.labels:Classification"),
+        "mae": Kind(MAEConfig, "mpp.objectives.mae:MAE"),
         "mpp": Kind(MaskedPatchConfig, "mpp.objectives.masked_patch:MaskedPatchPrediction"),
     },
 )

@@ -1,5 +1,6 @@
 """A run: from a recipe to a folder with metrics, checkpoints and an encoder; started again there, it goes on."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,7 @@ from mpp.errors import counted, within_memory
 from mpp.execution import Once, at_once, prepare_cuda
 from mpp.files import claimed
 from mpp.hardware import device_kind
+from mpp.launch import told_once
 from mpp.loop import train
 from mpp.ranks import together
 from mpp.recipe import Recipe
@@ -17,7 +19,11 @@ from mpp.run.finished import drop_state, is_finished
 from mpp.run.images import open_images
 from mpp.run.onward import go_on_from, open_source, same_source
 from mpp.run.start import begin, check_same_folder, check_shared_epochs, earlier, go_on, refuse_leftovers
+from mpp.saving import on_host
+from mpp.split import is_sharded
 from mpp.weights import save_result
+
+logger = logging.getLogger("mpp.run")
 
 SIZES = "model.width or model.depth"
 BUSY = "in use by a run that is still going; stop it, or choose another folder with out="
@@ -30,7 +36,9 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
     """
     out, alone = recipe.folder, once
     prepare_cuda(recipe.train)
-    with together(device_kind(recipe.train.device), recipe.train.timeout) as ranks, ExitStack() as stack:
+    with told_once():
+        kind = device_kind(recipe.train.device)
+    with together(kind, recipe.train.timeout) as ranks, ExitStack() as stack:
         if ranks.leads:
             stack.enter_context(claimed(out, BUSY))
         ranks.wait()
@@ -38,6 +46,8 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
         def once(what: str, choose: Callable[[], Any]) -> Any:
             return ranks.shared(lambda: alone(what, choose))
 
+        if recipe.train.shard == "full" and ranks.size == 1:
+            logger.info("%s: train.shard: full splits nothing, as this process trains by itself", out)
         before = earlier(out)
         check_same_folder(out, ranks)
         source = None
@@ -74,8 +84,10 @@ def run(recipe: Recipe, once: Once = at_once) -> Path:
                 evaluate=evaluation(settings, objective, images, settled.execution),
                 evaluate_every=recipe.eval.every,
             )
-            for name, result in objective.results().items() if ranks.leads else ():
-                save_result(result, out / f"{name}.safetensors")
+            for name, result in objective.results().items() if ranks.leads or is_sharded(objective) else ():
+                whole = on_host({name: result.state_dict()}, ranks.leads)
+                if ranks.leads:
+                    save_result(result, out / f"{name}.safetensors", whole[name])
         if ranks.leads and not recipe.train.keep_state:
             drop_state(out, [f"{name}.safetensors" for name in objective.results()])
     return out

@@ -15,6 +15,7 @@ from mpp.ranks import here
 from mpp.recipe import Recipe
 from mpp.run.images import RunImages
 from mpp.shards.index import ShardError
+from mpp.split import is_sharded
 from mpp.train_config import Execution
 from mpp.watch import REMEDIES, TrainingError
 
@@ -49,14 +50,17 @@ def evaluation(
             if batch is None or turn.ended or turn.stop:
                 break
             batch = ranks.joined(batch) if across else batch
-            if not len(batch):
-                continue  # all of its images are damaged, or other processes have them
+            own = len(batch)  # 0 where all of its images are damaged, or other processes have them
+            if not turn.images or not (own or is_sharded(objective)):
+                continue
+            if not own:  # the others need this process's part of the weights
+                batch = batch.blank(2)  # pairs, and norms that refuse a single value
             batch = replace(batch, places=step * batches.batch + batch.whole_places).to(device)
             with drawing(recipe.seed, EVALUATION, batch, step), called(objective.config.name, "forward()"):
                 loss, metrics = forward(batch)
-                for name, value in {"loss": loss, **metrics}.items():
-                    totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + float(value) * len(batch)
-            seen += len(batch)
+                for name, value in {"loss": loss, **metrics}.items() if own else ():
+                    totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + float(value) * own
+            seen += own
         objective.train()
         if turn.ended or turn.stop or (ranks.size == 1 and stop):
             return {}

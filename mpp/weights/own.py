@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,33 +33,35 @@ def fingerprint(encoder: Encoder) -> str:
     return digest.hexdigest()[:32]
 
 
-def save_result(module: nn.Module, path: Path) -> None:
-    """Writes what a run leaves: a classifier, an encoder, or the tensors of anything else."""
+def save_result(module: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes what a run leaves: a classifier, an encoder, or the tensors of anything else.
+
+    tensors: the module's own may be split among processes, and these are whole.
+    """
     if isinstance(module, Classifier):
-        save_classifier(module, path)
+        save_classifier(module, path, tensors)
     elif isinstance(module, Encoder):
-        save_encoder(module, path)
+        save_encoder(module, path, tensors)
     else:  # copies, as tensors that share their memory would be refused
-        write_atomically(path, save({name: tensor.clone() for name, tensor in module.state_dict().items()}))
+        write_atomically(path, save({name: tensor.clone() for name, tensor in tensors.items()}))
 
 
-def save_encoder(encoder: Encoder, path: Path) -> None:
+def save_encoder(encoder: Encoder, path: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Writes an encoder with its config, whole or not at all; FileError on a full disk."""
-    _save(encoder, path, {"encoder": jsons.text(facts_of(encoder))})
+    _save(tensors or encoder.state_dict(), path, {"encoder": jsons.text(facts_of(encoder))})
 
 
-def save_classifier(classifier: Classifier, path: Path) -> None:
+def save_classifier(classifier: Classifier, path: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
     """The same for an encoder with its head; the names of its classes stand beside the config.
 
     In one entry of metadata: safetensors writes several in random order, and equal runs are to leave equal files.
     """
     facts = facts_of(classifier.encoder) | {"classes": classifier.classes}
-    _save(classifier, path, {"encoder": jsons.text(facts)})
+    _save(tensors or classifier.state_dict(), path, {"encoder": jsons.text(facts)})
 
 
-def _save(module: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-    write_atomically(path, save(tensors, metadata))
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def find(path: Path, *names: str) -> Path | None:

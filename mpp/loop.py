@@ -153,8 +153,8 @@ def train(
             writer.check()
             if objective.needs.pairs and turn.first % 2:
                 raise TrainingError(
-                    f"step {step}: process {ranks.rank} of {ranks.size} has a batch's images from number {turn.first} on, "
-                    f"expected an even one: {objective.config.name} mixes each image with its neighbour"
+                    f"step {step}: process {ranks.rank} of {ranks.size} has a batch's images from number {turn.first} "
+                    f"on, expected an even one: {objective.config.name} mixes each image with its neighbour"
                 )
             batch, share = placed(batch, turn), turn.images / ranks.size
             if objective.needs.whole_batch:  # each process computes all of it, and the same

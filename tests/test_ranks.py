@@ -226,7 +226,7 @@ data: {path: DIGITS}"""
         ("masked", 51, "train.batch (51) must be a multiple of the number of processes, which is 2"),
         ("labels", 50, "train.batch (50) gives each of 2 processes 25 images, which must be even: labels mixes"),
         (CNN, 48, "batch norm looks across the whole batch, which several processes share on GPUs alone"),
-        ("labels", 102, "data.last_batch: kept ends an epoch of 1442 images with a batch of 14, of which each of 2 processes has 7"),
+        ("labels", 102, "data.last_batch: kept ends an epoch of 1442 images with a batch of 14, of which each of"),
         ("masked", 12, "data.last_batch: kept ends an epoch of 1442 images with a batch of 2, which 3 processes"),
     ],
 )  # fmt: skip

@@ -107,8 +107,8 @@ class Twin(Ranks):
     def average(self, tensors):
         return list(tensors)
 
-    def of_leading(self, tensors):
-        return tensors
+    def of_leading(self, tensors, own):
+        return {name: own(name, tensor) for name, tensor in tensors.items()}
 
     def spread(self, tensors):
         pass

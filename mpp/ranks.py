@@ -46,6 +46,9 @@ class Ranks:
         self.launch, self.heart = launch, heart
         self.rank, self.size, self.leads = launch.rank, launch.size, launch.leads
 
+    def __repr__(self) -> str:
+        return f"<process {self.rank} of {self.size}>"
+
     def announce(self, threads: int, device: torch.device) -> None:
         """Says what trains together, in one line of the leading process; one by itself has nothing to say."""
         if self.size > 1 and self.leads:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from mpp import jsons
 from mpp.batch import Batch
 from mpp.errors import cause, counted
 from mpp.heartbeat import Heartbeat
@@ -82,7 +83,7 @@ class Ranks:
         """What each process gives, in values that JSON has, or in numbers that are not finite. Nothing is pickled."""
         if self.size == 1:
             return [value]
-        data = json.dumps(value).encode()  # numbers that are not finite too, which no file may hold
+        data = jsons.told(value)
         lengths = [length for (length,) in self.each(len(data))]
         mine = torch.zeros(max(lengths), dtype=torch.uint8)
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -314,10 +314,10 @@ def test_nothing_is_deleted_before_all_results_are_written(splits, tmp_path, mon
     arguments = ["finetune", recipe, "train.keep_state=false", f"out={out}"]
     real = mpp.run.save_result
 
-    def dies(module, path):
+    def dies(module, path, *rest):
         if path.name == "classifier.safetensors":
             raise PowerCut
-        real(module, path)
+        real(module, path, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(mpp.run, "save_result", dies)

@@ -29,9 +29,10 @@ def prepare(name: str, size: Size, device: str, threads: int, folder: Path) -> C
     import torch
 
     from mpp import checkpoint
+    from mpp.average import average, averaged
     from mpp.batch import Batch
     from mpp.execution import choose, forward_pass
-    from mpp.loop import average, averaged, build_optimizer, snapshot, update
+    from mpp.loop import build_optimizer, snapshot, update
     from mpp.saving import Writer
     from mpp.train_config import TrainConfig
 

@@ -1,8 +1,7 @@
 """The training loop: pretraining, and every other way of training an encoder, is this one."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mpp import begun, checkpoint, jsons
+from mpp.average import adopt, average, averaged, swapped
 from mpp.batch import Batch
+from mpp.checks import checked, checked_batch, facts_of_result, lasting, refuse_other_numbers
 from mpp.data.batches import Batches
 from mpp.data.loader import Images, as_batches
-from mpp.errors import shown
 from mpp.execution import (
     Loss,
     callers_state,
@@ -23,22 +23,18 @@ from mpp.execution import (
     choose,
     drawing,
     forward_pass,
-    generators,
     prepare_cuda,
     sharing,
 )
 from mpp.hardware import device_of
 from mpp.log import Log, Unlogged
-from mpp.models.encoder import Encoder, feed
-from mpp.models.encoders import facts_of
+from mpp.models.encoder import feed
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
 from mpp.ranks import ALONE, Ranks, Turn
 from mpp.saving import Writer, on_host
 from mpp.sharding import shard, to_shard
-from mpp.shards.classes import translation
-from mpp.shards.index import Index
 from mpp.split import is_sharded, is_split, let_go, own_part, split_as, uncompiled
 from mpp.train_config import Execution, LogConfig, TrainConfig
 from mpp.watch import Clock, Interrupted, TrainingError, stop_signals
@@ -70,8 +66,9 @@ def train(
 
     The losses of all steps, and so the weights at the end, are the same however often a run was interrupted, bit for
     bit on the CPU. Torch's generators, number of threads and deterministic mode are the caller's again afterwards.
-    Raises TrainingError if a loss or gradient is not finite, Interrupted after SIGINT or SIGTERM, CheckpointError if
-    `out` holds a training with other settings, and ValueError for a config that does not say in steps how long.
+    Raises TrainingError if a loss or gradient is not finite, Interrupted after SIGINT, SIGTERM or SIGUSR1,
+    CheckpointError if `out` holds a training with other settings, and ValueError for a config that does not say in
+    steps how long.
     """
     out, images = Path(out), as_batches(batches)
     folder, settings = out / "checkpoints", begun.settings_of(objective, images, config, seed)
@@ -81,7 +78,7 @@ def train(
     check_shares(objective, config, ranks)
     if isinstance(images, Batches):
         feed(objective, images.input)
-    _refuse_other_numbers(objective, images)
+    refuse_other_numbers(objective, images)
     described = {"encoder": jsons.text(facts_of_result(objective))}  # goes with the weights of every checkpoint
     evaluation = evaluate_every if evaluate else 0
     kept = kept_steps(config)
@@ -247,17 +244,17 @@ def update(
     seed: int,
     step: int,
     ranks: Ranks = ALONE,
-    share: float = 0.0,
+    images: float = 0.0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One optimizer step: the loss, the norm of the gradient, and what the objective reports, all on the device.
 
-    share: images of a process, the mean of all of them. What is reported is of this one's, but for the loss.
+    images: of a process, the mean over all of them. What is reported is of this one's, but for the loss.
     """
     set_rates(optimizer, rate_at(step, config), (step - 1) / steps_of(config))
     totals: dict[str, Tensor] = {}
     whole = objective.batch_weight(batch)
     if ranks.size > 1:  # gradients are averaged over the processes, whose parts may weigh differently
-        whole = ranks.average([whole])[0] if isinstance(whole, Tensor) else share
+        whole = ranks.average([whole])[0] if isinstance(whole, Tensor) else images
     for place, part in enumerate(batch.split(micro_batch)):
         with drawing(seed, step, part, place):
             loss, metrics = forward(part)
@@ -285,29 +282,6 @@ def average_gradients(objective: Objective, loss: Tensor, ranks: Ranks) -> Tenso
     for (parameter, _), gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
     return loss
-
-
-def _refuse_other_numbers(objective: Objective, batches: Images) -> None:
-    """Raises TrainingError where shards give a class another number than the objective does: all would be learned
-    wrong, without a sign of it. Names that only one of them has may be a translation of the other's, and stay."""
-    index, classes = getattr(batches, "index", None), objective.needs.classes
-    if isinstance(index, Index) and objective.needs.labels and index.classes != classes:
-        numbers = translation(index.classes, classes).tolist()
-        if wrong := [(one, other) for one, other in enumerate(numbers[:-1]) if other not in (-1, one)]:
-            theirs, ours = wrong[0]
-            raise TrainingError(
-                f"{objective.config.name}: class {shown(classes[ours])} is {ours} of its classes and {theirs} of those "
-                f"of {index.origin}; give its classes to mpp.read_shards(..., classes=...)"
-            )
-
-
-def checked_batch(objective: Objective, batch: Batch, step: int) -> Batch:
-    """The batch of a step, if the objective can learn from it; TrainingError, one line, if not."""
-    try:
-        objective.check_batch(batch)
-    except ValueError as error:
-        raise TrainingError(f"step {step}: {objective.config.name}: {error}") from None
-    return batch
 
 
 def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Optimizer:
@@ -358,113 +332,6 @@ def snapshot(
         # With what is not averaged, batch norm's counters, so that an encoder can be loaded from this file alone.
         state["ema"] = state["model"] | dict(zip(averaged(objective), ema, strict=True))
     return on_host(state, leads)
-
-
-def facts_of_result(objective: Objective) -> dict[str, object]:
-    """What a checkpoint says of the encoder that is the result, and under which names its tensors stand there.
-
-    Raises TrainingError, before the first step, if the results are not those that the objective's config names.
-    """
-    name, results = objective.config.name, objective.results()
-    if not isinstance(results, dict) or set(results) != set(objective.config.results) or "encoder" not in results:
-        found, expected = ", ".join(results or ()) or "none", ", ".join(objective.config.results)
-        raise TrainingError(f"{name}: results() gives {found}; its config says {expected}, among them an encoder")
-    own = {id(tensor) for tensor in (*objective.parameters(), *objective.buffers())}
-    for key, module in results.items():
-        tensors = module.state_dict(keep_vars=True).values() if isinstance(module, nn.Module) else ()
-        if not isinstance(module, nn.Module) or not own.issuperset(map(id, tensors)):
-            raise TrainingError(f"{name}: results() must be parts of the objective, as checkpoints are; {key} is not")
-        if not key.isidentifier():
-            raise TrainingError(f"{name}: results() are files of the run folder; {key!r} is no name for one")
-    encoder: Any = results["encoder"]
-    place = next((place for place, module in objective.named_modules() if module is encoder), None)
-    if place is None or not isinstance(encoder, Encoder):
-        raise TrainingError(f"{name}: results()['encoder'] must be an mpp.Encoder that is a part of the objective")
-    return {**facts_of(encoder), "place": f"{place}."}
-
-
-def checked(objective: Objective, forward: Callable[[Batch], Loss], ranks: Ranks = ALONE) -> Callable[[Batch], Loss]:
-    """The forward pass, whose first outputs are looked at: what is wrong with an objective is best told at once.
-
-    Of several processes none may draw from torch's generators, whose numbers depend on how a batch is shared.
-    """
-    seen = False
-
-    def first_checked(batch: Batch) -> Loss:
-        nonlocal seen
-        if not seen and batch.images.is_floating_point():
-            objective.encoder.look(batch.images)  # one wait for the device, and none for uint8
-        before = None if seen or ranks.size == 1 else generators(batch.images.device)
-        with called(objective.config.name, "forward()"):
-            outputs = forward(batch)
-        if not seen:
-            _check_outputs(objective.config.name, outputs)
-            if before is not None and not torch.equal(before, generators(batch.images.device)):
-                raise TrainingError(
-                    f"{objective.config.name}: draws from torch's generator, by other numbers in each of {ranks.size} "
-                    "processes than in one; draw by mpp.draws (docs/extending.md), or train in one process"
-                )
-            seen = True
-        return outputs
-
-    return first_checked
-
-
-def _check_outputs(name: str, outputs: Any) -> None:
-    if not (isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[1], dict)):
-        raise TrainingError(
-            f"{name}: forward() must give a loss and a dictionary of metrics, got {type(outputs).__name__}"
-        )
-    loss, metrics = outputs
-    if not (isinstance(loss, Tensor) and loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad):
-        found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TrainingError(f"{name}: the loss must be a float32 scalar with a gradient, got {found}")
-    for key, value in metrics.items():
-        if not (isinstance(key, str) and isinstance(value, Tensor) and value.shape == ()):
-            raise TrainingError(f"{name}: metrics must be scalar tensors by name, got {key!r}: {type(value).__name__}")
-
-
-def lasting(objective: Objective, ema: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """By name what is trained and what results are made of, and the running average; nothing else of an objective."""
-    lasts = {id(parameter) for parameter in objective.parameters()}
-    lasts |= {id(one) for part in objective.results().values() for one in part.state_dict(keep_vars=True).values()}
-    average = dict(zip(averaged(objective), ema, strict=False))
-    for name, tensor in objective.state_dict(keep_vars=True).items():
-        if id(tensor) in lasts:
-            yield name, own_part(tensor)
-            if name in average:
-                yield f"the running average of {name}", own_part(average[name])
-
-
-def averaged(objective: Objective) -> dict[str, Tensor]:
-    """What a running average is taken of: the parameters, and statistics such as batch norm's."""
-    return {name: value for name, value in objective.state_dict().items() if value.is_floating_point()}
-
-
-@torch.no_grad()
-def average(ema: list[Tensor], objective: Objective, decay: float) -> None:
-    """Moves the running average towards the parameters."""
-    if ema:
-        own = [own_part(value) for value in averaged(objective).values()]
-        torch._foreach_lerp_([own_part(value) for value in ema], own, 1 - decay)
-
-
-@torch.no_grad()
-def adopt(objective: Objective, values: Iterable[Tensor]) -> None:
-    """Copies values into the parameters, if there are any."""
-    for own, value in zip(averaged(objective).values(), values, strict=False):
-        own_part(own).copy_(own_part(value))
-
-
-@contextlib.contextmanager
-def swapped(objective: Objective, ema: list[Tensor]) -> Iterator[None]:
-    """Puts the running average in the parameters' place, if there is one."""
-    own = [value.clone() for value in averaged(objective).values()] if ema else []
-    adopt(objective, ema)
-    try:
-        yield
-    finally:
-        adopt(objective, own)
 
 
 def pictures(objective: Objective, batch: Batch) -> dict[str, Tensor]:

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from many_processes import STARTED, left, lines, start
+from many_processes import STARTED, close_weights, figures, left, lines, own_objectives, start
 from ranks_worker import add_parts, by_hand, carry_out
-from safetensors.torch import load_file
 from tiny_runs import metrics, run
 from torch.distributed import HashStore
 
@@ -52,21 +51,16 @@ train: {clip: 0.5, layer_decay: 0.8}""",
     "sgd": "objective: {name: mpp, target: pixels}\ntrain: {optimizer: sgd, lr: 0.05}",
 }
 WITH_FOUR = ("masked", "labels")  # processes; all with two
-FIGURES_OF_TIME = ("images/s", "waiting", "memory")
 # Sums of gradients in another order differ in float32's last bits, 6e-8 of a number; a loss is a mean of such sums.
 LOSS = 2e-6
 # SGD moves weights by gradients, so they stay as close. Adam divides each gradient by its own size: where the true one
 # is 0, as that of the keys' biases (softmax does not see them), its steps are rounding made as large as any other.
 WEIGHTS = {"sgd": 1e-6, "bfloat16": 3e-2}
-BLIND = ".mixer.qkv.bias"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def parts() -> Iterator[None]:
-    """Objectives of the workers' own, for this module alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mpp.OBJECTIVES, "_added", {})
-        add_parts()
+    with own_objectives(add_parts):
         yield
 
 
@@ -105,26 +99,12 @@ def ended() -> Iterator[None]:
     STARTED.clear()
 
 
-def figures(out: Path) -> dict[int, dict[str, float]]:
-    """By step all figures but those of time and memory."""
-    found: dict[int, dict[str, float]] = {}
-    for line in metrics(out):
-        values = {name: value for name, value in line.items() if name not in FIGURES_OF_TIME}
-        found.setdefault(line["step"], {}).update(values)
-    return found
-
-
 def equal_runs(one: Path, other: Path, weights: float, loss: float = LOSS) -> None:
     here, there = figures(one), figures(other)
     assert here.keys() == there.keys()
     for step, values in here.items():
-        for name, value in values.items():
-            if "commonest" not in name:  # of a micro-batch: another one where the images to score on are shared
-                assert there[step][name] == pytest.approx(value, rel=loss, abs=loss), (step, name)
-    results, others = (load_file(run / "encoder.safetensors") for run in (one, other))
-    for name, value in results.items():
-        if not name.endswith(BLIND):
-            torch.testing.assert_close(others[name], value, rtol=0, atol=weights, msg=lambda m, n=name: f"{n}: {m}")
+        assert there[step] == pytest.approx(values, rel=loss, abs=loss), step
+    close_weights(one / "encoder.safetensors", other / "encoder.safetensors", weights)
 
 
 @pytest.mark.parametrize(("count", "name"), [*((2, name) for name in RECIPES), *((4, name) for name in WITH_FOUR)])

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from many_processes import left, start
-from safetensors.torch import load_file
+from many_processes import close_weights, figures, left, own_objectives, start
 from sharding_worker import add_parts, carry_out
-from tiny_runs import metrics
 
 import mpp
 from mpp import checkpoint
@@ -44,22 +42,17 @@ train: {optimizer: sgd, lr: 0.05, steps: 6}
 eval: {images: 96}""",
 }
 RESNET = "model: {name: resnet, image: 8, depth: 18, width: 4, stem: small, norm: group}"
-OF_TIME = ("images/s", "waiting", "memory")
 # A loss is a mean whose terms, and those of the gradients before it, are added in another order: float32 has 6e-8.
 LOSS = 1e-6
 # SGD moves weights by gradients, which are as close. Adam divides each by its own size: one that is all rounding, as of
 # the keys' biases, which softmax does not see, moves as far as any other (BLIND). bfloat16 has 8 bits: weights that
 # differ in their last bit may be cast to neighbours that are 0.4 % apart.
 WEIGHTS = {"taught": 1e-6, "resnet": 1e-6, "bfloat16": 3e-3}
-BLIND = ".mixer.qkv.bias"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def parts() -> Iterator[None]:
-    """Objectives of the workers' own, for this module alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mpp.OBJECTIVES, "_added", {})
-        add_parts()
+    with own_objectives(add_parts):
         yield
 
 
@@ -108,16 +101,6 @@ def cut(run: Path, step: int, out: Path) -> None:
             shutil.rmtree(out / f"checkpoints/step-{later:08d}")
 
 
-def figures(run: Path) -> dict[int, dict[str, float]]:
-    """By step all figures but those of time and memory."""
-    found: dict[int, dict[str, float]] = {}
-    for line in metrics(run):
-        # "commonest" is of a micro-batch, another one where processes share the images to score on.
-        values = {name: value for name, value in line.items() if name not in OF_TIME and "commonest" not in name}
-        found.setdefault(line["step"], {}).update(values)
-    return found
-
-
 def agree(one: Path, other: Path, weights: float, loss: float = LOSS) -> None:
     here, there = figures(one), figures(other)
     assert here.keys() == there.keys()
@@ -128,13 +111,7 @@ def agree(one: Path, other: Path, weights: float, loss: float = LOSS) -> None:
     names = [path.name for path in one.glob("*.safetensors")]
     assert names == [path.name for path in other.glob("*.safetensors")]
     for name in names:
-        result, found = load_file(one / name), load_file(other / name)
-        assert {key: (value.shape, value.dtype) for key, value in result.items()} == {
-            key: (value.shape, value.dtype) for key, value in found.items()
-        }
-        for key, value in result.items():
-            if not key.endswith(BLIND):
-                torch.testing.assert_close(found[key], value, rtol=0, atol=weights, msg=lambda m, k=key: f"{k}: {m}")
+        close_weights(one / name, other / name, weights)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mpp import checkpoint, jsons
+from mpp.checks import facts_of_result
 from mpp.data.config import position_of, step_from
 from mpp.execution import Once, choose
-from mpp.loop import build_optimizer, facts_of_result, kept_steps, rate_at, steps_of
+from mpp.loop import build_optimizer, kept_steps, rate_at, steps_of
 from mpp.objectives.base import Objective
 from mpp.ranks import here
 from mpp.recipe import Recipe

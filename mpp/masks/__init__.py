@@ -18,6 +18,8 @@ from mpp.masks.rectangles import blocks, check_blocks, check_inverse_block, inve
 from mpp.masks.tiles import check_random, check_units, count_of, random, random_index, random_order, units
 from mpp.masks.whole import Grid
 
+NEARLY = 1e-6  # patches, or units: what floats may have beyond a whole one
+
 __all__ = [
     "MASKS", "Blocks", "Grid", "Mask", "blocks", "count_of", "inverse_block", "multi_block", "random", "random_index",
     "random_order", "target_shapes", "units",
@@ -32,11 +34,11 @@ class Mask:
     check: Callable[[Grid, int], object]  # ValueError where the grid can't have that many patches hidden so
     unit: int = 1  # patches a side that are hidden together; the grid's sides are multiples of it
 
-    def count(self, share: float, grid: Grid) -> int:
-        """How many patches a share of the grid is: rounded; of units rounded up, as their papers do."""
-        if self.unit == 1:
+    def count(self, share: float, grid: Grid, up: bool = False) -> int:
+        """How many patches a share of the grid is: rounded, or rounded up; of units always up, as their papers do."""
+        if self.unit == 1 and not up:
             return count_of(share, math.prod(grid))
-        return math.ceil(share * (math.prod(grid) // self.unit**2) - 1e-9) * self.unit**2
+        return math.ceil(share * (math.prod(grid) // self.unit**2) - NEARLY) * self.unit**2
 
 
 MASKS = {

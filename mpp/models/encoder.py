@@ -155,15 +155,15 @@ class Encoder(nn.Module):
         pairs = {name: (there, here) for name, (there, here) in pairs.items() if there != here}
         if pairs:
             wrong = [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items()]
-            alike = " ".join(f"model.{name}={_in_yaml(there)}" for name, (there, _) in pairs.items())
+            alike = " ".join(f"model.{name}={in_yaml(there)}" for name, (there, _) in pairs.items())
             advice = "" if "name" in pairs else f"; to have it as there: {alike}"  # else nearly all is to be set
             raise ValueError(f"model: {'; '.join(wrong)}{advice}")
 
 
-def _in_yaml(value: Any) -> str:
+def in_yaml(value: Any) -> str:
     """A setting's value as a recipe or the command line takes it."""
     if isinstance(value, tuple):
-        return f"[{','.join(map(_in_yaml, value))}]"
+        return f"[{','.join(map(in_yaml, value))}]"
     return "null" if value is None else str(value).lower() if type(value) is bool else str(value)
 
 

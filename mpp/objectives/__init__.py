@@ -10,6 +10,8 @@ from mpp.objectives.config import Metric, Needs, ObjectiveConfig
 from mpp.objectives.labels_config import LabelsConfig
 from mpp.objectives.mae_config import MAEConfig
 from mpp.objectives.masked_patch_config import MaskedPatchConfig
+from mpp.objectives.maskfeat_config import MaskFeatConfig
+from mpp.objectives.simmim_config import SimMIMConfig
 
 if TYPE_CHECKING:
     from mpp.objectives.base import Objective
@@ -21,7 +23,9 @@ OBJECTIVES: Table[Kind] = Table(
     {
         "labels": Kind(LabelsConfig, "mpp.objectives.labels:Classification"),
         "mae": Kind(MAEConfig, "mpp.objectives.mae:MAE"),
+        "maskfeat": Kind(MaskFeatConfig, "mpp.objectives.maskfeat:MaskFeat"),
         "mpp": Kind(MaskedPatchConfig, "mpp.objectives.masked_patch:MaskedPatchPrediction"),
+        "simmim": Kind(SimMIMConfig, "mpp.objectives.simmim:SimMIM"),
     },
 )
 

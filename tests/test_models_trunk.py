@@ -63,8 +63,11 @@ def turned(vector: np.ndarray, place: int) -> np.ndarray:
     return found
 
 
-def slow_encode(trunk: Trunk, tokens: Tensor, places: list[int], context: Tensor, context_places: list[int]):
-    """What `encode` gives for one image's kept patch tokens (k, d), at these places, (prefix + k, d) in numpy."""
+def slow_encode(trunk: Trunk, tokens: Tensor, places: list[int], context: Tensor, context_places: list[int], sees=None):
+    """What `encode` gives for one image's kept patch tokens (k, d), at these places, (prefix + k, d) in numpy.
+
+    sees: whether a token at one place sees that at another one, places in front being NOWHERE; all do where not given.
+    """
     config = trunk.config
     weights = {name: value.detach().double().numpy() for name, value in trunk.state_dict().items()}
     head, rope = config.width // config.heads, config.positions == "rope"
@@ -91,8 +94,9 @@ def slow_encode(trunk: Trunk, tokens: Tensor, places: list[int], context: Tensor
                 q = np.stack([turned(*pair) for pair in zip(q, at, strict=True)])
                 k = np.stack([turned(*pair) for pair in zip(k, key_places, strict=True)])
             for query in range(len(q)):
-                scores = np.exp([q[query] @ key / math.sqrt(head) for key in k])
-                found[query, part] = sum(s * value for s, value in zip(scores / scores.sum(), v, strict=True))
+                seen = [key for key in range(len(k)) if sees is None or sees(at[query], key_places[key])]
+                scores = np.exp([q[query] @ k[key] / math.sqrt(head) for key in seen])
+                found[query, part] = sum(s * v[key] for s, key in zip(scores / scores.sum(), seen, strict=True))
         return linear(found, f"{name}.project")
 
     stream, context = tokens.double().numpy(), context.double().numpy()

@@ -62,6 +62,10 @@ class Encoder(nn.Module):
             self.look(images)
         return images if images.dtype == torch.float32 else images.to(self.mean.dtype)
 
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Maps normalised images of any value to the nearest uint8 ones."""
+        return (255 * (images * self.std + self.mean)).round().clamp(0, 255).to(torch.uint8)
+
     def look(self, images: Tensor) -> None:
         """Warns if float images look like pixels of [0, 1] or of 0 to 255: see `PixelWarning`. Waits for the device."""
         if images.device.type == "meta" or not images.numel():
@@ -151,15 +155,15 @@ class Encoder(nn.Module):
         pairs = {name: (there, here) for name, (there, here) in pairs.items() if there != here}
         if pairs:
             wrong = [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items()]
-            alike = " ".join(f"model.{name}={_in_yaml(there)}" for name, (there, _) in pairs.items())
+            alike = " ".join(f"model.{name}={in_yaml(there)}" for name, (there, _) in pairs.items())
             advice = "" if "name" in pairs else f"; to have it as there: {alike}"  # else nearly all is to be set
             raise ValueError(f"model: {'; '.join(wrong)}{advice}")
 
 
-def _in_yaml(value: Any) -> str:
+def in_yaml(value: Any) -> str:
     """A setting's value as a recipe or the command line takes it."""
     if isinstance(value, tuple):
-        return f"[{','.join(map(_in_yaml, value))}]"
+        return f"[{','.join(map(in_yaml, value))}]"
     return "null" if value is None else str(value).lower() if type(value) is bool else str(value)
 
 

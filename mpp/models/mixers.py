@@ -26,10 +26,11 @@ class Places(NamedTuple):
     grid: Grid
     prefix: int  # tokens in front of the patches
     angles: Tensor | None = None  # by which queries and keys are turned, (b or 1, 1, n, head size)
-    bias: Tensor | None = None  # of attention's scores, (b or 1, heads, n, n)
+    bias: Tensor | None = None  # of attention's scores, (b or 1, heads or 1, n, n)
     context: Tensor | None = None  # the tokens that cross-attention looks at, (b, m, context)
     context_angles: Tensor | None = None  # by which their keys are turned, (b, 1, m, head size)
     keys: Tensor | None = None  # from which each image draws what is left out of it, (b,); see mpp.draws
+    causal: bool = False  # whether tokens see themselves and those before them alone, and there is no bias
 
 
 class Mixer(nn.Module):
@@ -48,8 +49,10 @@ class Mixer(nn.Module):
         """Draws initial weights."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False) -> Tensor:
     """Softmax attention of (b, heads, n, d) queries over keys and values, by the kernel that is fastest there.
+
+    causal: query i over the keys 0 to i alone; without a bias.
 
     The choice depends on device, dtype and length alone, so that a resumed run computes as the first one did.
     """
@@ -57,8 +60,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (b, heads, n, keys)
         if bias is not None:
             scores = scores + bias
+        if causal:
+            scores = scores.masked_fill(~scores.new_ones(scores.shape[2:], dtype=torch.bool).tril(), -math.inf)
         return scores.softmax(-1) @ v  # the kernel sums in float32 whatever the dtype
-    return F.scaled_dot_product_attention(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal)
 
 
 class Attention(Mixer):
@@ -81,13 +86,17 @@ class Attention(Mixer):
         else:
             q, k, v = self._queries_at(tokens, at)
             turned = None if angles is None else _rows(angles, at, (len(tokens), 1))
-            biased = None if bias is None else _rows(bias, at, (len(tokens), self.heads))
+            biased = None if bias is None else _rows(bias, at, (len(tokens), bias.shape[1]))
+            if places.causal:
+                behind = torch.arange(tokens.shape[1], device=at.device) > at.unsqueeze(-1)  # (b, k, n)
+                biased = q.new_zeros(()).masked_fill(behind.unsqueeze(1), -math.inf)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         if angles is not None and turned is not None:
             q, k = turn(q, turned), turn(k, angles)
         biased = None if biased is None else biased.to(q.dtype)
-        return self.project(rearrange(attend(q, k, v, biased), "b heads k d -> b k (heads d)"))
+        mixed = attend(q, k, v, biased, causal=places.causal and at is None)
+        return self.project(rearrange(mixed, "b heads k d -> b k (heads d)"))
 
     def _queries_at(self, tokens: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the tokens at `at` (b, k), keys and values of all."""

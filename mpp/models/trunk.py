@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mpp import draws
+from mpp.models.causal import check_causal, ordered
 from mpp.models.layers import MLP, Drop, Initialised, norm_of, take
 from mpp.models.mixers import MIXERS, Places
 from mpp.models.positions import POSITIONS
@@ -116,6 +117,7 @@ class Trunk(nn.Module):
         context: Tensor | None = None,
         context_at: Tensor | None = None,
         front: Tensor | None = None,
+        causal: int | Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -129,6 +131,7 @@ class Trunk(nn.Module):
         context: Tensor | None = None,
         context_at: Tensor | None = None,
         front: Tensor | None = None,
+        causal: int | Tensor | None = None,
     ) -> list[Tensor]: ...
 
     def encode(
@@ -142,6 +145,7 @@ class Trunk(nn.Module):
         context: Tensor | None = None,
         context_at: Tensor | None = None,
         front: Tensor | None = None,
+        causal: int | Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Runs the blocks on patch tokens (b, n, d): (b, prefix + n, d).
 
@@ -154,13 +158,18 @@ class Trunk(nn.Module):
         context: (b, m, channels), the tokens that the mixer `cross` looks at. context_at: (b, m) says which patches of
             the grid they are, numbers below 0 for those without a place; needed where positions turn queries and keys.
         front: (b, prefix, d), the tokens in front of the patches, of a trunk that has none of its own (`front` there).
+        causal: each patch sees itself and those before it, row by row, and none behind it. But so many first ones,
+            (b,) or for all images alike, are seen by every token, and so are those in front of the patches (AIM's
+            prefix attention, arXiv 2401.08541, section 3.2). Patches that `keep` names stand in the order of the image.
 
         A ViT leaves the final norm to `pool` where that is avg_norm. Raises ValueError for `keep` if a mixer needs the
-        grid, and for what does not fit the settings.
+        grid, for `causal` if one shows a patch those behind it, and for what does not fit the settings.
         """
         grid = grid or self.own_grid
         self._check(tokens, keep, at, layers, grid, context, context_at)
         self._check_front(tokens, front)
+        if causal is not None:
+            check_causal(self.config, tokens, causal)
         tokens = tokens + self.positions.patches(grid).to(tokens.dtype)
         index = None
         if keep is not None:
@@ -178,7 +187,7 @@ class Trunk(nn.Module):
         if self.norm_pre is not None:
             tokens = self.norm_pre(tokens)
         places = self._places(grid, index, None if context is None else context.to(tokens.dtype), context_at)
-        places = places._replace(keys=keys)
+        places = (places if causal is None else ordered(places, causal, tokens, index))._replace(keys=keys)
         if layers is not None:
             return self._outputs(tokens, places, layers)
         for block in self.blocks[:-1]:

@@ -153,3 +153,9 @@ class TrunkConfig(Settings):
         """Why the blocks can't do without some of the patches, by setting, or None if they can."""
         needy = [name for name in self.mixer if name in ON_GRID]
         return f"{self.section}.mixer {needy[0]} needs the whole grid" if needy else None
+
+    @property
+    def sees_ahead(self) -> str | None:
+        """Why a patch can't be kept from seeing those behind it, by setting, or None if it can."""
+        free = [name for name in self.mixer if name not in ("attention", "identity")]
+        return f"{self.section}.mixer {free[0]} shows a patch what is behind it" if free else None

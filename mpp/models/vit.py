@@ -9,11 +9,13 @@ from torch import Tensor
 
 from mpp.models.encoder import Encoder
 from mpp.models.pools import POOLS
+from mpp.models.positions import Learned, Positions, SinCos2d
 from mpp.models.stems import STEMS
 from mpp.models.trunk import Trunk
 from mpp.models.trunk_config import Grid
 from mpp.models.vit_config import ViTConfig
 
+NEAR = 1e-3  # what a table of positions may have lost, saved in float16
 FREE = {"image", "resize", "pool", "class_token", "dropout", "drop_path", "mlp"}  # settings that `adopt` lets differ
 
 
@@ -81,7 +83,8 @@ class ViT(Encoder, Trunk):
 
         Raises ValueError if a setting that decides the weights' shapes or meaning differs. A class token and attention
         pooling that this encoder does not have are left aside; a final norm in another place than there (avg_norm) and
-        pooling that is not there stay as they are drawn, as in MAE's fine-tuning.
+        pooling that is not there stay as they are drawn, as in MAE's fine-tuning. A learned table that holds just the
+        fixed positions of this encoder, as MAE's files have it, is taken for them.
         """
         if not isinstance(given, ViT):
             raise ValueError(f"model: name {given.config.name} there, {self.config.name} here")
@@ -92,6 +95,8 @@ class ViT(Encoder, Trunk):
             del pairs["layer_scale"]
         if there.depth == here.depth:
             pairs["mixer"] = there.mixers, here.mixers  # however they are given
+        if _hold(given.positions, self.positions):
+            del pairs["positions"]
         if there.stem != "hybrid":
             del pairs["stages"], pairs["stem_width"]
         if there.stem == "linear":
@@ -112,3 +117,12 @@ class ViT(Encoder, Trunk):
         moved = (there.pool == "avg_norm") != (here.pool == "avg_norm")
         fresh = ("norm.",) * moved + ("pooling.",) * (there.pool != here.pool)
         self.load_state_dict({name: own[name] if name.startswith(fresh) else found[name] for name in own})
+
+
+def _hold(given: Positions, fixed: Positions) -> bool:
+    """Whether learned positions are, of their own grid, just these fixed ones; float16 may have rounded them."""
+    if not (isinstance(given, Learned) and isinstance(fixed, SinCos2d)):
+        return False
+    table = fixed.patches(given.grid)
+    alike = table.shape == given.patches(given.grid).shape and not given.class_token().any()
+    return alike and torch.allclose(given.patches(given.grid).float(), table, rtol=0, atol=NEAR)

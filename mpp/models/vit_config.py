@@ -101,8 +101,17 @@ class ViTConfig(TrunkConfig, EncoderConfig):
     @property
     def undroppable(self) -> str | None:
         """Why the encoder can't do without some of the patches, by setting, or None if it can."""
-        sees_others = f"model.stem {self.stem} shows a token the pixels of other patches"
-        return self.needs_grid or (sees_others if self.stem in OVERLAPPING else None)
+        return self.needs_grid or self._overlaps
+
+    @property
+    def unordered(self) -> str | None:
+        """Why a token can't be kept from knowing of the patches behind it, by setting, or None if it can."""
+        return self.sees_ahead or self._overlaps
+
+    @property
+    def _overlaps(self) -> str | None:
+        overlaps = self.stem in OVERLAPPING
+        return f"model.stem {self.stem} shows a token the pixels of other patches" if overlaps else None
 
     @property
     def resnet_stride(self) -> int:

@@ -40,6 +40,7 @@ class ObjectiveConfig:
     ] = ()  # settings that a run may change in going on: no parameter depends on them
     metrics: ClassVar[Mapping[str, Metric]] = {}  # beside the loss; the first one is shown while training
     pictures: ClassVar[Mapping[str, str]] = {}  # what each row of `Objective.pictures()` shows
+    takes_decoder: ClassVar[bool] = False  # whether its `decoder` is MAE's, which files of weights may hold too
 
     @property
     def needs(self) -> Needs:

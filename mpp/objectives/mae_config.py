@@ -15,6 +15,8 @@ NEARLY = 1e-6  # patches: what floats may lack of a whole one, as 10 * (1 - 0.9)
 class MAEConfig(ObjectiveConfig):
     """The defaults are the paper's for ImageNet (arXiv 2111.06377, appendix A.1)."""
 
+    takes_decoder: ClassVar = True
+
     name: str = "mae"
     share: float = 0.75  # of the patches that are dropped; what is left is rounded down
     normalised: bool = True  # each patch's pixels less their mean, divided by their deviation

@@ -15,7 +15,8 @@ from mpp.errors import UserError, cause
 from mpp.execution import Once, choose
 from mpp.jsons import encoded
 from mpp.loop import steps_of
-from mpp.models.encoder import Encoder, feed
+from mpp.models.decoder import Decoder
+from mpp.models.encoder import feed
 from mpp.models.encoders import ENCODERS, build_encoder
 from mpp.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from mpp.objectives.base import Objective
@@ -28,7 +29,7 @@ from mpp.run.finished import FILE as FINISHED
 from mpp.run.images import RunImages
 from mpp.seeds import seed_of
 from mpp.shards.index import Index
-from mpp.weights import fingerprint, load_encoder
+from mpp.weights import Start, load_start
 
 INITIAL = -1  # in the place of a step in seeds: what is drawn before training
 
@@ -68,7 +69,7 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
     """The objective before its first step; writes recipe.yaml, and settled.json beside it."""
     index, epoch = images.batches.index, images.batches.epoch
     settings = with_index(recipe, index).in_steps(epoch)
-    given = load_encoder(recipe.weights) if recipe.weights else None
+    given = starting(recipe)
     if given is None and recipe.objective.frozen and here().leads:
         logger.warning("objective.freeze: the encoder that stays as it is has random weights; give --from WEIGHTS")
     objective = build(settings, given)
@@ -82,7 +83,7 @@ def begin(recipe: Recipe, images: RunImages, once: Once) -> tuple[Objective, Set
     settled = Settled(
         images=digest(index),
         labels=label_digest(index) if recipe.objective.needs.labels else None,
-        weights=None if given is None else fingerprint(given),
+        weights=None if given is None else given.fingerprint,
         objective=found_settings(recipe.objective, settings.objective),
         steps=steps_of(settings.train),
         warmup=int(settings.train.warmup),
@@ -192,7 +193,7 @@ def other_images(settled: Settled, index: Index) -> str | None:
     return None
 
 
-def same_weights(before: Earlier, recipe: Recipe) -> Encoder | None:
+def same_weights(before: Earlier, recipe: Recipe) -> Start | None:
     """The weights that a run began with, if they are still there: its checkpoints hold all that it needs of them.
 
     Raises RunError if others are there now, or if they are gone and no checkpoint is whole.
@@ -210,8 +211,8 @@ def same_weights(before: Earlier, recipe: Recipe) -> Encoder | None:
             raise RunError(f"{recipe.weights}: gone, and {folder} holds no whole checkpoint to go on from; restore it")
         logger.info("%s: gone; the run goes on from its checkpoint, which holds all that it needs", recipe.weights)
         return None
-    given = load_encoder(recipe.weights)
-    if fingerprint(given) != digest:
+    given = starting(recipe)
+    if given is None or given.fingerprint != digest:
         raise RunError(
             f"{folder}: holds a run that began from other weights than {recipe.weights} now holds; "
             "restore them, or choose another folder with out="
@@ -229,27 +230,35 @@ def with_index(recipe: Recipe, index: Index) -> Recipe:
         raise RunError(str(error)) from error
 
 
-def build(recipe: Recipe, weights: Encoder | None = None) -> Objective:
+def starting(recipe: Recipe) -> Start | None:
+    """What a recipe starts from, if it names weights."""
+    return load_start(recipe.weights, decoder=recipe.objective.takes_decoder) if recipe.weights else None
+
+
+def build(recipe: Recipe, given: Start | None = None) -> Objective:
     """The recipe's objective at its start: random weights depend on the recipe's seed alone.
 
-    weights: those that the encoder starts from. It has them before the objective is made, so that teachers have too.
+    given: what it starts from. The encoder has its weights before the objective is made, so that teachers have too.
     """
     torch.manual_seed(seed_of(recipe.seed, INITIAL))
     encoder = build_encoder(recipe.model)
-    if weights is not None:
+    if given is not None:
         try:
-            encoder.adopt(weights)
+            encoder.adopt(given.encoder)
         except ValueError as error:
             raise RunError(f"{recipe.weights}: another encoder than the recipe's: {error}") from None
     with called(recipe.objective.name, "its constructor", ValueError):
         objective = build_objective(encoder, recipe.objective)
+    if given is not None and given.decoder is not None:
+        assert isinstance(objective.decoder, Decoder), "as `takes_decoder` says"
+        given.decoder.fill(objective.decoder)
     feed(objective, recipe.data.augment.input(recipe.model.image))
     return objective
 
 
 def at_start(recipe: Recipe) -> Objective:
     """The objective of a recipe as it is before any step, its starting weights loaded."""
-    return build(recipe, load_encoder(recipe.weights) if recipe.weights else None)
+    return build(recipe, starting(recipe))
 
 
 def imports_of_parts(recipe: Recipe) -> dict[str, str]:

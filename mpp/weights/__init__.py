@@ -1,6 +1,8 @@
 """Weights in and out: one file a format. `load_encoder` and `load_classifier` recognise what a path holds."""
 
 import logging
+from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +10,18 @@ from mpp.errors import shown
 from mpp.models.classifier import Classifier
 from mpp.models.encoder import Encoder
 from mpp.weights import fed, foreign, own
+from mpp.weights.decoder import DecoderFile
 from mpp.weights.files import WeightsError
 from mpp.weights.format import joint
 from mpp.weights.own import fingerprint, save_classifier, save_encoder, save_result
 
 __all__ = [
+    "Start",
     "WeightsError",
     "fingerprint",
     "load_classifier",
     "load_encoder",
+    "load_start",
     "save_classifier",
     "save_encoder",
     "save_result",
@@ -26,6 +31,19 @@ ENCODER = ("encoder.safetensors", "ema.safetensors", "model.safetensors")  # the
 CLASSIFIER = ("classifier.safetensors",)
 
 logger = logging.getLogger("mpp.weights")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from."""
+
+    encoder: Encoder
+    decoder: DecoderFile | None = None  # MAE's, where it was asked for and there is one
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all of it."""
+        return fingerprint(self.encoder, self.decoder.tensors if self.decoder else {})
 
 
 def load_encoder(path: str | Path, **facts: Any) -> Encoder:
@@ -46,6 +64,23 @@ def load_encoder(path: str | Path, **facts: Any) -> Encoder:
     if found := own.find(path, *ENCODER, *CLASSIFIER):
         return fed.fed(own.load_encoder(found), _asked(found, facts), path).eval()
     return _foreign(path, facts).encoder.eval()
+
+
+def load_start(path: str | Path, *, decoder: bool) -> Start:
+    """What a run starts from: an encoder, as by `load_encoder`, and the decoder that MAE has beside it, if asked for.
+
+    Of mpp's own files it is the encoder alone. Where no decoder is found, that is said.
+    """
+    path, found = Path(path), None
+    if not decoder or own.find(path, *ENCODER, *CLASSIFIER):
+        encoder = load_encoder(path)
+    else:
+        read = foreign.read(path, {})
+        found = read.decoder if read.decoder and read.decoder.tensors else None
+        encoder = _said(path, read, found.tensors if found else {}).encoder.eval()
+    if decoder and found is None:
+        logger.info("%s: holds no decoder beside its encoder; that of the objective starts anew", shown(path))
+    return Start(encoder, found)
 
 
 def load_classifier(path: str | Path, **facts: Any) -> Classifier:
@@ -71,10 +106,14 @@ def load_classifier(path: str | Path, **facts: Any) -> Classifier:
 
 
 def _foreign(path: Path, facts: dict[str, Any]) -> foreign.Foreign:
-    read = foreign.read(path, facts)
-    if read.aside:
-        some = ", ".join(map(shown, read.aside[:3])) + (", ..." if len(read.aside) > 3 else "")
-        logger.info("%s: %s: left aside %d of its parts: %s", shown(path), read.format, len(read.aside), some)
+    return _said(path, foreign.read(path, facts))
+
+
+def _said(path: Path, read: foreign.Foreign, taken: Container[str] = ()) -> foreign.Foreign:
+    """What was read, after a line about all that is left aside of it, but for what is taken."""
+    if aside := [name for name in read.aside if name not in taken]:
+        some = ", ".join(map(shown, aside[:3])) + (", ..." if len(aside) > 3 else "")
+        logger.info("%s: %s: left aside %d of its parts: %s", shown(path), read.format, len(aside), some)
     read.encoder.left_aside = read.aside
     return read
 

@@ -8,10 +8,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpp.errors import cause, shown
-from mpp.finite import all_finite, broken, of_kind, same_kind
 from mpp.models.classifier import Head
 from mpp.models.encoder import fill
 from mpp.models.trunk_config import Grid
@@ -32,8 +30,9 @@ from mpp.weights import (
     timm,
     unread,
 )
+from mpp.weights.decoder import DecoderFile
 from mpp.weights.files import Source, WeightsError
-from mpp.weights.format import Layout, Part
+from mpp.weights.format import MISFITS, Layout, found_in, refuse_not_finite
 
 # The first that recognises a file reads it: those that others' names could be taken for come last.
 FORMATS: tuple[ModuleType, ...] = (
@@ -44,7 +43,6 @@ SHOWN = 6  # names of tensors in an error
 PREFIX = "prefix"  # a fact about the file and not about its encoder: where in it the model is
 
 logger = logging.getLogger("mpp.weights")
-MISFITS = (KeyError, RuntimeError, ValueError, IndexError, TypeError)  # what tensors of another shape cause, or none
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Foreign:
     head: Head | None
     classes: tuple[str, ...]
     aside: tuple[str, ...]  # tensors of the file that are no part of encoder or head
+    decoder: DecoderFile | None = None  # MAE's, if the file holds one; its tensors are among `aside`
 
 
 def read(path: Path, facts: dict[str, Any]) -> Foreign:
@@ -124,7 +123,7 @@ def _load(source: Source, facts: dict[str, Any], asked: dict[str, Any]) -> Forei
     used = set(layout.aside)
     for module, parts in ((encoder, layout.encoder), (head, layout.head)):
         if module is not None:
-            found, problems = _found(source, parts, own := module.state_dict())
+            found, problems = found_in(source.tensors, parts, own := module.state_dict())
             wrong += problems
             used |= {piece for name in own.keys() & parts.keys() for piece in parts[name].names}
             if not wrong:
@@ -134,7 +133,7 @@ def _load(source: Source, facts: dict[str, Any], asked: dict[str, Any]) -> Forei
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise WeightsError(f"{place}: {'; '.join(map(shown, wrong[:SHOWN]))}{more}")
     for module, parts in ((encoder, layout.encoder), (head, layout.head)):
-        _refuse_not_finite(place, module, parts, source)
+        refuse_not_finite(place, {} if module is None else module.state_dict(), parts, source)
     for note in layout.notes if told is layout.input else ():
         logger.warning("%s: %s", place, note)
     same_image = asked.get("image") == layout.config.image  # else it is not what positions are taken to be for
@@ -142,7 +141,10 @@ def _load(source: Source, facts: dict[str, Any], asked: dict[str, Any]) -> Forei
     encoder.input = told or encoder.input
     encoder = fed.fed(encoder, asked, source.path)
     numbers = range(0 if head is None else head.linear.out_features)
-    return Foreign(format.NAME, encoder, head, layout.classes or tuple(map(str, numbers)), source.aside + layout.aside)
+    classes, decoder = layout.classes or tuple(map(str, numbers)), None
+    if layout.decoder is not None:
+        decoder = DecoderFile(source, layout.decoder, layout.config.grid, place)
+    return Foreign(format.NAME, encoder, head, classes, source.aside + layout.aside, decoder)
 
 
 WHY = {"heads": "as the published model of this width and depth", "image": "its positions as a square grid"}
@@ -160,15 +162,6 @@ def _say_guesses(place: str, layout: Layout, encoder: ViT, facts: dict[str, Any]
     way = "on the command line, first `mpp convert WEIGHTS OUT --to safetensors NAME=VALUE`"
     told = f"the file does not tell {', '.join(guesses)}; guessed: {', '.join(taken)}"
     logger.warning("%s: %s; give what is otherwise as NAME=VALUE (%s)", place, told, way)
-
-
-def _refuse_not_finite(place: str, module: ViT | Head | None, parts: dict[str, Part], source: Source) -> None:
-    """Raises WeightsError for the first tensor that is not finite: the file's, or ours if it is so only here."""
-    for name, tensor in module.state_dict().items() if module is not None else ():
-        if not all_finite(tensor):
-            pieces = [piece for piece in parts[name].names if not all_finite(source.tensors[piece])]
-            which, found = (pieces[0], source.tensors[pieces[0]]) if pieces else (name, tensor)
-            raise WeightsError(f"{place}: {shown(which)}: {broken(found)}; restore the file, or take an earlier one")
 
 
 def _layout(format: ModuleType, source: Source, facts: dict[str, Any], image: Grid | None) -> Layout:
@@ -201,7 +194,7 @@ def _fits(source: Source, layout: Layout) -> bool:
     """Whether the table of positions, if there is one, has a row for each patch of the image."""
     with torch.device("meta"):
         own = ViT(layout.config).state_dict()
-    _, wrong = _found(source, layout.encoder, {name: own[name] for name in own if name == "positions.table"})
+    _, wrong = found_in(source.tensors, layout.encoder, {name: own[name] for name in own if name == "positions.table"})
     return not wrong
 
 
@@ -218,27 +211,3 @@ def _head(source: Source, layout: Layout, encoder: ViT) -> Head | None:
             return 1  # what is wrong with it is named later
 
     return Head(encoder.width, max(1, units("linear.weight")), units("hidden.weight"))
-
-
-def _found(source: Source, parts: dict[str, Part], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Our tensors as far as they are there and fit, and what is wrong with the others."""
-    found, wrong = {}, []
-    for name, ours in own.items():
-        pieces = parts[name].names if name in parts else ()  # none as well of a part that needs no tensor
-        if name not in parts:
-            wrong.append(f"{name} has no place in this format")
-        elif missing := [piece for piece in pieces if piece not in source.tensors]:
-            wrong += [f"{piece} missing" for piece in missing]
-        elif other := [piece for piece in pieces if not same_kind(source.tensors[piece], ours)]:
-            wrong += [f"{piece}: {of_kind(source.tensors[piece])}" for piece in other]
-        else:
-            try:
-                value = parts[name].read(*(source.tensors[piece] for piece in pieces))
-            except MISFITS:
-                value = torch.empty(0)
-            if value.shape == ours.shape:
-                found[name] = value
-            else:
-                shapes = " and ".join(str(tuple(source.tensors[piece].shape)) for piece in pieces)
-                wrong.append(f"{', '.join(pieces)} {shapes} where {tuple(ours.shape)} for {name} was expected")
-    return found, wrong

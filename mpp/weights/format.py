@@ -1,6 +1,6 @@
 """What a format of weights is: where a file keeps each of our tensors, and how the one becomes the other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,12 @@ from einops import rearrange
 from torch import Tensor
 
 from mpp.augment.input import Input
+from mpp.errors import shown
+from mpp.finite import all_finite, broken, of_kind, same_kind
 from mpp.models.vit_config import ViTConfig
-from mpp.weights.files import Source
+from mpp.weights.files import Source, WeightsError
+
+MISFITS = (KeyError, RuntimeError, ValueError, IndexError, TypeError)  # what tensors of another shape cause, or none
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,17 @@ class Part:
 
 
 @dataclass(frozen=True)
+class DecoderNames:
+    """What a file calls the parts of MAE's decoder, if it holds one."""
+
+    start: str  # of the names of its parts, but for two
+    mask_token: str
+    blocks: str  # start of those of its blocks, before their numbers
+    block: Callable[[str, str], dict[str, Part]]  # a block's parts, by what our names and the file's begin with
+    told: Mapping[str, Any] = field(default_factory=dict)  # settings of ours that no tensor tells
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a file of weights holds, by our own names."""
 
@@ -37,6 +52,42 @@ class Layout:
     guessed: tuple[str, ...] = ()  # fields of the config that nothing in the file tells, and on which models differ
     input: Input | None = None  # what the encoder is fed, where files say it
     notes: tuple[str, ...] = ()  # what they say of it that is not done here: to be said
+    decoder: DecoderNames | None = None  # MAE's, which an encoder by itself leaves aside
+
+
+def found_in(
+    tensors: Mapping[str, Tensor], parts: Mapping[str, Part], own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Our tensors, by the names of our `own`, as far as they are there and fit, and what is wrong with the others."""
+    found, wrong = {}, []
+    for name, ours in own.items():
+        pieces = parts[name].names if name in parts else ()  # none as well of a part that needs no tensor
+        if name not in parts:
+            wrong.append(f"{name} has no place in this format")
+        elif missing := [piece for piece in pieces if piece not in tensors]:
+            wrong += [f"{piece} missing" for piece in missing]
+        elif other := [piece for piece in pieces if not same_kind(tensors[piece], ours)]:
+            wrong += [f"{piece}: {of_kind(tensors[piece])}" for piece in other]
+        else:
+            try:
+                value = parts[name].read(*(tensors[piece] for piece in pieces))
+            except MISFITS:
+                value = torch.empty(0)
+            if value.shape == ours.shape:
+                found[name] = value
+            else:
+                shapes = " and ".join(str(tuple(tensors[piece].shape)) for piece in pieces)
+                wrong.append(f"{', '.join(pieces)} {shapes} where {tuple(ours.shape)} for {name} was expected")
+    return found, wrong
+
+
+def refuse_not_finite(place: str, own: Mapping[str, Tensor], parts: Mapping[str, Part], source: Source) -> None:
+    """Raises WeightsError for the first of our tensors that is not finite, in the file or here alone."""
+    for name, tensor in own.items():
+        if not all_finite(tensor):
+            pieces = [piece for piece in parts[name].names if not all_finite(source.tensors[piece])]
+            which, found = (pieces[0], source.tensors[pieces[0]]) if pieces else (name, tensor)
+            raise WeightsError(f"{place}: {shown(which)}: {broken(found)}; restore the file, or take an earlier one")
 
 
 def shape_of(source: Source, name: str, axes: int) -> tuple[int, ...]:

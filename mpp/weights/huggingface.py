@@ -16,18 +16,21 @@ from torch import Tensor
 
 from mpp.jsons import encoded
 from mpp.models.classifier import Head
+from mpp.models.trunk_config import TrunkConfig
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import huggingface_clip
 from mpp.weights.files import Source
-from mpp.weights.format import Layout, Part, patch_convolution, row, same, stacked
+from mpp.weights.format import DecoderNames, Layout, Part, patch_convolution, row, same, stacked
 from mpp.weights.huggingface_config import (
     ADDED,
     FAMILIES,
+    Family,
     Told,
     classes_of,
     config_of,
     depth_told,
+    gelu_of,
     guessed_in,
     mlp_ratio,
     settings_of,
@@ -42,6 +45,8 @@ BOTH = ("weight", "bias")
 # Every name that a part of a block has had: in files of ViT and ViTMAE, whatever release up to 5.23 wrote them; then in
 # those of DINOv2; then in the modules of release 5, whose state_dict() one may have saved oneself.
 BLOCKS = ("encoder.layer", "layers")
+# Start of the names of the blocks of MAE's decoder; the latter in what release 5.24 saves, which renames any "layers".
+DECODER_BLOCKS = ("decoder.decoder_layers.", "decoder.decoder_encoder.layer.")
 NAMES = {
     "norm1": ("layernorm_before", "norm1"),
     "query": ("attention.attention.query", "attention.q_proj"),
@@ -91,7 +96,8 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     aside = tuple(name for name in tensors if name in known or name.startswith("decoder."))
     fed, notes = input_of(source.preprocessing, config.image, family.dinov2)
     guessed = guessed_in(source, family, names.swiglu)
-    return Layout(config, parts(config, names), head, classes, aside, guessed, fed, notes)
+    decoder = _decoder(source, family) if kind == "vit_mae" else None
+    return Layout(config, parts(config, names), head, classes, aside, guessed, fed, notes, decoder)
 
 
 def parts(config: ViTConfig, names: Names | None = None) -> dict[str, Part]:
@@ -106,27 +112,47 @@ def parts(config: ViTConfig, names: Names | None = None) -> dict[str, Part]:
     if config.registers:
         found["registers"] = _rows(REGISTERS)
     for number in range(config.depth):
-        found |= _block(f"blocks.{number}", f"{names.blocks}.{number}", config, names)
+        found |= of_block(f"blocks.{number}.", f"{names.blocks}.{number}.", config, names)
     found |= {f"norm.{w}": same(f"layernorm.{w}") for w in BOTH}
     prefix = names.prefix
     return {ours: replace(part, names=tuple(prefix + name for name in part.names)) for ours, part in found.items()}
 
 
-def _block(ours: str, theirs: str, config: ViTConfig, names: Names) -> dict[str, Part]:
-    at = {part: f"{theirs}.{name}" for part, name in names.parts.items()}
-    expand = (at["expand"], f"{theirs}.{VALUE}") if names.parts["expand"] == GATE else (at["expand"],)
+def of_block(ours: str, theirs: str, config: TrunkConfig, names: Names) -> dict[str, Part]:
+    """Where each tensor of a block is, by what our names and theirs begin with."""
+    at = {part: f"{theirs}{name}" for part, name in names.parts.items()}
+    expand = (at["expand"], f"{theirs}{VALUE}") if names.parts["expand"] == GATE else (at["expand"],)
     found = {}
     for w in BOTH:
-        found[f"{ours}.norm1.{w}"] = same(f"{at['norm1']}.{w}")
+        found[f"{ours}norm1.{w}"] = same(f"{at['norm1']}.{w}")
         if w == "weight" or config.qkv_bias:
-            found[f"{ours}.mixer.qkv.{w}"] = stacked(*(f"{at[part]}.{w}" for part in ("query", "key", "value")))
-        found[f"{ours}.mixer.project.{w}"] = same(f"{at['project']}.{w}")
-        found[f"{ours}.norm2.{w}"] = same(f"{at['norm2']}.{w}")
-        found[f"{ours}.mlp.expand.{w}"] = stacked(*(f"{half}.{w}" for half in expand))
-        found[f"{ours}.mlp.contract.{w}"] = same(f"{at['contract']}.{w}")
+            found[f"{ours}mixer.qkv.{w}"] = stacked(*(f"{at[part]}.{w}" for part in ("query", "key", "value")))
+        found[f"{ours}mixer.project.{w}"] = same(f"{at['project']}.{w}")
+        found[f"{ours}norm2.{w}"] = same(f"{at['norm2']}.{w}")
+        found[f"{ours}mlp.expand.{w}"] = stacked(*(f"{half}.{w}" for half in expand))
+        found[f"{ours}mlp.contract.{w}"] = same(f"{at['contract']}.{w}")
     if config.layer_scale is not None:
-        found |= {f"{ours}.scale{branch}": same(f"{theirs}.layer_scale{branch}.lambda1") for branch in (1, 2)}
+        found |= {f"{ours}scale{branch}": same(f"{theirs}layer_scale{branch}.lambda1") for branch in (1, 2)}
     return found
+
+
+def _decoder(source: Source, family: Family) -> DecoderNames:
+    """What ViTMAEForPreTraining's files call the decoder. Its epsilon is the encoder's; heads are told beside alone."""
+    tensors = source.tensors
+    blocks = next((b for b in DECODER_BLOCKS if any(name.startswith(b) for name in tensors)), DECODER_BLOCKS[0])
+    # The names of its blocks' parts, whatever release wrote them, are looked up as if it were an encoder.
+    parts = {name.removeprefix(blocks): value for name, value in tensors.items() if name.startswith(blocks)}
+    names = _names({f"{BLOCKS[0]}.{name}": value for name, value in parts.items()})
+    told: dict[str, Any] = {"norm_eps": source.config.get("layer_norm_eps", family.norm_eps)}
+    if "decoder_num_attention_heads" in source.config:
+        told["heads"] = source.config["decoder_num_attention_heads"]
+    if "hidden_act" in source.config:
+        told["gelu"] = gelu_of(source.config["hidden_act"])
+
+    def block(ours: str, theirs: str) -> dict[str, Part]:
+        return of_block(ours, theirs, TrunkConfig(), names)
+
+    return DecoderNames("decoder.decoder_", "decoder.mask_token", blocks, block, told)
 
 
 def _head() -> dict[str, Part]:

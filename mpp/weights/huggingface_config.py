@@ -94,7 +94,7 @@ def config_of(
         stem_bias=not family.clip,
         pre_norm=family.clip,
         norm_eps=settings.get("layer_norm_eps", family.norm_eps),
-        gelu=_gelu(settings.get("hidden_act", family.hidden_act)),
+        gelu=gelu_of(settings.get("hidden_act", family.hidden_act)),
         swiglu=swiglu,
         qkv_bias=bool(settings.get("qkv_bias", True)),
         layer_scale=1.0 if family.dinov2 else None,  # only a first value: the file has what came of it
@@ -118,7 +118,7 @@ def _pair(value: Any, key: str) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _gelu(name: Any) -> Literal["erf", "tanh", "quick"]:
+def gelu_of(name: Any) -> Literal["erf", "tanh", "quick"]:
     for gelu, names in GELUS.items():
         if name in names:
             return gelu

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpp.models.position_tables import sincos2d_mae
+from mpp.models.trunk_config import TrunkConfig
 from mpp.models.vit_config import ViTConfig
 from mpp.weights import timm
 from mpp.weights.files import Source
-from mpp.weights.format import Layout, Part, same, shape_of, sizes_of
+from mpp.weights.format import DecoderNames, Layout, Part, same, shape_of, sizes_of
 
 NAME = "mae"
 BATCH_NORM_EPS = 1e-6  # in front of a linear probe (main_linprobe.py)
@@ -63,7 +64,15 @@ def layout(source: Source, facts: dict[str, Any]) -> Layout:
     decoder = [name for name in source.tensors if name.startswith("decoder_") or name == "mask_token"]
     counter = [name for name in source.tensors if name == "head.0.num_batches_tracked"]
     aside = (*decoder, *counter)
-    return Layout(config, timm.parts(config), _head(source, config.width), aside=aside, guessed=("heads",))
+    head = _head(source, config.width)
+    return Layout(config, timm.parts(config), head, aside=aside, guessed=("heads",), decoder=DECODER)
+
+
+def _block(ours: str, theirs: str) -> dict[str, Part]:
+    return timm.of_block(TrunkConfig(), ours, theirs)
+
+
+DECODER = DecoderNames("decoder_", "mask_token", "decoder_blocks.", _block, {"norm_eps": 1e-6})  # models_mae.py
 
 
 def _head(source: Source, width: int) -> dict[str, Part]:

@@ -24,10 +24,13 @@ from mpp.models.encoders import ENCODERS, build_encoder, facts_of
 from mpp.weights.files import WeightsError
 
 
-def fingerprint(encoder: Encoder) -> str:
-    """A digest of an encoder's tensors, which tells it from one trained anew, whatever file it came from."""
+def fingerprint(encoder: Encoder, beside: Mapping[str, Tensor] = {}) -> str:
+    """A digest of an encoder's tensors, which tells it from one trained anew, whatever file it came from.
+
+    beside: further tensors that a run starts from.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
+    for name, tensor in [*sorted(encoder.state_dict().items()), *sorted(beside.items())]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

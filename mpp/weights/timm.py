@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpp.jsons import encoded
 from mpp.models.classifier import Head
-from mpp.models.trunk_config import Grid
+from mpp.models.trunk_config import Grid, TrunkConfig
 from mpp.models.vit import ViT
 from mpp.models.vit_config import ViTConfig
 from mpp.weights.files import Source
@@ -69,7 +69,7 @@ def parts(config: ViTConfig, placed: int | None = None, split: bool = False) -> 
     if config.positions == "learned":
         found["positions.table"] = _table(int(config.has_class_token), placed)
     for block in range(config.depth):
-        found |= _block(config, f"blocks.{block}.", norm, split)
+        found |= of_block(config, f"blocks.{block}.", f"blocks.{block}.", norm, split)
     if config.pool == "map":
         found["pooling.probe"] = row("attn_pool.latent")
         names = {"query": "q", "kv": "kv", "project": "proj", "norm": "norm"}
@@ -78,7 +78,10 @@ def parts(config: ViTConfig, placed: int | None = None, split: bool = False) -> 
     return found
 
 
-def _block(config: ViTConfig, block: str, norm: tuple[str, ...], split: bool) -> dict[str, Part]:
+def of_block(
+    config: TrunkConfig, ours: str, theirs: str, norm: tuple[str, ...] = ("weight", "bias"), split: bool = False
+) -> dict[str, Part]:
+    """Where timm keeps each tensor of a block, by what our names and its own begin with."""
     bias = ("weight", "bias") if config.bias else ("weight",)
     qkv = ("weight", "bias") if config.qkv_bias else ("weight",)
     kinds = {
@@ -92,13 +95,13 @@ def _block(config: ViTConfig, block: str, norm: tuple[str, ...], split: bool) ->
     if config.qk_norm:
         kinds |= {"mixer.norm_q": ("attn.q_norm", norm), "mixer.norm_k": ("attn.k_norm", norm)}
     found: dict[str, Part] = {}
-    for ours, (theirs, of) in kinds.items():
-        found |= _pairs(block + ours, block + theirs, of)
+    for part, (name, of) in kinds.items():
+        found |= _pairs(ours + part, theirs + name, of)
     if config.swiglu and split:
         for kind in bias:
-            found[f"{block}mlp.expand.{kind}"] = stacked(f"{block}mlp.fc1_g.{kind}", f"{block}mlp.fc1_x.{kind}")
+            found[f"{ours}mlp.expand.{kind}"] = stacked(f"{theirs}mlp.fc1_g.{kind}", f"{theirs}mlp.fc1_x.{kind}")
     if config.layer_scale is not None:
-        found |= {f"{block}scale1": same(f"{block}ls1.gamma"), f"{block}scale2": same(f"{block}ls2.gamma")}
+        found |= {f"{ours}scale{branch}": same(f"{theirs}ls{branch}.gamma") for branch in (1, 2)}
     return found
 
 

@@ -1,0 +1,315 @@
+"""Every objective without labels on CIFAR-10, by one small ViT: what its encoder is worth, for images and for time.
+
+    python -m benchmarks.objectives table --data data/cifar10 --out runs/objectives [--rows mae mpp] [--json FILE]
+
+table: for each objective the learning rate is chosen first: a run at each of RATES, and at further ones until the best
+    is not at the edge, scored by a linear classifier on training images that it was not fitted to. The run at the best
+    rate is the one whose test figures are given. Those are looked at once, behind the choice.
+best: the two best of the table, by the held-out score, with two more seeds.
+time: the two best and the paper's objective in its full form, for as many images as each trains on in SECONDS.
+forms: the paper's objective in its two forms, and MAE, for several times, n = 3; its shares and decoders.
+speed: images a second of each, one thread, in turn. `time` and `forms` need it.
+
+Each stage leaves a JSON file and is not computed again; processes, of one thread, may share the work by --rows.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from mpp.jsons import encoded
+
+IMAGES, WARM_UP = 75_000, 0.1  # seen in pretraining; the share of them in which the rate rises
+BATCH = 128  # of the recipes
+STEPS = 8  # of a round of speed
+RATES = (1e-3, 2e-3, 4e-3)
+FIT, SCORE = 10_000, 5_000  # training images of the held-out score: fitted to, scored on
+SEEDS = (0, 1, 2)
+SECONDS = 120.0  # of one thread
+TIMES = (60.0, 120.0, 240.0)
+SHAPE = ("model.positions=sincos2d", "train.threads=1")
+QUIET = ("data.val=null", "log.pictures=0", "log.tensorboard=false", "train.save_every=100_000", "train.epochs=null")
+LABELS = ("data.subset.share=0.1", "train.epochs=null", "train.images=60_000", "train.warmup=6_000", "log.pictures=0")
+DROPPED = "cifar10/mpp_dropped"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what is pretrained."""
+
+    title: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+
+
+ROWS = {
+    "mpp": Row("Masked patches, full form, mean colour", "cifar10/mpp"),
+    "mpp_dropped": Row("Masked patches, dropped form, mean colour", DROPPED),
+    "mae": Row("MAE", "cifar10/mae"),
+    "simmim": Row("SimMIM", "cifar10/simmim"),
+    "maskfeat": Row("MaskFeat", "cifar10/maskfeat"),
+    "data2vec": Row("data2vec", "cifar10/data2vec"),
+    "igpt": Row("Autoregressive, colours (iGPT)", "cifar10/igpt"),
+    "aim": Row("Autoregressive, pixels (AIM)", "cifar10/aim"),
+}
+FORMS = ("mpp", "mpp_dropped", "mae")
+VARIANTS = {
+    f"mpp_dropped-{share}-{depth}": Row(
+        f"share {share:g}, decoder of {depth}",
+        DROPPED,
+        (f"objective.share={share}", f"objective.decoder.depth={depth}"),
+    )
+    for share in (0.5, 0.75, 0.9)
+    for depth in (1, 2)
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where everything lies."""
+
+    data: Path
+    out: Path
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What a stage found: from its file, or made now."""
+        path = self.out / f"{name}.json"
+        if not path.exists():
+            found = make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(found, indent=1))
+        return json.loads(path.read_bytes())
+
+    def mpp(self, *words: str | Path) -> None:
+        """Runs `mpp`, which goes on where it was interrupted, and shows what it says where it fails."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "mpp", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+
+    def pretrained(self, row: Row, name: str, rate: float, seed: int = 0, images: int = IMAGES) -> Path:
+        """The run folder of a pretraining, trained now if it is not there."""
+        run = self.out / "runs" / f"{name}-{images}-{rate:g}-{seed}"
+        length = (f"train.images={images}", f"train.warmup={round(WARM_UP * images)}", f"train.lr={rate:g}")
+        if not (run / "encoder.safetensors").exists():
+            settings = (*SHAPE, *QUIET, *length, *row.settings)
+            self.mpp("pretrain", row.recipe, f"data.path={self.data}", f"out={run}", f"seed={seed}", *settings)
+        return run
+
+    def held_out(self, run: Path) -> float:
+        """The share of SCORE training images that a linear classifier gets right that was fitted to FIT others."""
+        return float(self.kept(f"runs/{run.name}-held-out", lambda: held_out(run, self.data)))
+
+    def tested(self, run: Path, seed: int) -> dict[str, float]:
+        """Figures on the test images: frozen features, and fine-tuning with a tenth of the labels."""
+
+        def test() -> dict[str, float]:
+            return self.frozen(run) | {"fine-tuned": self.fine_tuned(run.name, seed, "--from", run)}
+
+        found: dict[str, float] = self.kept(f"runs/{run.name}-test", test)
+        return found
+
+    def untrained(self, run: Path, seed: int) -> dict[str, float]:
+        """The same of the encoder that a run began with, which is every objective's of that seed."""
+
+        def test() -> dict[str, float]:
+            return self.frozen(run, "--untrained") | {"fine-tuned": self.fine_tuned(f"scratch-{seed}", seed)}
+
+        found: dict[str, float] = self.kept(f"untrained-{seed}", test)
+        return found
+
+    def frozen(self, run: Path, *options: str) -> dict[str, float]:
+        path = self.out / f"{run.name}-probe{''.join(options)}.json"
+        self.mpp("probe", run, "--data", self.data, "--json", path, *options)
+        rows = json.loads(path.read_bytes())["rows"]
+        path.unlink()
+        names = {("linear", "top1"): "linear", ("knn", "top1"): "k-NN", ("few-shot", "5-shot"): "5-shot"}
+        return {names[key]: row["value"] for row in rows if (key := (row["protocol"], row["metric"])) in names}
+
+    def fine_tuned(self, name: str, seed: int, *start: str | Path) -> float:
+        out = self.out / "runs" / f"{name}-fine-tuned"
+        settings = (*SHAPE, *LABELS, f"data.path={self.data}", f"seed={seed}", "log.tensorboard=false")
+        self.mpp("finetune", "cifar10/finetune", *start, f"out={out}", *settings)
+        return float(json.loads((out / "scores.json").read_bytes())["accuracy"])
+
+
+def held_out(run: Path, data: Path) -> float:
+    """What `Work.held_out` keeps."""
+    import torch
+
+    from mpp import load_encoder, read_shards
+    from mpp.eval.features.extract import kept_blocks, vectors
+    from mpp.eval.probes.linear import choices, linear_probe
+
+    torch.set_num_threads(1)
+    encoder, batch = load_encoder(run).eval(), 250
+    batches = read_shards(data, batch, train=False, image=encoder.config.image)
+    parts: dict[str, list[torch.Tensor]] = {}
+    for step in range((FIT + SCORE) // batch):
+        read = batches.at(step)
+        assert read.labels is not None, "CIFAR-10 has labels"
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = vectors(encoder, read.images, kept_blocks(encoder, FIT + SCORE))
+        for name, part in {**found, "labels": read.labels}.items():
+            parts.setdefault(name, []).append(part)
+    whole = {name: torch.cat(part) for name, part in parts.items()}
+    labels = whole.pop("labels")
+    fitted, scored = ({name: part[rows] for name, part in whole.items()} for rows in (slice(FIT), slice(FIT, None)))
+    one = "average patch, last 4 blocks"
+    known, asked = ({one: choices(parts)[one]} for parts in (fitted, scored))
+    return linear_probe(known, labels[:FIT], asked, labels[FIT:]).accuracy
+
+
+def best_rate(work: Work, name: str, row: Row) -> tuple[float, dict[str, float]]:
+    """The rate with the best held-out score, which is not the lowest or highest of those tried; and all scores."""
+    rates = list(RATES)
+    while True:
+        scores = {rate: work.held_out(work.pretrained(row, name, rate)) for rate in rates}
+        best = max(rates, key=lambda rate: scores[rate])
+        if best not in (min(rates), max(rates)):
+            return best, {f"{rate:g}": scores[rate] for rate in sorted(rates)}
+        rates.append(best / 2 if best == min(rates) else best * 2)
+
+
+def line(work: Work, name: str) -> dict[str, Any]:
+    """One line of the table."""
+    row = ROWS[name]
+    rate, scores = best_rate(work, name, row)
+    run = work.pretrained(row, name, rate)
+    figures = {
+        "title": row.title,
+        "commit": harness.commit(),
+        "rate": rate,
+        "held out": scores[f"{rate:g}"],
+        "tried": scores,
+    }
+    return figures | {"test": [work.tested(run, 0)], "untrained": [work.untrained(run, 0)]}
+
+
+def lines(work: Work, names: Sequence[str]) -> dict[str, Any]:
+    """The table's lines."""
+    return {name: work.kept(f"line-{name}", partial(line, work, name)) for name in names}
+
+
+def two_best(work: Work) -> list[str]:
+    """The two rows with the best held-out scores, of all."""
+    found = lines(work, list(ROWS))
+    return sorted(found, key=lambda name: -found[name]["held out"])[:2]
+
+
+def more_seeds(work: Work, name: str) -> dict[str, Any]:
+    """A line's figures with all seeds; its rate is the one chosen with the first."""
+    rate, row = lines(work, [name])[name]["rate"], ROWS[name]
+    runs = [work.pretrained(row, name, rate, seed) for seed in SEEDS]
+    pairs = list(zip(runs, SEEDS, strict=True))
+    return {
+        "test": [work.tested(run, seed) for run, seed in pairs],
+        "untrained": [work.untrained(run, seed) for run, seed in pairs],
+    }
+
+
+def in_time(work: Work, name: str, row: Row, rate: float, seconds: float, images_per_second: float) -> dict[str, Any]:
+    """What a row reaches with as many images as it trains on in so many seconds, for each seed."""
+    images = BATCH * round(seconds * images_per_second / BATCH)
+    runs = [work.pretrained(row, name, rate, seed, images) for seed in SEEDS]
+    return {"images": images, "test": [work.tested(run, seed) for run, seed in zip(runs, SEEDS, strict=True)]}
+
+
+def rounds_of(row: Row, data: Path) -> Callable[[], harness.Timing]:
+    """One row's steps, as its recipe trains, for `harness.interleave`."""
+    import torch
+
+    from mpp.execution import choose, forward_pass
+    from mpp.loop import build_optimizer, update
+    from mpp.recipe import load_recipe
+    from mpp.run.images import open_images
+    from mpp.run.start import at_start
+
+    torch.set_num_threads(1)
+    length = ("train.images=1_000_000", "train.warmup=0", "train.epochs=null")
+    recipe = load_recipe(row.recipe, [*SHAPE, *length, "data.val=null", f"data.path={data}", *row.settings])
+    images = open_images(recipe, None, lambda what, make: make())
+    config = recipe.in_steps(len(images.batches.index)).train
+    objective = at_start(recipe).train()
+    execution = choose(objective, images.batches, config)
+    optimizer, forward = build_optimizer(objective, config), forward_pass(objective, config, execution)
+    batches = [images.batches.at(step) for step in range(4)]
+    numbers = itertools.count(1)
+
+    def steps() -> harness.Timing:
+        start = 0.0
+        for number in range(1 + STEPS):
+            start = time.perf_counter() if number == 1 else start  # the first warms up
+            step = next(numbers)
+            batch = batches[step % len(batches)]
+            update(forward, objective, optimizer, batch, config, execution.micro_batch, 0, step)
+            objective.after_step(0.5)
+        return harness.Timing(STEPS * config.batch, time.perf_counter() - start)
+
+    return steps
+
+
+def speed(work: Work, rows: dict[str, Row], rounds: int) -> dict[str, Any]:
+    """Images a second of every row: medians of rounds that took turns, and all rounds."""
+    contenders = [harness.Contender(name, rounds_of, {"row": row, "data": work.data}) for name, row in rows.items()]
+    timings = harness.interleave(contenders, rounds)
+    return {
+        name: {
+            "images/s": statistics.median(run.rate for run in runs),
+            "peak MiB": runs[-1].peak_mib,
+            "rounds": [{"images/s": run.rate, "foreign cores": run.foreign_cores} for run in runs],
+        }
+        for name, runs in timings.items()
+    }
+
+
+def timed(work: Work, names: Sequence[str], times: Sequence[float]) -> dict[str, Any]:
+    """Rows for equal times, as long as the benchmark of `speed` says; a variant's rate is its row's."""
+    rates, found = json.loads((work.out / "speed.json").read_bytes()), dict[str, Any]()
+    for name in names:
+        row = (ROWS | VARIANTS)[name]
+        rate = lines(work, [name.partition("-")[0]])[name.partition("-")[0]]["rate"]
+        for seconds in times:
+            place, speed = f"time-{name}-{seconds:g}", rates[name]["images/s"]
+            make = partial(in_time, work, name, row, rate, seconds, speed)
+            found[f"{name} {seconds:g} s"] = work.kept(place, make)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "table", "best", "time", "forms"])
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10's shards")
+    parser.add_argument("--out", type=Path, required=True, help="where runs and the figures of each stage are kept")
+    parser.add_argument("--rows", nargs="*", choices=[*ROWS, *VARIANTS], help="these alone")
+    parser.add_argument("--rounds", type=int, default=5, help="of speed")
+    options = parser.parse_args()
+    work = Work(options.data.resolve(), options.out.resolve())
+    if options.what == "speed":
+        rows = {name: row for name, row in (ROWS | VARIANTS).items() if name in (options.rows or ROWS | VARIANTS)}
+        found = work.kept("speed", lambda: speed(work, rows, options.rounds))
+    elif options.what == "table":
+        found = lines(work, options.rows or list(ROWS))
+    elif options.what == "best":
+        found = {name: work.kept(f"seeds-{name}", partial(more_seeds, work, name)) for name in two_best(work)}
+    elif options.what == "time":
+        found = timed(work, options.rows or list(dict.fromkeys([*two_best(work), "mpp"])), [SECONDS])
+    else:
+        found = timed(work, options.rows or FORMS, TIMES) | timed(work, options.rows or list(VARIANTS), [SECONDS])
+    print(encoded(found, indent=1).decode())
+
+
+if __name__ == "__main__":
+    main()

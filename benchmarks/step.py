@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mpp.batch import Batch
+    from mpp.objectives.base import Objective
     from mpp.objectives.masked_patch import MaskedPatchPrediction
 
 Step = Callable[[], "Tensor"]  # one optimizer step; returns the loss
@@ -131,15 +132,27 @@ def prepare_ours(
     micro_batch: int | Literal["auto"] = "auto",
     compiled: bool | None = None,
 ) -> Callable[[], Timing]:
-    """Our step by default settings: what `mpp.train` does with each batch."""
+    """Our step by default settings."""
+    settle(threads)
+    return our_step(our_objective(size), size, device, steps, micro_batch, compiled)
+
+
+def our_step(
+    objective: "Objective",
+    size: Size,
+    device: str,
+    steps: int = STEPS,
+    micro_batch: int | Literal["auto"] = "auto",
+    compiled: bool | None = None,
+) -> Callable[[], Timing]:
+    """What `mpp.train` does with each batch."""
     from mpp.batch import Batch
     from mpp.execution import choose, forward_pass
     from mpp.loop import build_optimizer, update
     from mpp.train_config import TrainConfig
 
-    settle(threads)
     batch = Batch(images_of(size, device))
-    objective = our_objective(size).to(device).train()
+    objective = objective.to(device).train()
     config = TrainConfig(
         steps=10_000, batch=size.batch, micro_batch=micro_batch, lr=LEARNING_RATE, device=device, compile=compiled
     )

@@ -350,8 +350,10 @@ def test_a_wrong_key_or_value_is_refused_in_one_line(text):
 
 TOGETHER = {
     "model.patch=3": "command line: model.image (8, 8) must be a multiple of model.patch (3)",
-    "model.channels=1": "command line: objective.target mean_colour needs colour images (model.channels 3, got 1); "
-    "pixels takes any",
+    "model.channels=2": "command line: objective.target mean_colour needs images in colour or grey (model.channels 3 "
+    "or 1, got 2); pixels and normalised_pixels take any",
+    "objective.target=[pixels, pixels]": "command line: objective.target must be one name or several different ones, "
+    "got ['pixels', 'pixels']",
     "objective={target: colour_grid, grid: 3}": "command line: objective.grid (3) must divide model.patch (2)",
     "model.patch=8": "command line: masked patches need at least 2 patches, got an image (8, 8) of one patch",
     "objective.share=1.5": "command line: objective.share must be in (0, 1], got 1.5",

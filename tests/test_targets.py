@@ -51,6 +51,20 @@ def test_colour_grid_is_the_mean_colour_of_each_cell_in_row_major_order():
             assert found[1, patch, cell] == slow_class(*square.sum((1, 2)).tolist(), pixels=4, bits=3)
 
 
+@pytest.mark.parametrize("bits", [3, 6, 8])
+def test_grey_patches_have_the_class_of_their_mean_brightness(bits):
+    images = torch.randint(0, 256, (2, 1, 8, 12), dtype=torch.uint8)
+    whole, cells = targets.mean_colour(images, 4, bits), targets.colour_grid(images, 4, 2, bits)
+    for patch in range(6):
+        square = images[1, 0, 4 * (patch // 3) :, 4 * (patch % 3) :].numpy().astype(int)[:4, :4]
+        assert whole[1, patch] == square.sum() * 2**bits // (16 * 256)
+        for cell in range(4):
+            part = square[2 * (cell // 2) :, 2 * (cell % 2) :][:2, :2]
+            assert cells[1, patch, cell] == part.sum() * 2**bits // (4 * 256)
+    shades = targets.class_colour(torch.arange(2**bits), bits, 1)
+    assert torch.equal(targets.mean_colour(shades[:, :, None, None], 1, bits).flatten(), torch.arange(2**bits))
+
+
 def test_patch_pixels_come_in_row_column_channel_order():
     images = torch.randint(0, 256, (1, 3, 4, 6), dtype=torch.uint8)
     found = targets.patch_pixels(images, 2)
@@ -68,8 +82,8 @@ def test_the_colour_of_a_class_lies_within_that_class():
 def test_targets_refuse_what_has_no_colours():
     with pytest.raises(ValueError, match="got torch.float32 with 3 channels"):
         targets.mean_colour(torch.zeros(1, 3, 4, 4), 2)
-    with pytest.raises(ValueError, match="uint8 with 1 channels"):
-        targets.mean_colour(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), 2)
+    with pytest.raises(ValueError, match="uint8 with 2 channels"):
+        targets.mean_colour(torch.zeros(1, 2, 4, 4, dtype=torch.uint8), 2)
     with pytest.raises(ValueError, match=r"grid \(4\) divides, got 6"):
         targets.colour_grid(torch.zeros(1, 3, 12, 12, dtype=torch.uint8), 6)
 

@@ -62,6 +62,10 @@ class Encoder(nn.Module):
             self.look(images)
         return images if images.dtype == torch.float32 else images.to(self.mean.dtype)
 
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Maps normalised images of any value to the nearest uint8 ones."""
+        return (255 * (images * self.std + self.mean)).round().clamp(0, 255).to(torch.uint8)
+
     def look(self, images: Tensor) -> None:
         """Warns if float images look like pixels of [0, 1] or of 0 to 255: see `PixelWarning`. Waits for the device."""
         if images.device.type == "meta" or not images.numel():

@@ -15,7 +15,7 @@ class HidingConfig(ObjectiveConfig):
     mask: MaskName = "random"
     share: float = 0.5  # of the patches that are hidden
 
-    adjustable = ("mask", "share")
+    adjustable: ClassVar[tuple[str, ...]] = ("mask", "share")
     everything: ClassVar[bool] = False  # whether all patches may be hidden: something is still to be seen of them
     up: ClassVar[bool] = False  # whether a share is rounded up to whole patches, as that of units always is
 

@@ -1,6 +1,5 @@
-"""A head that says something of each patch by itself: linear, or AIM's of MLP blocks (arXiv 2401.08541, section 3.2)."""
+"""A head that says something of each patch by itself: linear, or AIM's MLPs (arXiv 2401.08541, section 3.2)."""
 
-import torch
 from torch import Tensor, nn
 
 from mpp.models.layers import MLP, norm_of

@@ -22,4 +22,6 @@ class PatchHeadConfig(Settings):
         if self.width is not None and not 1 <= self.width <= 10**6:
             raise ValueError(f"{self.section}.width must be 1 to 1000000, got {self.width}")
         if self.width is not None and not self.depth:
-            raise ValueError(f"{self.section}.width is that of its blocks, and there are none; give {self.section}.depth")
+            raise ValueError(
+                f"{self.section}.width is that of its blocks, and there are none; give {self.section}.depth"
+            )

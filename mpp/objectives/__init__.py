@@ -6,6 +6,7 @@ Settings stand in modules without torch (`*_config.py`), so that a misspelt key 
 from typing import TYPE_CHECKING, Any
 
 from mpp.extend import Kind, Table
+from mpp.objectives.autoregressive_config import AutoregressiveConfig
 from mpp.objectives.config import Metric, Needs, ObjectiveConfig
 from mpp.objectives.labels_config import LabelsConfig
 from mpp.objectives.mae_config import MAEConfig
@@ -19,6 +20,7 @@ OBJECTIVES: Table[Kind] = Table(
     "mpp.objectives",
     Kind,
     {
+        "autoregressive": Kind(AutoregressiveConfig, "mpp.objectives.autoregressive:Autoregressive"),
         "labels": Kind(LabelsConfig, "mpp.objectives.labels:Classification"),
         "mae": Kind(MAEConfig, "mpp.objectives.mae:MAE"),
         "mpp": Kind(MaskedPatchConfig, "mpp.objectives.masked_patch:MaskedPatchPrediction"),

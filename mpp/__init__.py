@@ -41,12 +41,18 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from mpp.objectives.autoregressive import Autoregressive as Autoregressive
     from mpp.objectives.autoregressive_config import AutoregressiveConfig as AutoregressiveConfig
     from mpp.objectives.base import Objective as Objective
+    from mpp.objectives.data2vec import Data2Vec as Data2Vec
+    from mpp.objectives.data2vec_config import Data2VecConfig as Data2VecConfig
     from mpp.objectives.labels import Classification as Classification
     from mpp.objectives.labels_config import LabelsConfig as LabelsConfig
     from mpp.objectives.mae import MAE as MAE
     from mpp.objectives.mae_config import MAEConfig as MAEConfig
     from mpp.objectives.masked_patch import MaskedPatchPrediction as MaskedPatchPrediction
     from mpp.objectives.masked_patch_config import MaskedPatchConfig as MaskedPatchConfig
+    from mpp.objectives.maskfeat import MaskFeat as MaskFeat
+    from mpp.objectives.maskfeat_config import MaskFeatConfig as MaskFeatConfig
+    from mpp.objectives.simmim import SimMIM as SimMIM
+    from mpp.objectives.simmim_config import SimMIMConfig as SimMIMConfig
     from mpp.optim import Scale as Scale
     from mpp.ranks import together as together
     from mpp.recipe import load_recipe as load_recipe
@@ -85,6 +91,12 @@ _HOMES = {
     "AutoregressiveConfig": "mpp.objectives.autoregressive_config",
     "MAE": "mpp.objectives.mae",
     "MAEConfig": "mpp.objectives.mae_config",
+    "SimMIM": "mpp.objectives.simmim",
+    "SimMIMConfig": "mpp.objectives.simmim_config",
+    "MaskFeat": "mpp.objectives.maskfeat",
+    "MaskFeatConfig": "mpp.objectives.maskfeat_config",
+    "Data2Vec": "mpp.objectives.data2vec",
+    "Data2VecConfig": "mpp.objectives.data2vec_config",
     "Classification": "mpp.objectives.labels",
     "LabelsConfig": "mpp.objectives.labels_config",
     "AugmentConfig": "mpp.augment.config",

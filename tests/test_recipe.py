@@ -140,9 +140,8 @@ def test_a_base_of_an_objective_that_is_not_known_may_be_written_over():
     base = WHOLE.replace("objective: {name: mpp}", "objective: {name: of-somebody, strange: 3}")
     assert load("", "objective.name=mpp", whole=base).objective == OBJECTIVES["mpp"].config()
     found = refusal("", whole=base)
-    assert found.startswith(
-        f'whole.yaml: objective.name: unknown "of-somebody". Expected one of: {", ".join(OBJECTIVES)}'
-    )
+    names = ", ".join(OBJECTIVES)
+    assert found.startswith(f'whole.yaml: objective.name: unknown "of-somebody". Expected one of: {names}')
     assert "--import" in found
 
 
@@ -386,7 +385,8 @@ def test_what_is_missing_is_named():
         WHOLE.replace(line, "") for line in ("data: {path: shards}", "objective: {name: mpp}")
     )
     assert refusal(whole=without_data) == "r.yaml: data.path: missing, and without a default"
-    assert refusal(whole=without_name) == f"r.yaml: objective.name: missing. Expected one of: {', '.join(OBJECTIVES)}"
+    expected = f"r.yaml: objective.name: missing. Expected one of: {', '.join(OBJECTIVES)}"
+    assert refusal(whole=without_name) == expected
 
 
 @pytest.mark.parametrize("override", ["train.lr", "train.lr=", "=3", "", "train.lr= "])

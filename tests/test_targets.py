@@ -1,8 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from mpp import targets
+from mpp.models.layers import take
 
 
 def slow_class(red: int, green: int, blue: int, pixels: int, bits: int) -> int:
@@ -99,3 +102,102 @@ def test_patches_put_together_again_are_the_image(dtype, channels):
     expected = torch.zeros_like(images)
     expected[:, :, 4:8, 8:12] = images[:, :, 4:8, 8:12]
     assert torch.equal(targets.unpatchify(alone, 4, (3, 5)), expected)
+
+
+# HOG
+
+
+def slow_hog(image: np.ndarray, patch: int, cell: int, bins: int, window: int) -> np.ndarray:
+    """MaskFeat's HOG of one image (c, h, w), pixel by pixel in float64: (n, c * bins * cells)."""
+    channels, height, width = image.shape
+    padded = np.pad(image.astype(float), ((0, 0), (1, 1), (1, 1)), mode="reflect")
+    sums = np.zeros((channels, bins, height // cell, width // cell))
+    for c in range(channels):
+        for y in range(height):
+            for x in range(width):
+                near = padded[c, y : y + 3, x : x + 3]
+                horizontal = (near * [[1, 0, -1], [2, 0, -2], [1, 0, -1]]).sum()
+                vertical = (near * [[1, 2, 1], [0, 0, 0], [-1, -2, -1]]).sum()
+                phase = math.atan2(horizontal, vertical) / math.pi * bins  # [-bins, bins]
+                weight = 1.0
+                if window:
+                    far = [place % window - (window - 1) / 2 for place in (y, x)]
+                    weight = math.exp(-0.5 * sum((each / (window // 2)) ** 2 for each in far))
+                sums[c, math.floor(phase) % bins, y // cell, x // cell] += weight * math.hypot(horizontal, vertical)
+    sums /= np.maximum(np.sqrt((sums**2).sum(1, keepdims=True)), 1e-12)
+    side, found = patch // cell, []
+    for row in range(height // patch):
+        for column in range(width // patch):
+            there = sums[:, :, side * row : side * (row + 1), side * column : side * (column + 1)]
+            found.append(
+                [there[c, o, r, s] for c in range(channels) for o in range(bins) for r, s in np.ndindex(side, side)]
+            )
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("channels", "patch", "cell", "bins", "window"), [
+    (3, 8, 4, 9, None), (1, 8, 8, 9, 16), (3, 4, 4, 6, 0), (1, 8, 2, 8, 3), (2, 8, 4, 1, 5),
+])  # fmt: skip
+def test_hog_is_the_slow_one_pixel_by_pixel(channels, patch, cell, bins, window):
+    images = torch.randint(0, 256, (2, channels, 16, 24), dtype=torch.uint8)
+    images[0] //= 64  # coarse, so that gradients often point the same way and along the axes
+    expected = np.stack(
+        [slow_hog(image, patch, cell, bins, 2 * cell if window is None else window) for image in images.numpy()]
+    )
+    exact = targets.hog(images.double(), patch, cell, bins, window)
+    assert exact.dtype == torch.float64
+    np.testing.assert_allclose(exact, expected, atol=1e-12)
+    found = targets.hog(images, patch, cell, bins, window)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    at = torch.tensor([[3, 0, 1], [2, 5, 4]])
+    assert torch.equal(targets.hog(images, patch, cell, bins, window, at), take(found, at))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(targets.hog(images, patch, cell, bins, window), found)
+
+
+@pytest.mark.parametrize("bins", [4, 8, 9, 12])
+def test_every_gradient_falls_in_its_bin(bins):
+    images = torch.randint(0, 256, (1, 3, 60, 60), dtype=torch.uint8)
+    images[0, 1] //= 100
+    found = targets.hog(images, patch=1, cell=1, bins=bins, window=0)[0].unflatten(-1, (3, bins))  # of single pixels
+    padded = np.pad(images[0].numpy().astype(int), ((0, 0), (1, 1), (1, 1)), mode="reflect")
+    smooth = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    horizontal = smooth[..., :-2] - smooth[..., 2:]
+    smooth = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
+    vertical = smooth[:, :-2] - smooth[:, 2:]
+    phase = np.arctan2(horizontal, vertical) / math.pi * bins
+    phase = np.where(np.abs(phase - phase.round()) < 1e-9, phase.round(), phase)  # exactly on an edge
+    flat = (horizontal == 0) & (vertical == 0)
+    expected = np.where(flat[..., None], 0, np.eye(bins)[np.floor(phase).astype(int) % bins])
+    assert flat.any()
+    np.testing.assert_allclose(found.transpose(0, 1).reshape(3, 60, 60, bins), expected, atol=1e-6)
+
+
+def test_hog_of_edges_is_known():
+    images = torch.full((4, 3, 16, 16), 100, dtype=torch.uint8)
+    images[1, :, :, 8:] = 200  # a vertical edge: 90 degrees, the fifth of nine bins
+    images[2, :, 8:] = 50  # a horizontal edge
+    images[3, 2, 8:] = 50  # one in blue alone
+    found = targets.hog(images, 8).unflatten(-1, (3, 9))  # (b, patches, channels, bins)
+    assert found[0].eq(0).all(), "flat, and no number is lost"
+    assert found.isfinite().all()
+    for image, bin in ((1, 4), (2, 0)):
+        assert torch.equal(found[image], torch.eye(9)[bin].expand(4, 3, 9))
+    assert torch.equal(found[3, :, 2], torch.eye(9)[0].expand(4, 9))
+    assert found[3, :, :2].eq(0).all()
+
+
+def test_hog_is_that_of_the_picture_whatever_its_brightness_and_contrast():
+    images = torch.randint(60, 120, (2, 3, 16, 16), dtype=torch.uint8)
+    found = targets.hog(images, 8, 4)
+    torch.testing.assert_close(targets.hog(255 - images, 8, 4), found)
+    torch.testing.assert_close(targets.hog(images.double() / 64 - 1.5, 8, 4), found.double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{"cell": 3}, {"cell": 0}, {"bins": 0}, {"window": 1}, {"window": -2}])
+def test_hog_of_impossible_sizes_is_refused(arguments):
+    with pytest.raises(ValueError, match="hog needs"):
+        targets.hog(torch.zeros(1, 3, 8, 8), 8, **{"cell": 4, **arguments})
+    with pytest.raises(ValueError, match=r"at least 2x2 pixels, got 8x1"):
+        targets.hog(torch.zeros(1, 3, 8, 1), 1, 1)

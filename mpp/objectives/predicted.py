@@ -107,11 +107,12 @@ class Colours(Target):
 
 
 class Pixels(Target):
-    """A patch's pixels by mean squared error: as the encoder sees them, or normalised once more as MAE has them, less
-    the patch's mean and divided by its deviation."""
+    """A patch's pixels by mean squared error, or absolute error: as the encoder sees them, or normalised once more as
+    MAE has them, less the patch's mean and divided by its deviation."""
 
-    def __init__(self, encoder: ViT, bits: int | None = None, normalised: bool = False) -> None:
+    def __init__(self, encoder: ViT, bits: int | None = None, normalised: bool = False, absolute: bool = False) -> None:
         self.encoder, self.normalised = encoder, normalised
+        self.error = F.l1_loss if absolute else F.mse_loss
         self.compares = not normalised  # whose true mean is filled in
         self.channels = encoder.config.channels
         self.bits = bits_of(bits, self.channels)  # of the mean colours that are compared
@@ -127,8 +128,8 @@ class Pixels(Target):
             mean, std = _mean_and_std(pixels)
             pixels = (pixels - mean) / std
         if weights is None:
-            return F.mse_loss(predicted, pixels)
-        return ((predicted - pixels).square().mean(-1) * weights).sum()
+            return self.error(predicted, pixels)
+        return (self.error(predicted, pixels, reduction="none").mean(-1) * weights).sum()
 
     def metrics(
         self, predicted: Tensor, truth: Tensor, copied: Tensor | None = None, weights: Tensor | None = None

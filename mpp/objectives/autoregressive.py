@@ -79,17 +79,18 @@ class Autoregressive(Objective):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures of the image, of each patch as predicted from the true ones before it, and of what was right.
 
-        What is not predicted, the first patch or the prefix, is the image's own.
+        The first patch, which is not predicted, is the image's own; a prefix, where there is one, is that patch alone.
         """
         images, patch, grid = batch.images, self.encoder.config.patch, self.encoder.config.grid
-        prefix = self.draw(len(batch), images.device)
+        prefix = None
+        if self.config.prefix == "random":
+            prefix = torch.ones(len(batch), dtype=torch.int64, device=images.device)
         patches, truth = targets.patch_pixels(images, patch), self.target.truth(images)
         guess = self.target.painted(self.predict(images, prefix), truth[:, 1:])
-        number = torch.arange(self.patches, device=images.device)
-        given = (number < (1 if prefix is None else prefix.unsqueeze(1))).unsqueeze(-1)  # (b or 1, n, 1)
+        first = patches[:, :1]
         rows = {
             "input": patches,
-            "predicted": torch.where(given, patches, torch.cat([patches[:, :1], guess], dim=1)),
-            "truth": torch.where(given, patches, self.target.shown(images)),
+            "predicted": torch.cat([first, guess], dim=1),
+            "truth": torch.cat([first, self.target.shown(images)[:, 1:]], dim=1),
         }
         return {name: targets.unpatchify(row, patch, grid) for name, row in rows.items()}

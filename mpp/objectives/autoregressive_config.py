@@ -37,10 +37,9 @@ class AutoregressiveConfig(ObjectiveConfig):
 
     @property
     def pictures(self) -> Mapping[str, str]:  # type: ignore[override]  # as metrics
-        first = "the first patch is" if self.prefix == "none" else "the prefix, drawn for each image, is"
         filled = f"; {FILLED_IN}" if self.target == "normalised_pixels" else ""
         return {
             "input": "the image",
-            "predicted": f"each patch as predicted from the true ones before it ({first} not predicted{filled})",
+            "predicted": f"each patch as predicted from the true ones before it (the first is not predicted{filled})",
             "truth": "what would have been right",
         }

@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from mpp.objectives import Needs as Needs
     from mpp.objectives import ObjectiveConfig as ObjectiveConfig
     from mpp.objectives.base import Objective as Objective
+    from mpp.objectives.data2vec import Data2Vec as Data2Vec
+    from mpp.objectives.data2vec_config import Data2VecConfig as Data2VecConfig
     from mpp.objectives.labels import Classification as Classification
     from mpp.objectives.labels_config import LabelsConfig as LabelsConfig
     from mpp.objectives.mae import MAE as MAE
@@ -89,6 +91,8 @@ _HOMES = {
     "SimMIMConfig": "mpp.objectives.simmim_config",
     "MaskFeat": "mpp.objectives.maskfeat",
     "MaskFeatConfig": "mpp.objectives.maskfeat_config",
+    "Data2Vec": "mpp.objectives.data2vec",
+    "Data2VecConfig": "mpp.objectives.data2vec_config",
     "Classification": "mpp.objectives.labels",
     "LabelsConfig": "mpp.objectives.labels_config",
     "AugmentConfig": "mpp.augment.config",

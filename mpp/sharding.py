@@ -46,4 +46,5 @@ def shard(objective: Objective, config: TrainConfig, execution: Execution) -> No
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(objective, "pictures")
+    for method in ("pictures", "vectors"):
+        register_fsdp_forward_method(objective, method)

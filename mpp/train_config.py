@@ -109,10 +109,13 @@ class EvalConfig:
 
     every: int = 1000  # steps
     images: int = 10_000  # of the split, at most
+    knn: int = 0  # labelled images to train on whose nearest say the class of those scored, as `val/knn`; 0 for none
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.images < 1:
             raise ValueError(f"eval.every and eval.images must be at least 1, got {self.every} and {self.images}")
+        if self.knn < 0:
+            raise ValueError(f"eval.knn must be at least 0, got {self.knn}")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ LAYERS = [
     {"decode", "ranks"},
     {"files", "differing", "hardware", "extend", "finite", "heartbeat", "meeting", "estimate"},
     {"jsons", "draws", "launch"},
-    {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices", "workers", "split"},
+    {"batch", "seeds", "errors", "hints", "budget", "train_config", "devices", "workers", "split", "knn"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 CONFIGS = (

@@ -25,7 +25,7 @@ data: {path: DIGITS, val: test, threads: 1, augment: {crop: shift, pad: 1, flip:
 model: {image: 8, patch: 2, width: 32, depth: 3, heads: 2, positions: sincos2d, pool: avg, drop_path: 0.3}
 train: {steps: 20, warmup: 4, batch: 48, micro_batch: 12, lr: 3e-3, ema: 0.8, device: cpu, threads: 1, save_every: 8,
   keep: 9, precision: float32}
-eval: {every: 10, images: 97}
+eval: {every: 10, images: 97, knn: 90}
 log: {every: 1, pictures: 10, tensorboard: false}
 """
 RECIPES = {

@@ -20,6 +20,7 @@ from mpp.errors import cause, without_secrets
 from mpp.log import read_metrics
 from mpp.loop import steps_of
 from mpp.models.encoders import build_encoder
+from mpp.objectives.config import NEIGHBOURS
 from mpp.recipe import load_recipe
 from mpp.recipe.settled import FILE as SETTLED
 from mpp.recipe.settled import RunError, load_settled
@@ -105,7 +106,7 @@ def _captions(comparison: Comparison, arm: str) -> dict[str, Any]:
     recipes = {"pretrain": comparison.pretrain.get(arm), "finetune": comparison.finetune[arm]}
     return {
         stage: {
-            "metrics": {name: asdict(metric) for name, metric in recipe.objective.metrics.items()},
+            "metrics": {name: asdict(metric) for name, metric in {**recipe.objective.metrics, **NEIGHBOURS}.items()},
             "pictures": dict(recipe.objective.pictures),
         }
         for stage, recipe in recipes.items()

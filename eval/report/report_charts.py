@@ -9,6 +9,7 @@ from math import inf
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from mpp.objectives.config import NEIGHBOURS
 from mpp.shards.classes import displayed
 
 from .charts import MOST_LABELS, Bar, Line, Point, bar_rows, finite, legend, line_chart, plain, powers
@@ -132,7 +133,8 @@ def learning_curves(results: Results, stage: str) -> str:
     by = "arm" if stage == "pretrain" else "fraction"
     panels: dict[tuple[Any, str], list[Mapping[str, Any]]] = {}
     for curve in curves:
-        kind = SHARES if caption(results, curve)["share"] else metric_of(curve)
+        metric = metric_of(curve)  # neighbours tell classes, whatever it is that the objective is right about
+        kind = SHARES if caption(results, curve)["share"] and metric not in NEIGHBOURS else metric
         panels.setdefault((curve[by], kind), []).append(curve)
     order = [arm["name"] for arm in results["arms"]]
     keys = sorted(panels, key=lambda key: (order.index(key[0]) if by == "arm" else key[0], key[1] != SHARES, key[1]))

@@ -12,7 +12,7 @@ from mpp.data.config import SubsetConfig
 from mpp.seeds import mix
 from mpp.shards.index import Index, ShardError
 
-SHARE, HELD_OUT, FOR_EVER = 1, 2, 3  # what a draw is for; mpp.shards.stats has 4
+SHARE, HELD_OUT, FOR_EVER, SOME = 1, 2, 3, 5  # what a draw is for; mpp.shards.stats has 4
 
 
 def drawn(index: Index, config: SubsetConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,6 +42,21 @@ def held_out(index: Index, share: float) -> np.ndarray:
     Neither the seed nor other images count: an image that is held out once is so for ever, whatever is added.
     """
     return mix(FOR_EVER, index.key_hashes()) < np.uint64(share * 2.0**64)
+
+
+def some_labelled(index: Index, count: int) -> np.ndarray:
+    """So many images with a label, or all there are, as a function of the keys alone: the same ones for every seed.
+
+    Of shards by URL they lie in as few as can be, which are drawn as well: each that is touched is fetched.
+    """
+    numbers = np.flatnonzero((index.label >= 0) & ~index.damaged)
+    if index.remote:
+        shards, each = np.unique(index.shard[numbers], return_counts=True)
+        order = np.argsort(mix(SOME, shards.astype(np.uint64)), kind="stable")
+        enough = 1 + np.searchsorted(np.cumsum(each[order]), count)
+        numbers = numbers[np.isin(index.shard[numbers], shards[order[:enough]])]
+    order = np.argsort(mix(SOME, index.key_hashes()[numbers]), kind="stable")
+    return np.sort(numbers[order[:count]])
 
 
 def digest(index: Index) -> str:

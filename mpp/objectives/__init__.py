@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpp.extend import Kind, Table
 from mpp.objectives.config import Metric, Needs, ObjectiveConfig
+from mpp.objectives.data2vec_config import Data2VecConfig
 from mpp.objectives.labels_config import LabelsConfig
 from mpp.objectives.mae_config import MAEConfig
 from mpp.objectives.masked_patch_config import MaskedPatchConfig
@@ -21,6 +22,7 @@ OBJECTIVES: Table[Kind] = Table(
     "mpp.objectives",
     Kind,
     {
+        "data2vec": Kind(Data2VecConfig, "mpp.objectives.data2vec:Data2Vec"),
         "labels": Kind(LabelsConfig, "mpp.objectives.labels:Classification"),
         "mae": Kind(MAEConfig, "mpp.objectives.mae:MAE"),
         "maskfeat": Kind(MaskFeatConfig, "mpp.objectives.maskfeat:MaskFeat"),

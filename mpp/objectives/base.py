@@ -54,6 +54,11 @@ class Objective(nn.Module):
         """By how much the learning rate and weight decay of a parameter of this name differ from the recipe's."""
         return Scale()
 
+    def vectors(self, images: Tensor) -> Tensor:
+        """What the encoder that would be the result now makes of images (b, c, h, w): (b, width). Not to be overridden,
+        but of a sharded objective it is one of the calls around which weights are gathered."""
+        return self.results()["encoder"](images)
+
     def results(self) -> dict[str, nn.Module]:
         """What training leaves: an `encoder`, which may be a teacher, and perhaps more; the config names the same."""
         return {"encoder": self.encoder}

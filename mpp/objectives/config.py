@@ -28,6 +28,9 @@ class Metric:
     guess: bool = False  # what is reached without learning
 
 
+NEIGHBOURS = {"knn": Metric("k-NN accuracy of the encoder", share=True)}  # of `eval.knn`, whatever the objective
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Settings every objective has: the name under which recipes choose it."""

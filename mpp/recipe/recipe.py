@@ -52,6 +52,8 @@ class Recipe:
                 f"weights ({self.weights}) and continues ({self.continues}): a run that goes on has its weights "
                 "from the other one; give weights=null"
             )
+        if self.eval.knn and self.data.val is None and not (self.data.hold_out or self.data.subset.hold_out):
+            raise ValueError(f"eval.knn ({self.eval.knn}) scores images of another split, and data.val names none")
         self._check_needs()
 
     def _check_needs(self) -> None:

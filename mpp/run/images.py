@@ -13,6 +13,7 @@ from mpp.data.batches import Batches, faster
 from mpp.data.chosen import chosen
 from mpp.data.config import DataConfig, PrepareName, ShuffleName
 from mpp.data.read import open_batches, windowed
+from mpp.data.subset import some_labelled
 from mpp.execution import Once
 from mpp.files import BusyError
 from mpp.hardware import device_of
@@ -20,7 +21,7 @@ from mpp.ranks import here
 from mpp.recipe import Recipe
 from mpp.recipe.settled import Settled
 from mpp.remote.urls import is_url
-from mpp.shards.classes import lacking, listed
+from mpp.shards.classes import lacking, listed, relabelled, union
 from mpp.shards.index import UNFINISHED, Index, ShardError, splits
 from mpp.shards.write import make_shards
 
@@ -36,15 +37,21 @@ class RunImages:
     recipe: Recipe  # with a plain value for where pictures are made
     batches: Batches  # to train on
     scored: Index | None
+    known: Index | None  # whose labels tell the classes of their neighbours among those scored
     shuffle: ShuffleName
     opened: list[Batches]  # all that `close` gives up
 
     def open_scored(self, batch: int) -> Batches | None:
         """Batches of the images to score on, `eval.images` of them at most, if there are any."""
-        if self.scored is None:
-            return None
-        first = self.scored.select(np.arange(min(len(self.scored), self.recipe.eval.images)))
-        self.opened.append(_open(self.recipe, [first], batch, train=False))
+        return None if self.scored is None else self._opened(self.recipe, self.scored, batch)
+
+    def open_known(self, batch: int) -> Batches | None:
+        """Batches of `eval.knn` labelled images to train on, as evaluation sees them, if it is asked for."""
+        one_view = replace(self.recipe, data=replace(self.recipe.data, views={}))
+        return None if self.known is None else self._opened(one_view, self.known, batch)
+
+    def _opened(self, recipe: Recipe, index: Index, batch: int) -> Batches:
+        self.opened.append(_open(recipe, [index], batch, train=False))
         return self.opened[-1]
 
     def close(self) -> None:
@@ -68,8 +75,23 @@ def open_images(recipe: Recipe, settled: Settled | None, once: Once) -> RunImage
     batches = _open(recipe, train, recipe.train.batch, train=True)
     if needs.labels and scored is not None:
         check_classes(batches.index, scored)
+    if scored is not None:
+        scored = scored.select(np.arange(min(len(scored), recipe.eval.images)))
+    known = None
+    if recipe.eval.knn and scored is not None:
+        known, scored = comparable(train[0], scored, recipe.eval.knn)
     shuffle: ShuffleName = "window" if windowed(batches.index, recipe.data) else "all"
-    return RunImages(recipe, batches, scored, shuffle, [batches])
+    return RunImages(recipe, batches, scored, known, shuffle, [batches])
+
+
+def comparable(train: Index, scored: Index, count: int) -> tuple[Index, Index]:
+    """So many labelled images to train on, and those scored, with classes numbered alike; ShardError without labels."""
+    for index in (train, scored):
+        if not (index.label >= 0).any():
+            raise ShardError(f"{index.origin}: split {index.split} has no labels, which eval.knn needs")
+    classes = union([train.classes, scored.classes])
+    train, scored = relabelled(train, classes), relabelled(scored, classes)
+    return train.select(some_labelled(train, count)), scored
 
 
 def make_missing(data: DataConfig) -> None:

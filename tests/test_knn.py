@@ -4,8 +4,9 @@ import torch
 from feature_clouds import clouds
 
 import mpp.eval
-from mpp.eval.probes import knn
-from mpp.eval.probes.knn import knn_accuracy, knn_predictions
+from mpp import knn
+from mpp.eval.probes.knn import knn_accuracy
+from mpp.knn import knn_predictions
 
 
 def slowly(train, labels, test, k, temperature):

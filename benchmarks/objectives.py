@@ -142,7 +142,7 @@ class Work:
         out = self.out / "runs" / f"{name}-fine-tuned"
         settings = (*SHAPE, *LABELS, f"data.path={self.data}", f"seed={seed}", "log.tensorboard=false")
         self.mpp("finetune", "cifar10/finetune", *start, f"out={out}", *settings)
-        return float(json.loads((out / "scores.json").read_bytes())["accuracy"])
+        return float(json.loads((out / "scores.json").read_bytes())["top1"])
 
 
 def held_out(run: Path, data: Path) -> float:

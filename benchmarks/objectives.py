@@ -9,6 +9,7 @@ best: the two best of the table, by the held-out score, with two more seeds.
 time: the two best and the paper's objective in its full form, for as many images as each trains on in SECONDS.
 forms: the paper's objective in its two forms, and MAE, for several times, n = 3; its shares and decoders.
 speed: images a second of each, one thread, in turn. `time` and `forms` need it.
+gather: all figures that there are, in one file (OUT/objectives-cifar10.json), as every command leaves it.
 
 Each stage leaves a JSON file and is not computed again; processes, of one thread, may share the work by --rows.
 """
@@ -33,11 +34,11 @@ from mpp.jsons import encoded
 IMAGES, WARM_UP = 75_000, 0.1  # seen in pretraining; the share of them in which the rate rises
 BATCH = 128  # of the recipes
 STEPS = 8  # of a round of speed
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 FIT, SCORE = 10_000, 5_000  # training images of the held-out score: fitted to, scored on
 SEEDS = (0, 1, 2)
 SECONDS = 120.0  # of one thread
-TIMES = (60.0, 120.0, 240.0)
+TIMES = (60.0, 120.0)
 SHAPE = ("model.positions=sincos2d", "train.threads=1")
 QUIET = ("data.val=null", "log.pictures=0", "log.tensorboard=false", "train.save_every=100_000", "train.epochs=null")
 LABELS = ("data.subset.share=0.1", "train.epochs=null", "train.images=60_000", "train.warmup=6_000", "log.pictures=0")
@@ -142,7 +143,7 @@ class Work:
         out = self.out / "runs" / f"{name}-fine-tuned"
         settings = (*SHAPE, *LABELS, f"data.path={self.data}", f"seed={seed}", "log.tensorboard=false")
         self.mpp("finetune", "cifar10/finetune", *start, f"out={out}", *settings)
-        return float(json.loads((out / "scores.json").read_bytes())["accuracy"])
+        return float(json.loads((out / "scores.json").read_bytes())["top1"])
 
 
 def held_out(run: Path, data: Path) -> float:
@@ -224,7 +225,12 @@ def in_time(work: Work, name: str, row: Row, rate: float, seconds: float, images
     """What a row reaches with as many images as it trains on in so many seconds, for each seed."""
     images = BATCH * round(seconds * images_per_second / BATCH)
     runs = [work.pretrained(row, name, rate, seed, images) for seed in SEEDS]
-    return {"images": images, "test": [work.tested(run, seed) for run, seed in zip(runs, SEEDS, strict=True)]}
+    return {
+        "title": row.title,
+        "seconds": seconds,
+        "images": images,
+        "test": [work.tested(run, seed) for run, seed in zip(runs, SEEDS, strict=True)],
+    }
 
 
 def rounds_of(row: Row, data: Path) -> Callable[[], harness.Timing]:
@@ -288,9 +294,32 @@ def timed(work: Work, names: Sequence[str], times: Sequence[float]) -> dict[str,
     return found
 
 
+def gather(work: Work) -> None:
+    """Puts all that is known by now into one file beside the other benchmarks' results."""
+    lines = {name: json.loads(path.read_bytes()) for name in ROWS if (path := work.out / f"line-{name}.json").exists()}
+    speed = work.out / "speed.json"
+    facts = {
+        "hardware": {"cpu": harness.processor(), "cores": len(os.sched_getaffinity(0)), "threads": 1},
+        "versions": {package: harness.version(package) for package in ("torch", "mpp")},
+        "lines": lines,
+        "speed": json.loads(speed.read_bytes()) if speed.exists() else {},
+        "seeds": {
+            path.stem.removeprefix("seeds-"): json.loads(path.read_bytes()) for path in found_in(work, "seeds-*")
+        },
+        "times": {path.stem.removeprefix("time-"): json.loads(path.read_bytes()) for path in found_in(work, "time-*")},
+    }
+    path = work.out / "objectives-cifar10.json"
+    path.write_bytes(encoded(facts, indent=1))
+    harness.say(f"written: {path}")
+
+
+def found_in(work: Work, pattern: str) -> list[Path]:
+    return sorted(work.out.glob(f"{pattern}.json"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "table", "best", "time", "forms"])
+    parser.add_argument("what", choices=["speed", "table", "best", "time", "forms", "gather"])
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10's shards")
     parser.add_argument("--out", type=Path, required=True, help="where runs and the figures of each stage are kept")
     parser.add_argument("--rows", nargs="*", choices=[*ROWS, *VARIANTS], help="these alone")
@@ -306,9 +335,12 @@ def main() -> None:
         found = {name: work.kept(f"seeds-{name}", partial(more_seeds, work, name)) for name in two_best(work)}
     elif options.what == "time":
         found = timed(work, options.rows or list(dict.fromkeys([*two_best(work), "mpp"])), [SECONDS])
+    elif options.what == "gather":
+        found = {}
     else:
         found = timed(work, options.rows or FORMS, TIMES) | timed(work, options.rows or list(VARIANTS), [SECONDS])
     print(encoded(found, indent=1).decode())
+    gather(work)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ from mpp.execution import WORKSPACE, _largest_that_fits, choose, forward_pass
 from mpp.hardware import multiplies_bfloat16
 from mpp.loop import build_optimizer, train, update
 from mpp.models.cnn import ResNet
+from mpp.models.decoder_config import DecoderConfig
 from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
 from mpp.objectives import Needs
 from mpp.objectives.labels import Classification
 from mpp.objectives.labels_config import LabelsConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction
+from mpp.objectives.masked_patch_config import MaskedPatchConfig
 from mpp.optim import Scale
 from mpp.train_config import Execution, LogConfig, TrainConfig
 from mpp.watch import TrainingError
@@ -111,12 +113,17 @@ def test_a_draw_depends_on_seed_step_and_place_alone(tiny_vit):
     assert len(draws) == len(set(draws)) == 18
 
 
-@pytest.mark.parametrize("name", ["masked", "labels"])
+@pytest.mark.parametrize("name", ["masked", "dropped", "labels"])
 def test_what_is_drawn_does_not_depend_on_the_micro_batch(name):
     """Masks, dropout, dropped paths, and mixtures of images, whose partners are in the same micro-batch."""
     encoder = shaken(ViT(tiny_config(depth=3, dropout=0.1, drop_path=0.3, pool="map")))
     config = LabelsConfig(classes=("a", "b", "c"), mixup=0.8, cutmix=1.0, smoothing=0.1)
-    objective = shaken(MaskedPatchPrediction(encoder) if name == "masked" else Classification(encoder, config))
+    dropped = MaskedPatchConfig(decoder=DecoderConfig(width=32, depth=2, heads=2, drop_path=0.3), mask="blocks")
+    objective = shaken(
+        Classification(encoder, config)
+        if name == "labels"
+        else MaskedPatchPrediction(encoder, dropped if name == "dropped" else None)
+    )
     images = torch.randint(0, 256, (12, 3, 32, 48), dtype=torch.uint8)
     batch, found = Batch(images, torch.arange(12) % 3), []
     for micro_batch in (12, 6, 4, 2):

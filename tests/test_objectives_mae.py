@@ -17,9 +17,11 @@ from mpp.models.decoder_config import DecoderConfig
 from mpp.models.layers import take
 from mpp.models.resnet_config import ResNetConfig
 from mpp.models.vit import ViT
+from mpp.objectives.hiding import Hiding
 from mpp.objectives.mae import MAE, Draw
 from mpp.objectives.mae_config import MAEConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction
+from mpp.objectives.painting import hatch
 
 SMALL = DecoderConfig(width=32, depth=2, heads=2)
 
@@ -199,7 +201,7 @@ def test_two_thousand_draws_drop_each_patch_as_often():
     [(0.75, 196, 49), (0.75, 64, 16), (0.6, 196, 78), (0.9, 196, 19), (0.5, 49, 24), (0.9, 10, 1), (0.7, 10, 3)],
 )
 def test_the_share_is_the_official_one_but_for_what_floats_lack(share, patches, kept):
-    assert MAEConfig(share=share).kept(patches) == kept
+    assert patches - Hiding(MAEConfig(share=share), (1, patches)).count == kept
     assert kept - int(patches * (1 - share)) in (0, int((share, patches) == (0.9, 10)))  # 10 * (1 - 0.9) < 1 there
 
 
@@ -232,7 +234,8 @@ def test_pictures_are_denormalised_in_dropped_patches_and_the_image_elsewhere(ch
     for name in ("seen", "predicted"):
         assert shown[name].dtype == torch.uint8
         assert torch.equal(take(targets.patch_pixels(shown[name], 8), draw.kept), take(whole, draw.kept))
-    assert (take(targets.patch_pixels(shown["seen"], 8), draw.dropped) == 128).all()
+    chequered = take(hatch(images, 8), draw.dropped)
+    assert torch.equal(take(targets.patch_pixels(shown["seen"], 8), draw.dropped), chequered)
     painted = objective.predict(images, draw)
     if normalised:  # what a patch is told is its own mean and deviation, over all its pixels and channels
         truth = (take(whole, draw.dropped) / 255 - 0.3) / 0.2
@@ -258,8 +261,15 @@ def test_bfloat16_gives_nearly_the_same_loss_in_float32(batch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"share": 0.97}, r"^objective.share 0.97 of 24 patches leaves none to be seen$"),
-        ({"share": 1e-8}, r"^objective.share 1e-08 of 24 patches leaves none to be predicted$"),
+        ({"share": 0.97}, r"^objective.mask random, objective.share 0.97: a mask of 24 patches leaves nothing visible"),
+        (
+            {"share": 1e-8},
+            r"^objective.mask random, objective.share 1e-08: .* nothing to predict of a grid of 4 x 6",
+        ),
+        (
+            {"mask": "large_units"},
+            r"^objective.mask large_units, objective.share 0.75: units of 4 x 4 .* grid of 4 x 6",
+        ),
         (
             {"decoder": DecoderConfig(width=32, heads=2, registers=2)},
             r"^objective.decoder.registers: the tokens in front",

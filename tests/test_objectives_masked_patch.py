@@ -9,7 +9,7 @@ from mpp import targets
 from mpp.batch import Batch
 from mpp.models.layers import take
 from mpp.models.vit import ViT
-from mpp.objectives.masked_patch import Draw, MaskedPatchPrediction
+from mpp.objectives.masked_patch import KEPT, MASKED, REPLACED, Draw, MaskedPatchPrediction
 from mpp.objectives.masked_patch_config import MaskedPatchConfig
 
 TARGETS = ["mean_colour", "colour_grid", "pixels", "normalised_pixels"]
@@ -53,8 +53,8 @@ def test_ten_thousand_draws_keep_the_papers_shares(tiny_vit):
     assert (draw.patches.sort(1).values.diff(dim=1) > 0).all(), "the patches of an image are all different"
     chosen = torch.bincount(draw.patches.flatten(), minlength=24) / 10_000
     assert chosen.tolist() == pytest.approx([0.5] * 24, abs=4 * 0.5 / 100)  # four standard deviations
-    for low, high, share in [(0, 0.8, 0.8), (0.8, 0.9, 0.1), (0.9, 1, 0.1)]:
-        found = ((draw.fate >= low) & (draw.fate < high)).float().mean().item()
+    for fate, share in [(MASKED, 0.8), (REPLACED, 0.1), (KEPT, 0.1)]:
+        found = (draw.fate == fate).float().mean().item()
         assert found == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 120_000))
     assert (draw.other != draw.patches).all(), "another patch is never the patch itself"
     others = torch.bincount(((draw.other - draw.patches) % 24).flatten(), minlength=24)[1:] / 120_000
@@ -65,7 +65,7 @@ def test_corruption_is_the_drawn_one_patch_by_patch(tiny_vit):
     objective = build(tiny_vit)
     tokens = torch.randn(3, 24, 64)
     draw = objective.draw(3, torch.device("cpu"))
-    fate = torch.tensor([0.0, 0.79, 0.8, 0.89, 0.9, 0.99, 0.1, 0.85, 0.95, 0.5, 0.2, 0.3]).expand(3, -1)
+    fate = torch.tensor([MASKED, MASKED, REPLACED, REPLACED, KEPT, KEPT] * 2).expand(3, -1)
     corrupted = objective.corrupt(tokens, draw._replace(fate=fate))
     for b in range(3):
         places = dict(zip(draw.patches[b].tolist(), range(12), strict=True))
@@ -73,9 +73,9 @@ def test_corruption_is_the_drawn_one_patch_by_patch(tiny_vit):
             expected = tokens[b, patch]
             if patch in places:
                 k = places[patch]
-                if fate[b, k] < 0.8:
+                if fate[b, k] == MASKED:
                     expected = objective.mask_token
-                elif fate[b, k] < 0.9:
+                elif fate[b, k] == REPLACED:
                     expected = tokens[b, draw.other[b, k]]
             assert torch.equal(corrupted[b, patch], expected)
 
@@ -171,8 +171,8 @@ def test_pictures_show_the_image_where_nothing_is_corrupted(target, tiny_vit, ba
         assert torch.equal(targets.colour_grid(shown["truth"], 8)[hidden], targets.colour_grid(batch.images, 8)[hidden])
     if "pixels" in target:
         assert torch.equal(shown["truth"], batch.images)
-    masked = draw.patches[draw.fate < 0.8]
-    rows = torch.arange(4)[:, None].expand_as(draw.patches)[draw.fate < 0.8]
+    masked = draw.patches[draw.fate == MASKED]
+    rows = torch.arange(4)[:, None].expand_as(draw.patches)[draw.fate == MASKED]
     checks = torch.where((torch.arange(32)[:, None] // 2 + torch.arange(48) // 2) % 2 == 1, 160, 96)
     expected = targets.patch_pixels(checks.expand(4, 3, -1, -1), 8)[rows, masked]
     assert torch.equal(targets.patch_pixels(shown["corrupted"], 8)[rows, masked].long(), expected)

@@ -87,6 +87,14 @@ def test_it_learns_and_nothing_in_it_is_idle(mask):
     assert [name for name, part in objective.named_parameters() if part.grad is None or not part.grad.any()] == []
 
 
+def test_it_compiles_as_a_whole(batch):
+    objective = build()
+    hidden = objective.draw(4, CPU)
+    compiled = torch.compile(objective.compute, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(batch.images, hidden), objective.compute(batch.images, hidden)
+    torch.testing.assert_close(found, expected)
+
+
 def test_bfloat16_gives_nearly_the_same_loss_in_float32(batch):
     objective = build()
     hidden = objective.draw(4, CPU)
@@ -110,7 +118,7 @@ def test_strokes_lie_along_the_edges():
     assert painted[1, 3:5].sum() > 5 * painted[1, [0, 1, 6, 7]].sum()
 
 
-def test_a_stroke_is_bright_where_its_line_is_near_pixel_by_pixel():
+def test_the_brightest_stroke_is_seen_pixel_by_pixel():
     histograms = torch.rand(1, 2, 3, 6, 4) - 0.2  # what is below 0 is not drawn
     painted = strokes(histograms, 10).reshape(2, 10, 10, 3)
     for place in range(0, 600, 7):
@@ -120,7 +128,7 @@ def test_a_stroke_is_bright_where_its_line_is_near_pixel_by_pixel():
             angle = (bin + 0.5) * math.pi / 6
             far = abs(math.cos(angle) * (y % 5 - 2) + math.sin(angle) * (x % 5 - 2))
             value = histograms[0, n, c, bin, 2 * (y // 5) + x // 5].item()
-            light += max(0.0, value) * max(0.0, 1 - far)
+            light = max(light, value * max(0.0, 1 - far))
         assert abs(painted[n, y, x, c].item() - 255 * min(1.0, light)) < 0.51
 
 

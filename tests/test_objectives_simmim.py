@@ -140,6 +140,14 @@ def test_it_learns_and_nothing_in_it_is_idle(mask, batch):
     assert [name for name, part in objective.named_parameters() if part.grad is None or not part.grad.any()] == []
 
 
+def test_it_compiles_as_a_whole(batch):
+    objective = build()
+    hidden = objective.draw(4, CPU)
+    compiled = torch.compile(objective.compute, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(batch.images, hidden), objective.compute(batch.images, hidden)
+    torch.testing.assert_close(found, expected)
+
+
 def test_bfloat16_gives_nearly_the_same_loss_in_float32(batch):
     objective = build()
     hidden = objective.draw(4, CPU)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from mpp import draws, targets
 from mpp.batch import Batch
+from mpp.masks import random_order
+from mpp.models.decoder import Decoder
 from mpp.models.layers import put, take
 from mpp.models.vit import ViT
 from mpp.objectives.base import Objective
@@ -17,13 +19,16 @@ from mpp.objectives.painting import hatch
 from mpp.objectives.predicted import precise, target_of
 from mpp.objectives.predicted_config import of_several
 
+MASKED, REPLACED, KEPT = range(3)  # fates of corrupted patches, in the order of `split`
+
 
 class Draw(NamedTuple):
     """What happens to which patches."""
 
     patches: Tensor  # (b, k) the corrupted ones
-    fate: Tensor  # (b, k) uniform in [0, 1): the first shares of `split` become [mask], the next another patch
-    other: Tensor  # (b, k) the patch whose embedding replaces this one's where fate says so; never itself
+    fate: Tensor  # (b, k) what becomes of each; where patches are dropped, those that are masked, in the same order
+    other: Tensor  # (b, k) the patch whose embedding replaces this one's where it is replaced; never itself
+    seen: Tensor | None = None  # (b, s) where patches are dropped, all others: the encoder is given no more
 
 
 class MaskedPatchPrediction(Objective):
@@ -32,10 +37,16 @@ class MaskedPatchPrediction(Objective):
     A share of the patch embeddings is corrupted, before positions are added: 80 % of those become a learned [mask]
     embedding, 10 % the embedding of another patch of the image, and 10 % stay. The loss counts them all, no others; of
     several targets it is the sum.
+
+    With `decoder` nothing stands in the place of masked patches: they are dropped, always as many, and a decoder says
+    what all corrupted ones are, from the encoder's output for the others.
     """
 
     encoder: ViT
     config: MaskedPatchConfig
+    mask_token: nn.Parameter  # unless patches are dropped
+    head: nn.Linear  # likewise
+    decoder: Decoder  # where patches are dropped
 
     def __init__(self, encoder: ViT, config: MaskedPatchConfig | None = None) -> None:
         config = config or MaskedPatchConfig()
@@ -45,11 +56,16 @@ class MaskedPatchPrediction(Objective):
         if shape.grid[0] * shape.grid[1] < 2:
             raise ValueError(f"masked patches need at least 2 patches, got an image {shape.image} of one patch")
         self.hiding = Hiding(config, shape.grid)
-        self.mask_token = mask_token(encoder)
         self.outputs = [target.outputs for target in self.targets.values()]
-        self.head = nn.Linear(shape.width, sum(self.outputs))
-        nn.init.zeros_(self.head.weight)  # as every head of the paper's code: the first guess is uniform
-        nn.init.zeros_(self.head.bias)
+        if config.decoder is None:
+            self.mask_token = mask_token(encoder)
+            head = self.head = nn.Linear(shape.width, sum(self.outputs))
+        else:
+            self.dropped, self.replaced = config.dropped_and_replaced(self.hiding.count, self.hiding.patches)
+            self.decoder = Decoder(config.decoder, encoder, sum(self.outputs))
+            head = self.decoder.head
+        nn.init.zeros_(head.weight)  # as every head of the paper's code: the first guess is uniform
+        nn.init.zeros_(head.bias)
         self.nearest = Nearest(shape.grid)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,21 +73,46 @@ class MaskedPatchPrediction(Objective):
 
     def draw(self, images: int, device: torch.device) -> Draw:
         """Draws what is corrupted, and how, for that many images."""
-        index = self.hiding.draw(images, device)
-        keys, count, patches = draws.keys(images, device), self.hiding.count, self.hiding.patches
-        shift = 1 + draws.below(draws.apart(keys, 0), count, patches - 1)
-        return Draw(index, draws.uniform(draws.apart(keys, 1), count), (index + shift) % patches)
+        if self.config.decoder is not None:
+            return self._draw_dropped(images, device)
+        patches = self.hiding.draw(images, device)
+        keys = draws.keys(images, device)
+        chance, (masked, replaced, _) = draws.uniform(draws.apart(keys, 1), self.hiding.count), self.config.split
+        fate = (chance >= masked).int() + (chance >= masked + replaced)
+        return Draw(patches, fate, self._others(patches, draws.apart(keys, 0)))
+
+    def _draw_dropped(self, images: int, device: torch.device) -> Draw:
+        """The same where patches are dropped: fates go by place in an order that is drawn."""
+        left, patches = self.hiding.split(images, device)
+        count = self.hiding.count
+        if self.dropped < count and not self.hiding.random:  # else their order is random already, or without meaning
+            patches = patches.gather(1, random_order(images, count, device))
+        place = torch.arange(count, device=device).expand(images, -1)
+        fate = (place >= self.dropped).int() + (place >= self.dropped + self.replaced)
+        others = self._others(patches, draws.keys(images, device)) if self.replaced else patches
+        return Draw(patches, fate, others, torch.cat([patches[:, self.dropped :], left], dim=1))
+
+    def _others(self, patches: Tensor, keys: Tensor) -> Tensor:
+        """Draws for each patch (b, k) another one of its image, every one equally likely."""
+        count = self.hiding.patches
+        return (patches + 1 + draws.below(keys, patches.shape[1], count - 1)) % count
 
     def corrupt(self, tokens: Tensor, draw: Draw, mask: Tensor | None = None) -> Tensor:
         """Replaces patch embeddings (b, n, d) as drawn; with `mask`, what stands in the place of [mask]."""
         mask = self.mask_token if mask is None else mask
-        masked, swapped, _ = self.config.split
         fate = draw.fate.unsqueeze(-1)  # (b, k, 1)
-        kept_or_other = torch.where(fate < masked + swapped, take(tokens, draw.other), take(tokens, draw.patches))
-        return put(tokens, draw.patches, torch.where(fate < masked, mask.to(tokens.dtype), kept_or_other))
+        kept_or_other = torch.where(fate == REPLACED, take(tokens, draw.other), take(tokens, draw.patches))
+        return put(tokens, draw.patches, torch.where(fate == MASKED, mask.to(tokens.dtype), kept_or_other))
 
     def predict(self, images: Tensor, draw: Draw) -> Tensor:
-        """The head's outputs at the corrupted patches, float32 at least (b, k, outputs)."""
+        """What is said of the corrupted patches, float32 at least (b, k, outputs)."""
+        if draw.seen is not None:
+            tokens = self.encoder.embed(images)  # (b, n, d)
+            if self.replaced:
+                where = slice(self.dropped, self.dropped + self.replaced)
+                tokens = put(tokens, draw.patches[:, where], take(tokens, draw.other[:, where]))
+            seen = self.encoder.encode(tokens, draw.seen)  # (b, prefix + s, d)
+            return precise(self.decoder(seen, draw.seen, draw.patches))
         if self.encoder.stem.overlaps:
             tokens = self.masked(self.encoder.embed(self.without(images, draw)), draw)  # (b, n, d)
         else:
@@ -82,7 +123,7 @@ class MaskedPatchPrediction(Objective):
         """The images as an overlapping stem may see them, normalised: with corrupted patches of pixels.
 
         A token of such a stem sees other patches' pixels too, so that to replace embeddings alone would leave the
-        answer in its neighbours: masked patches get the mean colour, and swapped ones another patch's pixels.
+        answer in its neighbours: masked patches get the mean colour, and replaced ones another patch's pixels.
         """
         patch, pixels = self.encoder.config.patch, self.encoder.normalise(images)
         patches = self.corrupt(targets.patch_pixels(pixels, patch), draw, pixels.new_zeros(()))
@@ -91,7 +132,7 @@ class MaskedPatchPrediction(Objective):
     def masked(self, tokens: Tensor, draw: Draw) -> Tensor:
         """Replaces those patch embeddings (b, n, d) by [mask] that are to be masked, and no others."""
         fate = draw.fate.unsqueeze(-1)  # (b, k, 1)
-        new = torch.where(fate < self.config.split[0], self.mask_token.to(tokens.dtype), take(tokens, draw.patches))
+        new = torch.where(fate == MASKED, self.mask_token.to(tokens.dtype), take(tokens, draw.patches))
         return put(tokens, draw.patches, new)
 
     def compute(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,7 +153,7 @@ class MaskedPatchPrediction(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures of the input, the corrupted input (hatched where masked), and each target's prediction and truth.
+        """Pictures of the input, the corrupted input (chequered where masked), and each target's prediction and truth.
 
         Prediction and truth show the target alone in the corrupted patches, and the image elsewhere.
         """

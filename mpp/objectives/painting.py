@@ -36,13 +36,14 @@ def rows(images: Tensor, patch: int, hidden: Tensor, painted: Tensor, truth: Ten
 
 def strokes(histograms: Tensor, patch: int) -> Tensor:
     """Histograms of oriented gradients as strokes along the edges, each channel's in its own: (b, n, c, bins, cells) of
-    patches, as `targets.hog` has them, to uint8 (b, n, p * p * c)."""
+    patches, as `targets.hog` has them, to uint8 (b, n, p * p * c). Where strokes cross, the brightest is seen."""
     bins, side = histograms.shape[3], math.isqrt(histograms.shape[4])
     cell = patch // side
     across = torch.arange(cell, device=histograms.device) - (cell - 1) / 2  # pixels from the middle
     angle = (torch.arange(bins, device=histograms.device) + 0.5) * math.pi / bins
     far = torch.outer(angle.cos(), across).unsqueeze(2) + torch.outer(angle.sin(), across).unsqueeze(1)
-    lit = (1 - far.abs()).clamp(min=0)  # (bins, cell, cell)
-    drawn = torch.einsum("b n c o s, o p q -> b n s p q c", histograms.clamp(min=0).to(lit.dtype), lit)
-    pixels = (255 * drawn).clamp(max=255).round().to(torch.uint8)
-    return rearrange(pixels, "b n (r s) p q c -> b n (r p s q c)", r=side)
+    lit = (1 - far.abs()).clamp(min=0).to(histograms.dtype)  # (bins, cell, cell)
+    light = rearrange(histograms, "b n c bins cells -> b n c cells bins 1 1") * lit
+    drawn = light.amax(4)  # (b, n, c, cells, cell, cell)
+    pixels = (255 * drawn).clamp(0, 255).round().to(torch.uint8)
+    return rearrange(pixels, "b n c (r s) p q -> b n (r p s q c)", r=side)

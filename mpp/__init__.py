@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from mpp.objectives import Metric as Metric
     from mpp.objectives import Needs as Needs
     from mpp.objectives import ObjectiveConfig as ObjectiveConfig
+    from mpp.objectives.autoregressive import Autoregressive as Autoregressive
+    from mpp.objectives.autoregressive_config import AutoregressiveConfig as AutoregressiveConfig
     from mpp.objectives.base import Objective as Objective
     from mpp.objectives.data2vec import Data2Vec as Data2Vec
     from mpp.objectives.data2vec_config import Data2VecConfig as Data2VecConfig
@@ -85,6 +87,8 @@ _HOMES = {
     "LogConfig": "mpp.train_config",
     "MaskedPatchPrediction": "mpp.objectives.masked_patch",
     "MaskedPatchConfig": "mpp.objectives.masked_patch_config",
+    "Autoregressive": "mpp.objectives.autoregressive",
+    "AutoregressiveConfig": "mpp.objectives.autoregressive_config",
     "MAE": "mpp.objectives.mae",
     "MAEConfig": "mpp.objectives.mae_config",
     "SimMIM": "mpp.objectives.simmim",

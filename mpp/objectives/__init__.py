@@ -6,6 +6,7 @@ Settings stand in modules without torch (`*_config.py`), so that a misspelt key 
 from typing import TYPE_CHECKING, Any
 
 from mpp.extend import Kind, Table
+from mpp.objectives.autoregressive_config import AutoregressiveConfig
 from mpp.objectives.config import Metric, Needs, ObjectiveConfig
 from mpp.objectives.data2vec_config import Data2VecConfig
 from mpp.objectives.labels_config import LabelsConfig
@@ -22,6 +23,7 @@ OBJECTIVES: Table[Kind] = Table(
     "mpp.objectives",
     Kind,
     {
+        "autoregressive": Kind(AutoregressiveConfig, "mpp.objectives.autoregressive:Autoregressive"),
         "data2vec": Kind(Data2VecConfig, "mpp.objectives.data2vec:Data2Vec"),
         "labels": Kind(LabelsConfig, "mpp.objectives.labels:Classification"),
         "mae": Kind(MAEConfig, "mpp.objectives.mae:MAE"),

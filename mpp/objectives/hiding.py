@@ -10,6 +10,7 @@ from mpp.masks import MASKS, Grid, random_index, random_order
 from mpp.models.encoder import Encoder
 from mpp.models.layers import put
 from mpp.models.vit import ViT
+from mpp.objectives.config import ObjectiveConfig
 from mpp.objectives.hiding_config import HidingConfig
 
 STD = 0.02  # of a mask token at first, as of BEiT's, MAE's and SimMIM's
@@ -51,8 +52,8 @@ class Hiding:
         return behind.argsort(1)[:, : -self.count], hidden
 
 
-def encoder_of_patches(encoder: Encoder, config: HidingConfig) -> ViT:
-    """The encoder, if it has patches to hide; else a ValueError."""
+def encoder_of_patches(encoder: Encoder, config: ObjectiveConfig) -> ViT:
+    """The encoder, if it has patches; else a ValueError."""
     if not isinstance(encoder, ViT):
         name = encoder.config.name
         raise ValueError(f"objective.name {config.name} needs an encoder of patches (model.name vit), got {name}")

@@ -31,15 +31,18 @@ class Target:
         """What is true of each patch of uint8 images (b, c, h, w): (b, n, ...)."""
         raise NotImplementedError
 
-    def loss(self, predicted: Tensor, truth: Tensor) -> Tensor:
-        """The mean over patches, a scalar: of predictions (b, k, outputs) and the truth of the same patches."""
+    def loss(self, predicted: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The mean over patches, a scalar: of predictions (b, k, outputs) and the truth of the same patches. With
+        weights (b, k), the sum of each patch's loss times its weight."""
         raise NotImplementedError
 
-    def metrics(self, predicted: Tensor, truth: Tensor, copied: Tensor | None = None) -> dict[str, Tensor]:
-        """Scalars to log, by names of `predicted_config.METRICS`, without gradients.
+    def metrics(
+        self, predicted: Tensor, truth: Tensor, copied: Tensor | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Scalars to log, by names of `predicted_config.METRICS`, without gradients; means over patches, weighted so.
 
         copied: (b, j, ...) the truth of other patches, as a guess of the first j ones' that needs no learning
-            ("nearest"), for targets that compare; without it some log less.
+            ("nearest"), for targets that compare; without it some log less. With weights, of all of them.
         """
         raise NotImplementedError
 
@@ -70,12 +73,17 @@ class Colours(Target):
             return targets.mean_colour(images, self.patch, self.bits).unsqueeze(-1)
         return targets.colour_grid(images, self.patch, self.grid, self.bits)
 
-    def loss(self, predicted: Tensor, truth: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(predicted).flatten(0, 2), truth.flatten())
+    def loss(self, predicted: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+        logits, classes = self._logits(predicted).flatten(0, 2), truth.flatten()
+        if weights is None:
+            return F.cross_entropy(logits, classes)
+        return (F.cross_entropy(logits, classes, reduction="none").view_as(truth).mean(-1) * weights).sum()
 
-    def metrics(self, predicted: Tensor, truth: Tensor, copied: Tensor | None = None) -> dict[str, Tensor]:
+    def metrics(
+        self, predicted: Tensor, truth: Tensor, copied: Tensor | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         classes = 1 << self.channels * self.bits
-        return compared(self._logits(predicted.detach()).argmax(-1), truth, classes, copied)
+        return compared(self._logits(predicted.detach()).argmax(-1), truth, classes, copied, weights)
 
     def painted(self, predicted: Tensor, truth: Tensor) -> Tensor:
         """Cells in the colour in the middle of the predicted class."""
@@ -112,24 +120,28 @@ class Pixels(Target):
         """The pixels, uint8 (b, n, p * p * c): the rest is done to those patches alone whose truth it is."""
         return targets.patch_pixels(images, self.encoder.config.patch)
 
-    def loss(self, predicted: Tensor, truth: Tensor) -> Tensor:
+    def loss(self, predicted: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
         pixels = self._seen(truth)
         if self.normalised:
             mean, std = _mean_and_std(pixels)
             pixels = (pixels - mean) / std
-        return self.error(predicted, pixels)
+        if weights is None:
+            return self.error(predicted, pixels)
+        return (self.error(predicted, pixels, reduction="none").mean(-1) * weights).sum()
 
-    def metrics(self, predicted: Tensor, truth: Tensor, copied: Tensor | None = None) -> dict[str, Tensor]:
+    def metrics(
+        self, predicted: Tensor, truth: Tensor, copied: Tensor | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Decibels; and with `copied`, unless the true mean is filled in, how often mean colours are right, as of
         `Colours`, if these are images in colour or grey."""
         pixels, predicted = self._seen(truth), predicted.detach()
         mean, std = _mean_and_std(pixels)
         guess = predicted * std + mean if self.normalised else predicted
-        decibels = {"psnr": self._psnr(guess - pixels), "flat": self._psnr(mean - pixels)}
+        decibels = {"psnr": self._psnr(guess - pixels, weights), "flat": self._psnr(mean - pixels, weights)}
         if self.normalised or copied is None or self.channels not in MOST_BITS:
             return decibels
         said, true, near = (self._colour_of(colours) for colours in (self._as_colours(guess), truth, copied))
-        return compared(said, true, 1 << self.channels * self.bits, near) | decibels
+        return compared(said, true, 1 << self.channels * self.bits, near, weights) | decibels
 
     def painted(self, predicted: Tensor, truth: Tensor) -> Tensor:
         """The predicted pixels; normalised ones get their patch's true mean and deviation, which are not predicted."""
@@ -150,10 +162,10 @@ class Pixels(Target):
         image = rearrange(pixels, "b k (s c) -> b c k s", c=self.channels)
         return rearrange(self.encoder.denormalise(image), "b c k s -> b k (s c)")
 
-    def _psnr(self, error: Tensor) -> Tensor:
+    def _psnr(self, error: Tensor, weights: Tensor | None) -> Tensor:
         """Decibels of errors (b, k, p * p * c) of pixels as the encoder sees them, the peak being white."""
-        squares = (error.unflatten(-1, (-1, self.channels)) * self.encoder.std.flatten()).square().mean()
-        return -10 * squares.clamp(min=EXACT).log10()
+        squares = (error.unflatten(-1, (-1, self.channels)) * self.encoder.std.flatten()).square()
+        return -10 * averaged(squares, weights).clamp(min=EXACT).log10()
 
     def _colour_of(self, pixels: Tensor) -> Tensor:
         """The class of the mean colour of patches given as pixels, uint8 (b, k, p * p * c): (b, k, 1) int64."""
@@ -177,18 +189,29 @@ def target_of(name: TargetName, encoder: ViT, bits: int | None = None, grid: int
     return Colours(encoder, bits, grid if name == "colour_grid" else 1)
 
 
-def compared(guess: Tensor, truth: Tensor, classes: int, copied: Tensor | None = None) -> dict[str, Tensor]:
-    """How often classes (b, k, cells) are right, beside two guesses that need no learning.
+def compared(
+    guess: Tensor, truth: Tensor, classes: int, copied: Tensor | None = None, weights: Tensor | None = None
+) -> dict[str, Tensor]:
+    """How often classes (b, k, cells) are right, by weights of patches (b, k), beside two guesses without learning.
 
     commonest: the class that is commonest in the batch, everywhere. nearest: the class of another patch, `copied`
     (b, j, cells) for the first j of the patches.
     """
-    counts = torch.zeros(classes, device=truth.device)
-    counts.scatter_add_(0, truth.flatten(), torch.ones_like(truth, dtype=counts.dtype).flatten())
-    figures = {"accuracy": (guess == truth).float().mean(), "commonest": counts.max() / truth.numel()}
+    each = torch.ones_like(truth, dtype=torch.float32)
+    each = each if weights is None else each * weights.unsqueeze(-1)
+    counts = torch.zeros(classes, device=truth.device).scatter_add(0, truth.flatten(), each.flatten())
+    total = truth.numel() if weights is None else each.sum()
+    figures = {"accuracy": averaged((guess == truth).float(), weights), "commonest": counts.max() / total}
     if copied is not None:
-        figures["nearest"] = (copied == truth[:, : copied.shape[1]]).float().mean()
+        figures["nearest"] = averaged((copied == truth[:, : copied.shape[1]]).float(), weights)
     return figures
+
+
+def averaged(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of values of patches (b, k, ...), by weights of these (b, k) if there are some."""
+    if weights is None:
+        return values.mean()
+    return (values.flatten(2).mean(-1) * weights).sum() / weights.sum()
 
 
 def precise(values: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from mpp.jsons import encoded
 IMAGES, WARM_UP = 75_000, 0.1  # seen in pretraining; the share of them in which the rate rises
 BATCH = 128  # of the recipes
 STEPS = 8  # of a round of speed
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 FIT, SCORE = 10_000, 5_000  # training images of the held-out score: fitted to, scored on
 SEEDS = (0, 1, 2)
 SECONDS = 120.0  # of one thread

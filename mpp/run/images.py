@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,15 +44,15 @@ class RunImages:
 
     def open_scored(self, batch: int) -> Batches | None:
         """Batches of the images to score on, `eval.images` of them at most, if there are any."""
-        return None if self.scored is None else self._opened(self.recipe, self.scored, batch)
+        return None if self.scored is None else self._opened(self.scored, batch)
 
     def open_known(self, batch: int) -> Batches | None:
         """Batches of `eval.knn` labelled images to train on, as evaluation sees them, if it is asked for."""
-        one_view = replace(self.recipe, data=replace(self.recipe.data, views={}))
-        return None if self.known is None else self._opened(one_view, self.known, batch)
+        return None if self.known is None else self._opened(self.known, batch, views={})
 
-    def _opened(self, recipe: Recipe, index: Index, batch: int) -> Batches:
-        self.opened.append(_open(recipe, [index], batch, train=False))
+    def _opened(self, index: Index, batch: int, **data: Any) -> Batches:
+        """Batches of an index as evaluation sees them, with other settings of the section data."""
+        self.opened.append(_open(self.recipe, [index], batch, train=False, **data))
         return self.opened[-1]
 
     def close(self) -> None:
@@ -134,13 +135,15 @@ def _preparing(recipe: Recipe, way: PrepareName) -> Recipe:
     return replace(recipe, data=replace(recipe.data, prepare=way))
 
 
-def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool) -> Batches:
-    """Batches of some images, made where `data.prepare` says."""
+def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool, **data: Any) -> Batches:
+    """Batches of some images, made where `data.prepare` says. data: other settings of that section than the recipe's,
+    which an objective that needs them would refuse of a recipe."""
     found, expected = indexes[0].channels, recipe.model.channels
     if found != expected:
         raise ShardError(f"{indexes[0].origin}: images have {found} channels, model.channels is {expected}")
     device = device_of(recipe.train.device) if recipe.data.prepare == "device" else None
-    opened = partial(open_batches, indexes, batch, recipe.data, image=recipe.model.image, seed=recipe.seed)
+    settings = replace(recipe.data, **data)
+    opened = partial(open_batches, indexes, batch, settings, image=recipe.model.image, seed=recipe.seed)
     return opened(train=train, device=device, rank=here().rank, ranks=here().size)
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from html import escape, unescape
 from html.parser import HTMLParser
 from statistics import fmean, stdev
@@ -15,6 +16,7 @@ from comparison_results import comparison
 from mpp.errors import UserError
 from mpp.eval.compare.confusion import confusions
 from mpp.eval.report.report import report, write_report
+from mpp.objectives.config import NEIGHBOURS
 
 VOID = {"meta", "img", "br"}
 SECTIONS = ("answer", "arms", "accuracy", "frozen", "curves", "cost", "classes", "pictures", "rates", "repeat")
@@ -393,6 +395,21 @@ def test_curves_and_pictures_are_named_as_their_objective_says():
     assert "Views that agree, %" not in section["text"]
     [caption] = [one for one in page.all("figcaption") if "Rows from the top" in one["text"]]
     assert "input: the first view; corrupted; predicted; truth." in caption["text"]
+
+
+def test_the_score_of_neighbours_has_a_panel_of_its_own_in_per_cent():
+    results = comparison(arms=("scratch", "mpp"))
+    plain = Page(report(results))
+    results["captions"]["mpp"]["pretrain"]["metrics"]["knn"] = asdict(NEIGHBOURS["knn"])
+    curve = {"arm": "mpp", "seed": 0, "stage": "pretrain", "fraction": None, "metric": "val/knn"}
+    results["curves"].append({**curve, "points": [[1000, 0.25], [2000, 0.375]]})
+    page = Page(report(results))
+    names = [[one["text"] for one in found.all("svg") if "images seen" in one["text"]] for found in (plain, page)]
+    added = [text for text in names[1] if text not in names[0]]
+    assert len(names[1]) == len(names[0]) + 1
+    [panel] = added
+    assert "k-NN accuracy of the encoder, %" in panel
+    assert "Accuracy" not in panel.replace("k-NN accuracy", "")
 
 
 def test_guesses_have_lines_of_their_own():

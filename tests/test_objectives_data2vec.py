@@ -18,6 +18,7 @@ import mpp
 from mpp import checkpoint, draws, targets
 from mpp.batch import Batch
 from mpp.counts import parameters
+from mpp.data.subset import some_labelled
 from mpp.loop import build_optimizer
 from mpp.models.cnn import ResNet
 from mpp.models.layers import take
@@ -27,6 +28,7 @@ from mpp.objectives.data2vec import Data2Vec
 from mpp.objectives.data2vec_config import Data2VecConfig
 from mpp.recipe import load_recipe
 from mpp.run.start import at_start
+from mpp.shards.index import read_index
 from mpp.shards.write import make_shards
 from mpp.train_config import TrainConfig
 
@@ -371,6 +373,15 @@ def test_the_result_is_the_student_or_if_asked_the_teacher(folder, tmp_path):
     for place in ("", f"checkpoints/step-{checkpoint.steps(tmp_path / 'out/checkpoints')[-1]:08d}"):
         teacher = mpp.load_encoder(tmp_path / "out" / place).state_dict()
         assert all(torch.equal(value, model[f"teacher.{name}"]) for name, value in teacher.items())
+    encoder, found = mpp.load_encoder(tmp_path / "out"), []
+    for split, rows in (("train", some_labelled(read_index(folder / "digits", "train"), 100)), ("test", range(60))):
+        [batch] = mpp.read_shards(folder / "digits", 100, split=split, train=False, numbers=[*rows])
+        with torch.no_grad():
+            found += [encoder.eval()(batch.images), batch.labels]
+    known, labels, told, truth = found
+    score = mpp.eval.knn_accuracy(known, labels, told, truth, k=20)
+    assert figures(tmp_path / "out")[6]["val/knn"] == pytest.approx(score)
+    assert figures(folder / "1/run")[6]["val/knn"] != pytest.approx(score), "that of the student"
 
 
 def test_student_and_teacher_begin_with_the_weights_given(folder):

@@ -24,7 +24,8 @@ from mpp.files import FileError, write_atomically
 from mpp.jsons import encoded, read_lines
 
 PICTURE_SIDE = 96  # pixels that an image of a picture grid has at least, so that small ones can be seen
-LABEL_WIDTH = 64  # pixels
+LABEL_WIDTH = 64  # pixels, at least
+FONT = 12  # pixels high
 GAP = 2  # pixels between images of a grid
 METRICS = "metrics.jsonl"
 
@@ -167,11 +168,14 @@ def picture_grid(pictures: dict[str, Tensor]) -> np.ndarray:
 
 def labelled(grid: np.ndarray, names: list[str]) -> np.ndarray:
     """Puts each row's name at its left."""
-    canvas = Image.new("RGB", (grid.shape[1] + LABEL_WIDTH, grid.shape[0]), "white")
-    canvas.paste(Image.fromarray(grid), (LABEL_WIDTH, 0))
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widths = [math.ceil(measure.textlength(name, font_size=FONT)) + 2 * GAP for name in names]
+    left = max(LABEL_WIDTH, *widths)
+    canvas = Image.new("RGB", (grid.shape[1] + left, grid.shape[0]), "white")
+    canvas.paste(Image.fromarray(grid), (left, 0))
     for row, name in enumerate(names):
         middle = (row + 0.5) * grid.shape[0] / len(names)
-        ImageDraw.Draw(canvas).text((LABEL_WIDTH - GAP, middle), name, "black", anchor="rm", font_size=12)
+        ImageDraw.Draw(canvas).text((left - GAP, middle), name, "black", anchor="rm", font_size=FONT)
     return np.asarray(canvas)
 
 

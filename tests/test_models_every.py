@@ -79,11 +79,14 @@ def test_every_choice_runs_whole_masked_and_with_dropped_patches(choice):
 
     tokens, keep = encoder.embed(images), torch.tensor([[4, 1, 3], [0, 5, 2]])
     if needy := [name for name in encoder.config.mixer if name in ON_GRID]:
-        with pytest.raises(ValueError, match=f"model.mixer {needy[0]} needs the whole grid"):
-            encoder.encode(tokens, keep)
+        for given in ((tokens, keep), (tokens[:, :3], None, keep)):
+            with pytest.raises(ValueError, match=f"model.mixer {needy[0]} needs the whole grid"):
+                encoder.encode(*given[:2], places=given[2] if len(given) > 2 else None)
         return
     kept = encoder.patches(encoder.encode(tokens, keep))
     assert kept.shape == (2, 3, 32)
+    alone = encoder.encode(encoder.embed(images, keep), places=keep)  # of the kept patches alone from the start
+    torch.testing.assert_close(encoder.patches(alone), kept, atol=1e-5, rtol=1e-5)
     # Dropping none, in another order, gives the same outputs in that order: each patch keeps its position.
     order = torch.tensor([[4, 1, 3, 0, 5, 2], [0, 5, 2, 1, 4, 3]])
     turned = encoder.patches(encoder.encode(tokens, order))

@@ -441,3 +441,13 @@ def test_tokens_in_front_must_be_those_that_a_trunk_is_to_be_given():
     for own, config in {"class_token": {"class_token": True}, "registers": {"registers": 1}}.items():
         with pytest.raises(ValueError, match=f"^trunk.{own}: the tokens in front of this trunk's patches"):
             Trunk(config_of(**config), GRID, front=1)
+
+
+def test_tokens_of_some_patches_must_say_which_they_are():
+    trunk, tokens, keep = Trunk(config_of(), GRID), torch.randn(2, 3, WIDTH), torch.tensor([[0, 2, 1], [4, 3, 5]])
+    with pytest.raises(ValueError, match="3 tokens do not fill a grid"):
+        trunk.encode(tokens)
+    with pytest.raises(ValueError, match=r"encode needs `places` of shape \(2, 3\), one of each token, got \(2, 2\)"):
+        trunk.encode(tokens, places=keep[:, :2])
+    with pytest.raises(ValueError, match="encode takes `keep` or `places`, not both"):
+        trunk.encode(tokens, keep, places=keep)

@@ -62,6 +62,12 @@ class Encoder(nn.Module):
             self.look(images)
         return images if images.dtype == torch.float32 else images.to(self.mean.dtype)
 
+    def normalise_pixels(self, pixels: Tensor) -> Tensor:
+        """The same for uint8 pixels (..., pixels * c), channels last, as patches are given."""
+        times = pixels.shape[-1] // self.config.channels
+        mean, std = self.mean.flatten().repeat(times), self.std.flatten().repeat(times)
+        return (pixels.float() - 255 * mean) / (255 * std)
+
     def denormalise(self, images: Tensor) -> Tensor:
         """Maps normalised images of any value to the nearest uint8 ones."""
         return (255 * (images * self.std + self.mean)).round().clamp(0, 255).to(torch.uint8)

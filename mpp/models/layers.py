@@ -21,13 +21,32 @@ class Initialised(Protocol):
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """Gathers tokens (b, n, d) at index (b, k): (b, k, d)."""
+    if (rows := _rows(tokens, index)) is not None:
+        return tokens.flatten(0, 1).index_select(0, rows).view(*index.shape, -1)
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 def put(tokens: Tensor, index: Tensor, new: Tensor) -> Tensor:
     """The tokens (b, n, d) with `new`, (b, k, d) or a single (d,), at index (b, k), in the tokens' dtype."""
     places = index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])  # (b, k, d)
-    return tokens.scatter(1, places, new.to(tokens.dtype).expand_as(places))
+    new = new.to(tokens.dtype).expand_as(places)
+    if (rows := _rows(tokens, index)) is not None:
+        return tokens.flatten(0, 1).index_copy(0, rows, new.flatten(0, 1)).view_as(tokens)
+    return tokens.scatter(1, places, new)
+
+
+def _rows(tokens: Tensor, index: Tensor) -> Tensor | None:
+    """Which rows of tokens (b * n, d) an index (b, k) means: (b * k,). None where that is not the faster way.
+
+    On a CPU, a row at a time is moved several times as fast, forward and backward, as by gather and scatter, which look
+    at each of its numbers. Elsewhere an index that is none of the image's could not be told without waiting.
+    """
+    if type(index) is not Tensor or index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return None
+    low, high = index.aminmax()
+    if low < 0 or high >= tokens.shape[1] or len(index) != len(tokens):
+        return None  # torch's own error, or a smaller batch's index
+    return (index + tokens.shape[1] * torch.arange(len(index)).unsqueeze(1)).flatten()
 
 
 def norm_of(config: TrunkConfig, size: int) -> nn.Module:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -111,6 +112,7 @@ class Trunk(nn.Module):
         tokens: Tensor,
         keep: Tensor | None = None,
         *,
+        places: Tensor | None = None,
         at: Tensor | None = None,
         layers: None = None,
         grid: Grid | None = None,
@@ -126,6 +128,7 @@ class Trunk(nn.Module):
         tokens: Tensor,
         keep: Tensor | None = None,
         *,
+        places: Tensor | None = None,
         layers: Sequence[int],
         grid: Grid | None = None,
         context: Tensor | None = None,
@@ -139,6 +142,7 @@ class Trunk(nn.Module):
         tokens: Tensor,
         keep: Tensor | None = None,
         *,
+        places: Tensor | None = None,
         at: Tensor | None = None,
         layers: Sequence[int] | None = None,
         grid: Grid | None = None,
@@ -150,9 +154,10 @@ class Trunk(nn.Module):
         """Runs the blocks on patch tokens (b, n, d): (b, prefix + n, d).
 
         keep: (b, k) indices of patches; the others are dropped, after positions are added to all n.
+        places: (b, k) in the place of `keep` where tokens are (b, k, d), of the patches of these indices alone.
         at: (b, j) indices of patches; gives their outputs alone, (b, j, d) without prefix tokens. Exact, and saves
             what the last block would compute for the others. Those from -prefix on are the tokens in front. With
-            `keep` they still count the patches of the image, and each must be among those kept.
+            `keep` or `places` they still count the patches of the image, and each must be among those.
         layers: block numbers from 0; gives a list of these blocks' outputs (b, prefix + n, d), without the final norm.
         grid: (rows, columns) of the patches where it is not the trunk's own.
         context: (b, m, channels), the tokens that the mixer `cross` looks at. context_at: (b, m) says which patches of
@@ -160,24 +165,30 @@ class Trunk(nn.Module):
         front: (b, prefix, d), the tokens in front of the patches, of a trunk that has none of its own (`front` there).
         causal: each patch sees itself and those before it, row by row, and none behind it. But so many first ones,
             (b,) or for all images alike, are seen by every token, and so are those in front of the patches (AIM's
-            prefix attention, arXiv 2401.08541, section 3.2). Patches that `keep` names stand in the order of the image.
+            prefix attention, arXiv 2401.08541, section 3.2). Patches that are not all stand in the order of the image.
 
-        A ViT leaves the final norm to `pool` where that is avg_norm. Raises ValueError for `keep` if a mixer needs the
-        grid, for `causal` if one shows a patch those behind it, and for what does not fit the settings.
+        A ViT leaves the final norm to `pool` where that is avg_norm. Raises ValueError for patches that are not all if
+        a mixer needs the grid, for `causal` if one shows a patch those behind it, and for what does not fit the
+        settings.
         """
         grid = grid or self.own_grid
-        self._check(tokens, keep, at, layers, grid, context, context_at)
+        self._check(tokens, keep, places, at, layers, grid, context, context_at)
         self._check_front(tokens, front)
         if causal is not None:
             check_causal(self.config, tokens, causal)
-        tokens = tokens + self.positions.patches(grid).to(tokens.dtype)
+        positions = self.positions.patches(grid).to(tokens.dtype)  # (n, d), or (1, d)
+        if places is not None and len(positions) > 1:
+            positions = F.embedding(places, positions)  # (b, k, d)
+        tokens = tokens + positions
         index = None
-        if keep is not None:
+        if keep is not None or places is not None:
             if reason := self.config.needs_grid:
                 raise ValueError(f"{reason}, so no patches can be dropped")
-            tokens = take(tokens, keep)
-            ahead = torch.arange(self.prefix, device=keep.device).expand(len(keep), -1)
-            index = torch.cat([ahead, keep + self.prefix], dim=1)  # (b, prefix + k)
+            if keep is not None:
+                tokens, places = take(tokens, keep), keep
+            assert places is not None
+            ahead = torch.arange(self.prefix, device=places.device).expand(len(places), -1)
+            index = torch.cat([ahead, places + self.prefix], dim=1)  # (b, prefix + k)
         if self.prefix:
             front = self._front().expand(len(tokens), -1, -1) if front is None else front
             tokens = torch.cat([front.to(tokens.dtype), tokens], dim=1)
@@ -186,16 +197,16 @@ class Trunk(nn.Module):
         tokens = self.drop(tokens, keys)
         if self.norm_pre is not None:
             tokens = self.norm_pre(tokens)
-        places = self._places(grid, index, None if context is None else context.to(tokens.dtype), context_at)
-        places = (places if causal is None else ordered(places, causal, tokens, index))._replace(keys=keys)
+        where = self._places(grid, index, None if context is None else context.to(tokens.dtype), context_at)
+        where = (where if causal is None else ordered(where, causal, tokens, index))._replace(keys=keys)
         if layers is not None:
-            return self._outputs(tokens, places, layers)
+            return self._outputs(tokens, where, layers)
         for block in self.blocks[:-1]:
-            tokens = self._run(block, tokens, places)
+            tokens = self._run(block, tokens, where)
         if at is not None:
             at = at + self.prefix
             at = at if index is None else rows_of(at, index, self.prefix + math.prod(grid))
-        return self.finish(self._run(self.blocks[-1], tokens, places, at))
+        return self.finish(self._run(self.blocks[-1], tokens, where, at))
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Makes of the last block's output what `encode` gives, (b, prefix + n, d): applies the final norm."""
@@ -209,6 +220,7 @@ class Trunk(nn.Module):
         self,
         tokens: Tensor,
         keep: Tensor | None,
+        places: Tensor | None,
         at: Tensor | None,
         layers: Sequence[int] | None,
         grid: Grid,
@@ -217,7 +229,12 @@ class Trunk(nn.Module):
     ) -> None:
         """Raises ValueError for arguments of `encode` that do not go together."""
         section, words, crosses = self.config.section, self.config.mixer_words, "cross" in self.config.mixer
-        if grid[0] * grid[1] != tokens.shape[1]:
+        if keep is not None and places is not None:
+            raise ValueError("encode takes `keep` or `places`, not both")
+        if places is not None and places.shape != tokens.shape[:2]:
+            found, expected = tuple(places.shape), tuple(tokens.shape[:2])
+            raise ValueError(f"encode needs `places` of shape {expected}, one of each token, got {found}")
+        if places is None and grid[0] * grid[1] != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]}x{grid[1]} patches; pass grid=")
         if at is not None and layers is not None:
             raise ValueError("encode takes `at` or `layers`, not both")

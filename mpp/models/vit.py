@@ -5,9 +5,11 @@ from dataclasses import asdict, replace
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mpp.models.encoder import Encoder
+from mpp.models.layers import take
 from mpp.models.pools import POOLS
 from mpp.models.positions import Learned, Positions, SinCos2d
 from mpp.models.stems import STEMS
@@ -45,10 +47,20 @@ class ViT(Encoder, Trunk):
             raise ValueError(f"image sides must be multiples of the patch ({self.config.patch}), got {height}x{width}")
         return height // self.config.patch, width // self.config.patch
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Maps images (b, c, h, w) to patch tokens (b, n, d), still without positions."""
-        self.grid(images)
-        return self.stem(self.normalise(images))
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Maps images (b, c, h, w) to patch tokens (b, n, d), still without positions.
+
+        keep: (b, k) indices of patches; gives the tokens of these alone, (b, k, d), for `encode(tokens, places=...)`.
+        """
+        rows, columns = self.grid(images)
+        if keep is None:
+            return self.stem(self.normalise(images))
+        if self.stem.overlaps:
+            return take(self.stem(self.normalise(images)), keep)
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", h=rows, w=columns)
+        p = self.config.patch
+        alone = rearrange(take(patches, keep), "b k (c p q) -> b c p (k q)", p=p, q=p)  # an image of one row of patches
+        return self.stem(self.normalise(alone))
 
     def finish(self, tokens: Tensor) -> Tensor:
         """As a trunk's, but where the pool is avg_norm the final norm is left to it."""

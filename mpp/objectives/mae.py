@@ -5,15 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpp import targets
 from mpp.batch import Batch
 from mpp.models.decoder import Decoder
-from mpp.models.layers import put, take
+from mpp.models.layers import take
 from mpp.models.vit import ViT
 from mpp.objectives.base import Objective
 from mpp.objectives.hiding import Hiding, encoder_of_patches
 from mpp.objectives.mae_config import MAEConfig
-from mpp.objectives.painting import hatch
+from mpp.objectives.painting import rows
 from mpp.objectives.predicted import Pixels, precise
 
 
@@ -51,7 +50,7 @@ class MAE(Objective):
 
     def predict(self, images: Tensor, draw: Draw) -> Tensor:
         """The decoder's outputs at the dropped patches, float32 at least (b, n - k, p * p * c)."""
-        seen = self.encoder.encode(self.encoder.embed(images), draw.kept)  # (b, prefix + k, d)
+        seen = self.encoder.encode(self.encoder.embed(images, draw.kept), places=draw.kept)  # (b, prefix + k, d)
         return precise(self.decoder(seen, draw.kept, draw.dropped))
 
     def compute(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
@@ -62,13 +61,8 @@ class MAE(Objective):
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures of what the encoder is given (chequered where dropped), of the predictions, and of the image."""
-        images, patch, grid = batch.images, self.encoder.config.patch, self.encoder.config.grid
+        images = batch.images
         draw = self.draw(len(batch), images.device)
         patches = self.target.truth(images)  # (b, n, p * p * c)
         painted = self.target.painted(self.predict(images, draw), take(patches, draw.dropped))
-        rows = {
-            "seen": put(patches, draw.dropped, take(hatch(images, patch), draw.dropped)),
-            "predicted": put(patches, draw.dropped, painted),
-            "truth": patches,
-        }
-        return {name: targets.unpatchify(row, patch, grid) for name, row in rows.items()}
+        return rows(images, self.encoder.config.patch, draw.dropped, painted, patches)

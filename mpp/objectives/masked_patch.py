@@ -107,11 +107,9 @@ class MaskedPatchPrediction(Objective):
     def predict(self, images: Tensor, draw: Draw) -> Tensor:
         """What is said of the corrupted patches, float32 at least (b, k, outputs)."""
         if draw.seen is not None:
-            tokens = self.encoder.embed(images)  # (b, n, d)
-            if self.replaced:
-                where = slice(self.dropped, self.dropped + self.replaced)
-                tokens = put(tokens, draw.patches[:, where], take(tokens, draw.other[:, where]))
-            seen = self.encoder.encode(tokens, draw.seen)  # (b, prefix + s, d)
+            # What is shown of a patch: itself, or another one where it is replaced; those come first.
+            shown = torch.cat([draw.other[:, self.dropped :][:, : self.replaced], draw.seen[:, self.replaced :]], dim=1)
+            seen = self.encoder.encode(self.encoder.embed(images, shown), places=draw.seen)  # (b, prefix + s, d)
             return precise(self.decoder(seen, draw.seen, draw.patches))
         if self.encoder.stem.overlaps:
             tokens = self.masked(self.encoder.embed(self.without(images, draw)), draw)  # (b, n, d)

@@ -307,7 +307,7 @@ def test_pictures_are_the_principal_components_of_the_targets(channels):
     seen, whole = (targets.patch_pixels(pixels, 8) for pixels in (shown["seen"], images))
     for b in range(4):
         for n in range(24):
-            assert (seen[b, n] == (128 if n in hidden[b].tolist() else whole[b, n])).all()
+            assert torch.equal(seen[b, n], whole[b, n]) is (n not in hidden[b].tolist())
     rows = objective.truth(images).flatten(0, 1).double().numpy()
     centred = rows - rows.mean(0)
     _, sizes, directions = __import__("numpy").linalg.svd(centred, full_matrices=False)

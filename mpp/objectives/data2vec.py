@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpp import targets
 from mpp.batch import Batch
 from mpp.models.encoder import Encoder
-from mpp.models.layers import put, take
+from mpp.models.layers import take
 from mpp.models.vit import ViT
 from mpp.objectives.base import Objective
 from mpp.objectives.data2vec_config import Data2VecConfig
 from mpp.objectives.hiding import Hiding, embed_without, encoder_of_patches, mask_token
+from mpp.objectives.painting import rows
+from mpp.objectives.predicted import precise
 from mpp.split import own_part
 
 STD = 0.02  # of the head's first weights, which are cut at one deviation (modeling_cyclical.py)
 EPS = 1e-5  # of the norms of targets (torch's default, which engine_for_cyclical.py takes)
-GREY = 128  # paints hidden patches in pictures
 DEVIATIONS = 2.0  # of a principal component that the colours of pictures span, to either side
 
 
@@ -80,7 +80,7 @@ class Data2Vec(Objective):
     def predict(self, images: Tensor, hidden: Tensor) -> Tensor:
         """The head's outputs at the hidden patches (b, k), float32 at least: (b, k, d)."""
         tokens = embed_without(self.encoder, images, hidden, self.mask_token)
-        return _precise(self.head(self.encoder.encode(tokens, at=hidden)))
+        return precise(self.head(self.encoder.encode(tokens, at=hidden)))
 
     def compute(self, images: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and what to log, for given hidden patches (b, k)."""
@@ -106,27 +106,16 @@ class Data2Vec(Objective):
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures of what the student is given, of its predictions, and of the teacher's targets."""
-        images, patch, grid = batch.images, self.encoder.config.patch, self.encoder.config.grid
+        images, patch = batch.images, self.encoder.config.patch
         hidden = self.hiding.draw(len(batch), images.device)
         truth, predicted = self.truth(images), self.predict(images, hidden)
         basis = _basis(truth.flatten(0, 1))
-        patches, colours = targets.patch_pixels(images, patch), _painted(truth, basis, patch)
-        rows = {
-            "seen": put(patches, hidden, torch.full_like(patches[:, : self.hiding.count], GREY)),
-            "predicted": put(colours, hidden, _painted(predicted, basis, patch)),
-            "truth": colours,
-        }
-        return {name: targets.unpatchify(row, patch, grid) for name, row in rows.items()}
-
-
-def _precise(values: Tensor) -> Tensor:
-    """Values in float32 at least, whatever the precision they were computed in."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+        return rows(images, patch, hidden, _painted(predicted, basis, patch), _painted(truth, basis, patch))
 
 
 def _normed(tokens: Tensor) -> Tensor:
     """Tokens (..., d) less their mean and divided by their deviation, in float32 at least."""
-    return F.layer_norm(_precise(tokens), tokens.shape[-1:], eps=EPS)
+    return F.layer_norm(precise(tokens), tokens.shape[-1:], eps=EPS)
 
 
 def _basis(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

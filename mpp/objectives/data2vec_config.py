@@ -29,7 +29,7 @@ class Data2VecConfig(HidingConfig):
         "mean": Metric("Loss of a guess without learning: the mean target everywhere", guess=True),
     }
     pictures: ClassVar = {
-        "seen": "what the student is given (grey: hidden)",
+        "seen": "what the student is given (chequered: hidden)",
         "predicted": "what it says of the hidden patches, in the colours of the row below",
         "truth": "the teacher's targets: their first three principal components as red, green and blue",
     }

@@ -20,7 +20,7 @@ COLOURS = {
 }
 DECIBELS = {
     "psnr": Metric("Peak signal to noise of the predicted pixels, dB"),
-    "flat": Metric("Guess without learning, dB: each patch's own mean", guess=True),
+    "flat": Metric("Without learning, dB: each patch in its own true mean", guess=True),
 }
 METRICS: dict[TargetName, Mapping[str, Metric]] = {
     "mean_colour": COLOURS,

@@ -6,7 +6,7 @@ table: for each objective the learning rate is chosen first: a run at each of RA
     is not at the edge, scored by a linear classifier on training images that it was not fitted to. The run at the best
     rate is the one whose test figures are given. Those are looked at once, behind the choice.
 best: the two best of the table, by the held-out score, with two more seeds.
-time: the two best and the paper's objective in its full form, for as many images as each trains on in SECONDS.
+time: the two best and the paper's objective in its full form, for the time that its dropped form takes for IMAGES.
 forms: the paper's objective in its two forms, and MAE, for several times, n = 3; its shares and decoders.
 speed: images a second of each, one thread, in turn. `time` and `forms` need it.
 gather: all figures that there are, in one file (OUT/objectives-cifar10.json), as every command leaves it.
@@ -32,13 +32,11 @@ from benchmarks import harness
 from mpp.jsons import encoded
 
 IMAGES, WARM_UP = 75_000, 0.1  # seen in pretraining; the share of them in which the rate rises
-BATCH = 128  # of the recipes
 STEPS = 8  # of a round of speed
 RATES = (5e-4, 1e-3, 2e-3)
 FIT, SCORE = 10_000, 5_000  # training images of the held-out score: fitted to, scored on
 SEEDS = (0, 1, 2)
-SECONDS = 120.0  # of one thread
-TIMES = (60.0, 120.0)
+FACTORS = (0.5, 1.0, 2.0)  # of the time that the dropped form takes for IMAGES
 SHAPE = ("model.positions=sincos2d", "train.threads=1")
 QUIET = ("data.val=null", "log.pictures=0", "log.tensorboard=false", "train.save_every=100_000", "train.epochs=null")
 LABELS = ("data.subset.share=0.1", "train.epochs=null", "train.images=60_000", "train.warmup=6_000", "log.pictures=0")
@@ -223,7 +221,7 @@ def more_seeds(work: Work, name: str) -> dict[str, Any]:
 
 def in_time(work: Work, name: str, row: Row, rate: float, seconds: float, images_per_second: float) -> dict[str, Any]:
     """What a row reaches with as many images as it trains on in so many seconds, for each seed."""
-    images = BATCH * round(seconds * images_per_second / BATCH)
+    images = round(seconds * images_per_second)
     runs = [work.pretrained(row, name, rate, seed, images) for seed in SEEDS]
     return {
         "title": row.title,
@@ -281,16 +279,16 @@ def speed(work: Work, rows: dict[str, Row], rounds: int) -> dict[str, Any]:
     }
 
 
-def timed(work: Work, names: Sequence[str], times: Sequence[float]) -> dict[str, Any]:
-    """Rows for equal times, as long as the benchmark of `speed` says; a variant's rate is its row's."""
+def timed(work: Work, names: Sequence[str], factors: Sequence[float] = (1.0,)) -> dict[str, Any]:
+    """Rows for equal times, by the benchmark of `speed`; a variant's rate is its row's."""
     rates, found = json.loads((work.out / "speed.json").read_bytes()), dict[str, Any]()
     for name in names:
         row = (ROWS | VARIANTS)[name]
         rate = lines(work, [name.partition("-")[0]])[name.partition("-")[0]]["rate"]
-        for seconds in times:
-            place, speed = f"time-{name}-{seconds:g}", rates[name]["images/s"]
-            make = partial(in_time, work, name, row, rate, seconds, speed)
-            found[f"{name} {seconds:g} s"] = work.kept(place, make)
+        for factor in factors:
+            seconds = factor * IMAGES / rates["mpp_dropped"]["images/s"]
+            make = partial(in_time, work, name, row, rate, seconds, rates[name]["images/s"])
+            found[f"{name} x {factor:g}"] = work.kept(f"time-{name}-{factor:g}", make)
     return found
 
 
@@ -334,11 +332,11 @@ def main() -> None:
     elif options.what == "best":
         found = {name: work.kept(f"seeds-{name}", partial(more_seeds, work, name)) for name in two_best(work)}
     elif options.what == "time":
-        found = timed(work, options.rows or list(dict.fromkeys([*two_best(work), "mpp"])), [SECONDS])
+        found = timed(work, options.rows or list(dict.fromkeys([*two_best(work), "mpp"])))
     elif options.what == "gather":
         found = {}
     else:
-        found = timed(work, options.rows or FORMS, TIMES) | timed(work, options.rows or list(VARIANTS), [SECONDS])
+        found = timed(work, options.rows or FORMS, FACTORS) | timed(work, options.rows or list(VARIANTS))
     print(encoded(found, indent=1).decode())
     gather(work)
 

@@ -94,8 +94,9 @@ def error_of(said: Tensor, truth: Tensor) -> Tensor:
 @pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_the_loss_is_that_of_a_loop_that_shows_the_patches_before_alone(target, prefix, head):
-    pool = "cls" if target == "pixels" else "avg"  # with a class token, whose place is in front of the prefix
-    encoder = ViT(tiny_config(positions="learned", pool=pool, mean=(0.4, 0.5, 0.6), std=(0.3,)))
+    class_token = target == "pixels"  # its place is in front of the prefix
+    config = tiny_config(positions="learned", pool="avg", class_token=class_token, mean=(0.4, 0.5, 0.6), std=(0.3,))
+    encoder = ViT(config)
     objective = build(encoder, target=target, prefix=prefix, head=head).double()
     images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
     lengths = torch.tensor([1, 9, N - 1])
@@ -145,7 +146,7 @@ def test_parts_of_a_batch_give_the_loss_of_the_whole():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"positions": "relative", "pool": "cls"},
+        {"positions": "relative", "class_token": True},
         {"positions": "rope", "registers": 2},
         {"mixer": ("attention", "identity")},
     ],
@@ -243,8 +244,13 @@ def test_pictures_show_what_is_predicted_of_each_patch_and_the_first_one_as_it_i
 # Learning
 
 
-@pytest.mark.parametrize("pool", ["cls", "avg", "avg_norm", "cls_avg", "map"])
-@pytest.mark.parametrize("prefix", ["none", "random"])
+@pytest.mark.parametrize(
+    ("pool", "prefix"),
+    [
+        *((pool, "random") for pool in ("cls", "avg", "avg_norm", "cls_avg", "map")),
+        *((pool, "none") for pool in ("avg", "avg_norm", "map")),
+    ],
+)
 def test_it_learns_with_any_pool_and_nothing_but_the_pool_is_idle(pool, prefix, batch):
     head = DEEP if prefix == "random" else PatchHeadConfig()
     objective = Autoregressive(ViT(tiny_config(pool=pool)), AutoregressiveConfig(prefix=prefix, head=head))
@@ -275,7 +281,7 @@ def test_bfloat16_gives_nearly_the_same_loss_in_float32(batch):
 
 
 def test_aims_head_is_blocks_of_mlps_with_positions_before_and_no_bias_where_the_encoder_has_none():
-    encoder = ViT(tiny_config(bias=False, qkv_bias=False))
+    encoder = ViT(tiny_config(bias=False, qkv_bias=False, pool="avg"))
     head = Autoregressive(encoder, AutoregressiveConfig(target="pixels", head=DEEP)).head
     sizes = {name: tuple(part.shape) for name, part in head.named_parameters() if "norm" not in name}
     blocks = {
@@ -306,10 +312,18 @@ def test_aims_head_is_blocks_of_mlps_with_positions_before_and_no_bias_where_the
         (lambda: AutoregressiveConfig(bits=9), "objective.bits must be 1 to"),
         (lambda: AutoregressiveConfig(grid=0), "objective.grid must be at least 1, got 0"),
         (lambda: build(target="colour_grid", grid=3), r"objective.grid \(3\) must divide model.patch \(8\)"),
-        (lambda: build(ViT(tiny_config(image=(8, 8)))), "needs at least 2 patches, got an image"),
-        (lambda: build(ViT(tiny_config(channels=4))), r"objective.target mean_colour needs .*got 4"),
         (
-            lambda: build(ViT(tiny_config(width=66, heads=1, positions="none")), head=DEEP),
+            lambda: build(ViT(tiny_config(pool="cls"))),
+            "objective.prefix none shows a class token no patch, and model.pool",
+        ),
+        (
+            lambda: build(ViT(tiny_config(pool="cls_avg"))),
+            "objective.prefix none shows a class token no patch, and model.pool cls_avg",
+        ),
+        (lambda: build(ViT(tiny_config(image=(8, 8), pool="avg"))), "needs at least 2 patches, got an image"),
+        (lambda: build(ViT(tiny_config(channels=4, pool="avg"))), r"objective.target mean_colour needs .*got 4"),
+        (
+            lambda: build(ViT(tiny_config(width=66, heads=1, positions="none", pool="avg")), head=DEEP),
             "objective.head.depth needs a model.width that 4 divides, got 66",
         ),
         (

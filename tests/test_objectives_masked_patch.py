@@ -197,7 +197,7 @@ def test_what_is_predicted_must_go_with_the_images():
     images = torch.randint(0, 256, (2, 2, 32, 48), dtype=torch.uint8)
     loss, metrics = objective(Batch(images))
     assert loss.isfinite()
-    assert metrics.keys() == {"psnr", "flat"}
+    assert metrics.keys() == {"psnr", "flat", "copied"}
     assert objective.pictures(Batch(images))["predicted"].shape == (2, 2, 32, 48)
     with pytest.raises(ValueError, match=r"objective.grid \(4\) must divide model.patch \(6\)"):
         MaskedPatchPrediction(ViT(tiny_config(image=(12, 12), patch=6)), MaskedPatchConfig(target="colour_grid"))
@@ -211,3 +211,19 @@ def test_what_is_predicted_must_go_with_the_images():
 def test_impossible_settings_are_refused_by_name(key, value):
     with pytest.raises(ValueError, match=f"objective.{key}"):
         MaskedPatchConfig(**{key: value})
+
+
+def test_the_nearest_patchs_pixels_are_a_guess_beside_predicted_ones(batch):
+    objective = build(ViT(tiny_config()), target="pixels")
+    draw = objective.draw(len(batch), batch.images.device)
+    metrics = objective.compute(batch.images, draw)[1]
+    errors = []
+    for image, hidden in zip(batch.images.double() / 255, draw.patches.tolist(), strict=True):
+        patches = (
+            image.unfold(1, 8, 8).unfold(2, 8, 8).flatten(1, 2).transpose(0, 1)
+        )  # (n, c, 8, 8), patches of 8 pixels
+        seen = [n for n in range(24) if n not in hidden]
+        for n in hidden:
+            near = min(seen, key=lambda m: ((n // 6 - m // 6) ** 2 + (n % 6 - m % 6) ** 2, m))
+            errors.append((patches[near] - patches[n]).square().mean())
+    assert metrics["copied"].item() == pytest.approx(-10 * torch.stack(errors).mean().log10().item(), rel=1e-4)

@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Discreet("mpp: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("mpp").setLevel(logging.INFO)  # of others, such as torch, warnings alone
     if arguments is None:  # else the process is somebody else's
         sys.excepthook = _told
     if isinstance(sys.stdout, io.TextIOWrapper):

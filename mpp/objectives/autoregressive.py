@@ -35,6 +35,11 @@ class Autoregressive(Objective):
                 f"objective.name {config.name} predicts each patch from those before it alone, which this encoder "
                 f"can't do: {reason}"
             )
+        if config.prefix == "none" and shape.pool in ("cls", "cls_avg"):
+            raise ValueError(
+                f"objective.prefix none shows a class token no patch, and model.pool {shape.pool} reads it; take "
+                "model.pool avg or map, or objective.prefix random"
+            )
         self.patches = math.prod(shape.grid)
         if self.patches < 2:
             raise ValueError(

@@ -33,6 +33,10 @@ class AutoregressiveConfig(ObjectiveConfig):
         found = dict(METRICS[self.target])
         if "nearest" in found:
             found["nearest"] = replace(found["nearest"], title="Guess without learning: the patch before")
+        if "copied" in found:
+            found["copied"] = replace(
+                found["copied"], title="Guess without learning, dB: the pixels of the patch before"
+            )
         return found
 
     @property

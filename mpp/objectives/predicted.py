@@ -132,16 +132,22 @@ class Pixels(Target):
     def metrics(
         self, predicted: Tensor, truth: Tensor, copied: Tensor | None = None, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Decibels; and with `copied`, unless the true mean is filled in, how often mean colours are right, as of
-        `Colours`, if these are images in colour or grey."""
+        """Decibels; and with `copied`, unless the true mean is filled in, those of what is copied, and how often mean
+        colours are right, as of `Colours`, if these are images in colour or grey."""
         pixels, predicted = self._seen(truth), predicted.detach()
         mean, std = _mean_and_std(pixels)
         guess = predicted * std + mean if self.normalised else predicted
         decibels = {"psnr": self._psnr(guess - pixels, weights), "flat": self._psnr(mean - pixels, weights)}
-        if self.normalised or copied is None or self.channels not in MOST_BITS:
+        if self.normalised or copied is None:
             return decibels
-        said, true, near = (self._colour_of(colours) for colours in (self._as_colours(guess), truth, copied))
-        return compared(said, true, 1 << self.channels * self.bits, near, weights) | decibels
+        near = copied.shape[1]
+        decibels["copied"] = self._psnr(
+            self._seen(copied) - pixels[:, :near], None if weights is None else weights[:, :near]
+        )
+        if self.channels not in MOST_BITS:
+            return decibels
+        said, true, other = (self._colour_of(colours) for colours in (self._as_colours(guess), truth, copied))
+        return compared(said, true, 1 << self.channels * self.bits, other, weights) | decibels
 
     def painted(self, predicted: Tensor, truth: Tensor) -> Tensor:
         """The predicted pixels; normalised ones get their patch's true mean and deviation, which are not predicted."""

@@ -22,10 +22,11 @@ DECIBELS = {
     "psnr": Metric("Peak signal to noise of the predicted pixels, dB"),
     "flat": Metric("Without learning, dB: each patch in its own true mean", guess=True),
 }
+COPIED = {"copied": Metric("Guess without learning, dB: the nearest visible patch's pixels", guess=True)}
 METRICS: dict[TargetName, Mapping[str, Metric]] = {
     "mean_colour": COLOURS,
     "colour_grid": COLOURS,
-    "pixels": COLOURS | DECIBELS,
+    "pixels": COLOURS | DECIBELS | COPIED,
     "normalised_pixels": DECIBELS,
 }
 FILLED_IN = "each patch gets its true mean and contrast, which are not predicted"  # said of pictures

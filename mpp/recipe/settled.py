@@ -85,8 +85,13 @@ class Settled:
         return self.for_machine(replace(recipe, objective=replace(recipe.objective, **settings), train=train))
 
     def for_machine(self, recipe: Recipe) -> Recipe:
-        """The recipe with what is left to the machine as it was chosen here."""
+        """The recipe with what is left to the machine as it was chosen here.
+
+        Parts that don't fill the recipe's batch stay open: it is then another recipe than was settled.
+        """
         chosen = {key: value for key, value in asdict(self.execution).items() if is_open(getattr(recipe.train, key))}
+        if recipe.train.batch % self.execution.micro_batch:
+            chosen.pop("micro_batch", None)
         reading = {key: getattr(self, key) for key in ("shuffle", "prepare") if is_open(getattr(recipe.data, key))}
         return replace(recipe, train=replace(recipe.train, **chosen), data=replace(recipe.data, **reading))
 

@@ -140,7 +140,8 @@ def _open(recipe: Recipe, indexes: Sequence[Index], batch: int, *, train: bool, 
     which an objective that needs them would refuse of a recipe."""
     found, expected = indexes[0].channels, recipe.model.channels
     if found != expected:
-        raise ShardError(f"{indexes[0].origin}: images have {found} channels, model.channels is {expected}")
+        remedy = "; mpp shards make --mode L makes grey ones" if (found, expected) == (3, 1) else ""
+        raise ShardError(f"{indexes[0].origin}: images have {found} channels, model.channels is {expected}{remedy}")
     device = device_of(recipe.train.device) if recipe.data.prepare == "device" else None
     settings = replace(recipe.data, **data)
     opened = partial(open_batches, indexes, batch, settings, image=recipe.model.image, seed=recipe.seed)

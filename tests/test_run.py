@@ -251,7 +251,9 @@ def test_another_recipe_in_the_same_folder_is_refused_with_the_keys(done, splits
 def test_a_batch_that_the_parts_chosen_before_do_not_fill_is_another_recipe(done, splits, tmp_path):
     out = shutil.copytree(done, tmp_path / "run")
     batch = load_settled(out).execution.micro_batch + 1
-    line = refused("pretrain", write_recipe(tmp_path, splits), f"train.batch={batch}", f"out={out}")
+    line = refused(
+        "pretrain", write_recipe(tmp_path, splits), f"train.batch={batch}", "train.micro_batch=auto", f"out={out}"
+    )
     assert f"there, {batch} here" in line and "train.batch" in line
 
 

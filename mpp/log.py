@@ -158,7 +158,10 @@ def picture_grid(pictures: dict[str, Tensor]) -> np.ndarray:
     """Puts pictures, name -> uint8 (b, c, h, w), into one (height, width, 3): a row for each name, on white."""
     rows = []
     for images in pictures.values():
-        images = images.cpu().expand(-1, 3, -1, -1)
+        images = images.cpu()
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        images = torch.nn.functional.pad(images[:, :3], (0, 0, 0, 0, 0, max(0, 3 - images.shape[1])))  # of two channels
         zoom = -(-PICTURE_SIDE // max(images.shape[-2:]))
         images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
         images = torch.nn.functional.pad(images, (GAP, GAP, GAP, GAP), value=255)

@@ -31,6 +31,7 @@ from mpp.log import Log, Unlogged
 from mpp.models.encoder import feed
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
+from mpp.objectives.config import in_units
 from mpp.optim import ema_decay, gradient_norm, learning_rate, parameter_groups, set_rates
 from mpp.ranks import ALONE, Ranks, Turn
 from mpp.saving import Writer, on_host
@@ -177,7 +178,7 @@ def train(
             if logs:
                 with called(objective.config.name, "metrics"):  # checked at the first step; later ones may differ
                     values = {key: float(value) for key, value in {"loss": loss, **metrics, "norm": norm}.items()}
-                values = mean_figures(ranks.gathered([len(batch), values]))
+                values = in_units(objective.config.metrics, mean_figures(ranks.gathered([len(batch), values])))
                 rate = {"lr": rate_at(step, config)}
                 logger.scalars(step, values | rate | clock.figures(device))
             if saves:  # before what takes long, and may be interrupted
@@ -203,8 +204,11 @@ def placed(batch: Batch, turn: Turn) -> Batch:
 
 def mean_figures(parts: Sequence[Any]) -> dict[str, float]:
     """The mean of figures that each process has of so many images."""
-    images = sum(count for count, _ in parts)
-    return {name: sum(count * values[name] for count, values in parts) / images for name in parts[0][1]}
+    found = {}
+    for name in dict.fromkeys(name for _, values in parts for name in values):
+        having = [(count, values[name]) for count, values in parts if name in values]
+        found[name] = sum(count * value for count, value in having) / sum(count for count, _ in having)
+    return found
 
 
 def due(step: int, every: int, last: bool) -> bool:

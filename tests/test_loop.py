@@ -20,6 +20,7 @@ from mpp.checkpoint import CheckpointError
 from mpp.data.read import read_shards
 from mpp.execution import WORKSPACE, _largest_that_fits, choose, forward_pass
 from mpp.hardware import multiplies_bfloat16
+from mpp.jsons import read_lines
 from mpp.loop import build_optimizer, train, update
 from mpp.models.cnn import ResNet
 from mpp.models.decoder_config import DecoderConfig
@@ -28,6 +29,8 @@ from mpp.models.vit import ViT
 from mpp.objectives import Needs
 from mpp.objectives.labels import Classification
 from mpp.objectives.labels_config import LabelsConfig
+from mpp.objectives.mae import MAE
+from mpp.objectives.mae_config import MAEConfig
 from mpp.objectives.masked_patch import MaskedPatchPrediction
 from mpp.objectives.masked_patch_config import MaskedPatchConfig
 from mpp.optim import Scale
@@ -608,3 +611,20 @@ def test_the_description_of_a_checkpoint_names_its_step(images, tmp_path):
     fit(tmp_path, images)
     described = json.loads((tmp_path / "checkpoints/step-00000003/state.json").read_text())
     assert described["step"] == 3
+
+
+def test_decibels_are_those_of_the_whole_batch_whatever_its_parts(tmp_path):
+    images = torch.randint(0, 256, (8, 3, 32, 48), dtype=torch.uint8)
+    images[4:] = 128 + images[4:] // 64  # nearly flat: far more decibels than the others
+    figures = {}
+    for micro_batch in (8, 1):
+        torch.manual_seed(0)
+        objective = MAE(
+            ViT(tiny_config(positions="sincos2d_mae")), MAEConfig(decoder=DecoderConfig(width=32, depth=1, heads=2))
+        )
+        config = TrainConfig(steps=1, warmup=0, batch=8, micro_batch=micro_batch, precision="float32", threads=1)
+        out = tmp_path / f"{micro_batch}"
+        train(objective, [images], config, out=out, log=LogConfig(every=1, pictures=0, tensorboard=False))
+        [figures[micro_batch]] = read_lines(out / "metrics.jsonl")
+    for name in ("psnr", "flat"):
+        assert figures[1][name] == pytest.approx(figures[8][name], rel=1e-4)

@@ -19,6 +19,7 @@ from mpp import checkpoint, draws, targets
 from mpp.batch import Batch
 from mpp.counts import parameters
 from mpp.data.subset import some_labelled
+from mpp.log import picture_grid
 from mpp.loop import build_optimizer
 from mpp.models.cnn import ResNet
 from mpp.models.layers import take
@@ -410,8 +411,8 @@ def test_a_plan_counts_no_teacher_among_what_is_trained(folder):
     ("changes", "message"),
     [
         ({"top": 0}, "objective.top must be at least 1, got 0"),
-        ({"beta": 0.0}, "objective.beta must be above 0, got 0.0"),
-        ({"beta": math.nan}, "objective.beta must be above 0, got nan"),
+        ({"beta": 0.0}, r"objective.beta must be in \[0.0001, 10000\], got 0"),
+        ({"beta": math.nan}, r"objective.beta must be in \[0.0001, 10000\], got nan"),
         ({"momentum": (0.9, 1.1)}, r"objective.momentum must be two numbers in \[0, 1\], got \(0.9, 1.1\)"),
         ({"rise": 0.0}, r"objective.rise must be in \(0, 1\], got 0.0"),
         ({"share": 1.0}, r"objective.share must be in \(0, 1\), got 1.0"),
@@ -455,3 +456,15 @@ def test_the_defaults_are_the_published_ones_of_vit_b():
 def test_the_public_names_are_these():
     assert (mpp.Data2Vec, mpp.Data2VecConfig) == (Data2Vec, Data2VecConfig)
     assert mpp.OBJECTIVES["data2vec"].config is Data2VecConfig
+
+
+def test_a_single_image_has_no_deviation_from_others(batch):
+    objective = build()
+    assert {"spread", "predicted"} <= objective(batch)[1].keys()
+    assert objective(Batch(batch.images[:1]))[1].keys() == {"mean"}
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_pictures_of_narrow_encoders_have_three_colours(width, batch):
+    objective = build(ViT(tiny_config(width=width, heads=1, positions="none")))
+    assert picture_grid(objective.pictures(batch)).shape[-1] == 3

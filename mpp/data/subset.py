@@ -22,7 +22,9 @@ def drawn(index: Index, config: SubsetConfig, seed: int) -> tuple[np.ndarray, np
     """
     labelled = np.flatnonzero(index.label >= 0)
     if not len(labelled):
-        raise ShardError(f"{index.origin}: split {index.split} has no labels; training with labels needs some")
+        raise ShardError(
+            f"{index.origin}: split {index.split} has no labels; training with labels, and data.subset, need some"
+        )
     most = config.per_class or len(index)
     chosen = _first(index, labelled, config.share, most, seed, SHARE)
     if not config.hold_out:

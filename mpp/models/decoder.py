@@ -22,6 +22,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, encoder: ViT, outputs: int) -> None:
         super().__init__()
+        if config.class_token or config.registers:
+            own = "class_token" if config.class_token else "registers"
+            raise ValueError(f"{config.section}.{own}: the tokens in front of a decoder's patches are the encoder's")
         self.prefix = encoder.prefix
         self.narrow = nn.Linear(encoder.config.width, config.width)
         self.mask_token = nn.Parameter(STD * torch.randn(config.width))

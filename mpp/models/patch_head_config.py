@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from mpp.models.settings import Settings
 
+MOST = 10**6 // 4  # wide, so that its MLPs are no wider than a trunk's may be
+
 
 @dataclass(frozen=True)
 class PatchHeadConfig(Settings):
@@ -19,8 +21,8 @@ class PatchHeadConfig(Settings):
         super().__post_init__()
         if not 0 <= self.depth <= 1000:
             raise ValueError(f"{self.section}.depth must be 0 to 1000, got {self.depth}")
-        if self.width is not None and not 1 <= self.width <= 10**6:
-            raise ValueError(f"{self.section}.width must be 1 to 1000000, got {self.width}")
+        if self.width is not None and not 1 <= self.width <= MOST:
+            raise ValueError(f"{self.section}.width must be 1 to {MOST}, got {self.width}")
         if self.width is not None and not self.depth:
             raise ValueError(
                 f"{self.section}.width is that of its blocks, and there are none; give {self.section}.depth"

@@ -1,5 +1,6 @@
 """What an objective can be asked for, and what it says of itself. No torch: recipes are checked without it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -26,9 +27,24 @@ class Metric:
     title: str
     share: bool = False  # in [0, 1], shown in per cent
     guess: bool = False  # what is reached without learning
+    decibels: bool = False  # reported as a mean squared error, the peak being 1, and shown as the decibels of its mean
 
 
 NEIGHBOURS = {"knn": Metric("k-NN accuracy of the encoder", share=True)}  # of `eval.knn`, whatever the objective
+
+
+EXACT = 1e-10  # the least mean squared error that is told from none: 100 dB
+
+
+def in_units(metrics: Mapping[str, Metric], values: Mapping[str, float]) -> dict[str, float]:
+    """Means of reported figures as they are shown.
+
+    Decibels are taken last: a mean of decibels would depend on the parts in which a batch goes through.
+    """
+    return {
+        name: -10 * math.log10(max(value, EXACT)) if name in metrics and metrics[name].decibels else value
+        for name, value in values.items()
+    }
 
 
 @dataclass(frozen=True)

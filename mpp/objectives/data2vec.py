@@ -87,11 +87,13 @@ class Data2Vec(Objective):
         truth = take(self.truth(images), hidden)  # (b, k, d)
         predicted = self.predict(images, hidden)
         mean = truth.mean((0, 1)).expand_as(truth)
-        return F.smooth_l1_loss(predicted, truth, beta=self.config.beta), {
-            "spread": self._spread(truth, hidden),
-            "predicted": self._spread(predicted.detach(), hidden),
-            "mean": F.smooth_l1_loss(mean, truth, beta=self.config.beta),
-        }
+        metrics = {"mean": F.smooth_l1_loss(mean, truth, beta=self.config.beta)}
+        if len(images) > 1:  # a single one differs from no other
+            metrics |= {
+                "spread": self._spread(truth, hidden),
+                "predicted": self._spread(predicted.detach(), hidden),
+            }
+        return F.smooth_l1_loss(predicted, truth, beta=self.config.beta), metrics
 
     def _spread(self, values: Tensor, places: Tensor) -> Tensor:
         """How far values (b, k, d) of patches (b, k) differ between the images of a batch, places told apart: the
@@ -124,7 +126,7 @@ def _basis(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A component's largest entry is positive, so that pictures of one step and the next have like colours.
     """
     mean = rows.mean(0)
-    variances, vectors = torch.linalg.eigh((rows - mean).T.cov())
+    variances, vectors = torch.linalg.eigh(torch.atleast_2d((rows - mean).T.cov()))
     vectors = vectors[:, -3:].flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, 3)
     return mean, vectors * largest.sign(), variances[-3:].flip(0).clamp(min=0).sqrt()

@@ -38,8 +38,8 @@ class Data2VecConfig(HidingConfig):
         super().__post_init__()
         if self.top < 1:
             raise ValueError(f"objective.top must be at least 1, got {self.top}")
-        if not self.beta > 0:
-            raise ValueError(f"objective.beta must be above 0, got {self.beta}")
+        if not 1e-4 <= self.beta <= 1e4:  # beyond, gradients vanish in float32
+            raise ValueError(f"objective.beta must be in [0.0001, 10000], got {self.beta:g}")
         if not all(0 <= value <= 1 for value in self.momentum):
             raise ValueError(f"objective.momentum must be two numbers in [0, 1], got {self.momentum}")
         if not 0 < self.rise <= 1:

@@ -14,7 +14,6 @@ from mpp.models.vit import ViT
 from mpp.objectives.predicted_config import MOST_BITS, TargetName, bits_of
 
 EPS = 1e-6  # added to the variance of a patch's pixels (MAE's models_mae.py)
-EXACT = 1e-10  # the least error that is told from none, on pixels of [0, 1]: 100 dB
 
 
 class Target:
@@ -132,22 +131,22 @@ class Pixels(Target):
     def metrics(
         self, predicted: Tensor, truth: Tensor, copied: Tensor | None = None, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Decibels; and with `copied`, unless the true mean is filled in, those of what is copied, and how often mean
-        colours are right, as of `Colours`, if these are images in colour or grey."""
+        """Mean squared errors, to be shown in decibels; and with `copied`, unless the true mean is filled in, that of
+        what is copied, and how often mean colours are right, as of `Colours`, if these are images in colour or grey."""
         pixels, predicted = self._seen(truth), predicted.detach()
         mean, std = _mean_and_std(pixels)
         guess = predicted * std + mean if self.normalised else predicted
-        decibels = {"psnr": self._psnr(guess - pixels, weights), "flat": self._psnr(mean - pixels, weights)}
+        errors = {"psnr": self._squared(guess - pixels, weights), "flat": self._squared(mean - pixels, weights)}
         if self.normalised or copied is None:
-            return decibels
+            return errors
         near = copied.shape[1]
-        decibels["copied"] = self._psnr(
+        errors["copied"] = self._squared(
             self._seen(copied) - pixels[:, :near], None if weights is None else weights[:, :near]
         )
         if self.channels not in MOST_BITS:
-            return decibels
+            return errors
         said, true, other = (self._colour_of(colours) for colours in (self._as_colours(guess), truth, copied))
-        return compared(said, true, 1 << self.channels * self.bits, other, weights) | decibels
+        return compared(said, true, 1 << self.channels * self.bits, other, weights) | errors
 
     def painted(self, predicted: Tensor, truth: Tensor) -> Tensor:
         """The predicted pixels; normalised ones get their patch's true mean and deviation, which are not predicted."""
@@ -168,10 +167,10 @@ class Pixels(Target):
         image = rearrange(pixels, "b k (s c) -> b c k s", c=self.channels)
         return rearrange(self.encoder.denormalise(image), "b c k s -> b k (s c)")
 
-    def _psnr(self, error: Tensor, weights: Tensor | None) -> Tensor:
-        """Decibels of errors (b, k, p * p * c) of pixels as the encoder sees them, the peak being white."""
+    def _squared(self, error: Tensor, weights: Tensor | None) -> Tensor:
+        """The mean square of errors (b, k, p * p * c) of pixels as the encoder sees them, white being 1."""
         squares = (error.unflatten(-1, (-1, self.channels)) * self.encoder.std.flatten()).square()
-        return -10 * averaged(squares, weights).clamp(min=EXACT).log10()
+        return averaged(squares, weights)
 
     def _colour_of(self, pixels: Tensor) -> Tensor:
         """The class of the mean colour of patches given as pixels, uint8 (b, k, p * p * c): (b, k, 1) int64."""

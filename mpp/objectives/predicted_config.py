@@ -19,10 +19,10 @@ COLOURS = {
     "commonest": Metric("Guess without learning: the commonest answer", share=True, guess=True),
 }
 DECIBELS = {
-    "psnr": Metric("Peak signal to noise of the predicted pixels, dB"),
-    "flat": Metric("Without learning, dB: each patch in its own true mean", guess=True),
+    "psnr": Metric("Peak signal to noise of the predicted pixels, dB", decibels=True),
+    "flat": Metric("Without learning, dB: each patch in its own true mean", guess=True, decibels=True),
 }
-COPIED = {"copied": Metric("Guess without learning, dB: the nearest visible patch's pixels", guess=True)}
+COPIED = {"copied": Metric("Guess without learning, dB: the nearest visible patch's pixels", guess=True, decibels=True)}
 METRICS: dict[TargetName, Mapping[str, Metric]] = {
     "mean_colour": COLOURS,
     "colour_grid": COLOURS,

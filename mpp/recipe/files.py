@@ -104,9 +104,10 @@ def _values(read: Callable[[], Any], source: str) -> dict[str, Any]:
 
 def _spell_out(values: dict[Any, Any]) -> None:
     """Puts lists where a recipe may write a single value: `image: 32` is 32x32 pixels."""
-    data = values.get("data")
+    data, objective = values.get("data"), values.get("objective")
     views = data.get("views") if isinstance(data, dict) else None
-    sized = [values.get("model"), *(views.values() if isinstance(views, dict) else ())]
+    decoder = objective.get("decoder") if isinstance(objective, dict) else None
+    sized = [values.get("model"), decoder, *(views.values() if isinstance(views, dict) else ())]
     for section in filter(lambda section: isinstance(section, dict), sized):
         if type(section.get("image")) is int:
             section["image"] = [section["image"], section["image"]]

@@ -12,6 +12,7 @@ from mpp.execution import drawing, forward_pass
 from mpp.hardware import device_of
 from mpp.objectives.base import Objective
 from mpp.objectives.calls import called
+from mpp.objectives.config import in_units
 from mpp.ranks import here
 from mpp.recipe import Recipe
 from mpp.run.images import RunImages
@@ -53,9 +54,9 @@ def evaluation(
         return figures
 
     def scored(stop: Sequence[int]) -> dict[str, float]:
-        totals: dict[str, float] = {}
+        totals: dict[str, tuple[float, int]] = {}  # of each figure the sum, and of how many images
         queries: list[Batch] = []
-        seen, read, turn = 0, batches.iterate(0, stop), ranks.turn(stop, ())
+        read, turn = batches.iterate(0, stop), ranks.turn(stop, ())
         for step in range(len(batches)):
             batch = next(read, None)
             turn = ranks.turn(stop, batch)
@@ -71,21 +72,21 @@ def evaluation(
             with drawing(recipe.seed, EVALUATION, batch, step), called(objective.config.name, "forward()"):
                 loss, metrics = forward(batch)
                 for name, value in {"loss": loss, **metrics}.items() if own else ():
-                    totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + float(value) * own
+                    total, of = totals.get(name, (0.0, 0))
+                    totals[name] = total + float(value) * own, of + own
             if neighbours:
                 queries.append(neighbours.vectors(batch, own, across))
-            seen += own
         if turn.ended or turn.stop or (ranks.size == 1 and stop):
             return {}
-        totals, seen = summed(ranks.gathered([totals, seen]))
-        if not seen:
+        means = mean_of(ranks.gathered(totals))
+        if not means:
             raise ShardError(f"{batches.index.origin}: every image to score on is damaged")
-        if not math.isfinite(totals["val/loss"]):
+        if not math.isfinite(means["loss"]):
             raise TrainingError(
-                f"the loss on split {batches.index.split} is {totals['val/loss'] / seen:g}, though that of training is "
+                f"the loss on split {batches.index.split} is {means['loss']:g}, though that of training is "
                 f"finite; checkpoints are from before. {REMEDIES.format(lr=recipe.train.lr)}"
             )
-        figures = {name: total / seen for name, total in totals.items()}
+        figures = {f"val/{name}": value for name, value in in_units(objective.config.metrics, means).items()}
         if neighbours:
             near = neighbours.score(queries, stop)
             return {} if near is None else {**figures, "val/knn": near}
@@ -94,12 +95,11 @@ def evaluation(
     return evaluate
 
 
-def summed(parts: Iterable[Any]) -> tuple[dict[str, float], int]:
-    """The sums of figures, and of images, that each process has."""
-    totals: dict[str, float] = {}
-    seen = 0
-    for figures, images in parts:
-        seen += images
-        for name, value in figures.items():
-            totals[name] = totals.get(name, 0.0) + value
-    return totals, seen
+def mean_of(parts: Iterable[Any]) -> dict[str, float]:
+    """The means of figures, of which each process has sums and of how many images these are."""
+    totals: dict[str, tuple[float, int]] = {}
+    for figures in parts:
+        for name, (value, of) in figures.items():
+            total, images = totals.get(name, (0.0, 0))
+            totals[name] = total + value, images + of
+    return {name: total / images for name, (total, images) in totals.items()}

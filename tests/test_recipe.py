@@ -12,6 +12,7 @@ from mpp.errors import UserError
 from mpp.models.presets import presets
 from mpp.models.resnet_config import ResNetConfig
 from mpp.objectives import OBJECTIVES, Needs, ObjectiveConfig
+from mpp.objectives.predicted_config import bits_of
 from mpp.recipe import RecipeError, list_recipes, load_recipe, save_recipe
 from mpp.recipe.recipe import differences
 from mpp.recipe.settled import Settled, load_settled
@@ -607,6 +608,6 @@ def test_the_paper_s_recipe_has_the_paper_s_numbers():
     assert (train.steps, train.warmup, train.batch) == (1_000_000, 10_000, 4096)
     assert (train.optimizer, train.lr, train.weight_decay, train.betas) == ("adam", 2e-4, 0, (0.9, 0.999))
     assert (objective.target, objective.share, objective.split) == ("mean_colour", 0.5, (0.8, 0.1, 0.1))
-    assert objective.bits == 3
+    assert bits_of(objective.bits, recipe.model.channels) == 3
     assert recipe.model == replace(presets["B/16"], gelu="tanh")
     assert (recipe.data.augment.crop, recipe.data.augment.flip, recipe.model.image) == ("inception", True, (224, 224))

@@ -330,7 +330,9 @@ def main() -> None:
     elif options.what == "table":
         found = lines(work, options.rows or list(ROWS))
     elif options.what == "best":
-        found = {name: work.kept(f"seeds-{name}", partial(more_seeds, work, name)) for name in two_best(work)}
+        found = {
+            name: work.kept(f"seeds-{name}", partial(more_seeds, work, name)) for name in options.rows or two_best(work)
+        }
     elif options.what == "time":
         found = timed(work, options.rows or list(dict.fromkeys([*two_best(work), "mpp"])))
     elif options.what == "gather":

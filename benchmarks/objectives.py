@@ -1,6 +1,6 @@
 """Every objective without labels on CIFAR-10, by one small ViT: what its encoder is worth, for images and for time.
 
-    python -m benchmarks.objectives table --data data/cifar10 --out runs/objectives [--rows mae mpp] [--json FILE]
+    python -m benchmarks.objectives table --data data/cifar10 --out runs/objectives [--rows mae mpp]
 
 table: for each objective the learning rate is chosen first: a run at each of RATES, and at further ones until the best
     is not at the edge, scored by a linear classifier on training images that it was not fitted to. The run at the best
@@ -15,13 +15,11 @@ Each stage leaves a JSON file and is not computed again; processes, of one threa
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,49 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from mpp.jsons import encoded
+from benchmarks.objectives_rows import FORMS, ROWS, SHAPE, VARIANTS, Row
+from benchmarks.objectives_speed import speed
+from mpp.jsons import encoded, read_lines
 
 IMAGES, WARM_UP = 75_000, 0.1  # seen in pretraining; the share of them in which the rate rises
-STEPS = 8  # of a round of speed
+LAST = 10  # lines of metrics, of every tenth step
 RATES = (5e-4, 1e-3, 2e-3)
 FIT, SCORE = 10_000, 5_000  # training images of the held-out score: fitted to, scored on
 SEEDS = (0, 1, 2)
 FACTORS = (0.5, 1.0, 2.0)  # of the time that the dropped form takes for IMAGES
-SHAPE = ("model.positions=sincos2d", "train.threads=1")
 QUIET = ("data.val=null", "log.pictures=0", "log.tensorboard=false", "train.save_every=100_000", "train.epochs=null")
 LABELS = ("data.subset.share=0.1", "train.epochs=null", "train.images=60_000", "train.warmup=6_000", "log.pictures=0")
-DROPPED = "cifar10/mpp_dropped"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: what is pretrained."""
-
-    title: str
-    recipe: str
-    settings: tuple[str, ...] = ()
-
-
-ROWS = {
-    "mpp": Row("Masked patches, full form, mean colour", "cifar10/mpp"),
-    "mpp_dropped": Row("Masked patches, dropped form, mean colour", DROPPED),
-    "mae": Row("MAE", "cifar10/mae"),
-    "simmim": Row("SimMIM", "cifar10/simmim"),
-    "maskfeat": Row("MaskFeat", "cifar10/maskfeat"),
-    "data2vec": Row("data2vec", "cifar10/data2vec"),
-    "igpt": Row("Autoregressive, colours (iGPT)", "cifar10/igpt"),
-    "aim": Row("Autoregressive, pixels (AIM)", "cifar10/aim"),
-}
-FORMS = ("mpp", "mpp_dropped", "mae")
-VARIANTS = {
-    f"mpp_dropped-{share}-{depth}": Row(
-        f"share {share:g}, decoder of {depth}",
-        DROPPED,
-        (f"objective.share={share}", f"objective.decoder.depth={depth}"),
-    )
-    for share in (0.5, 0.75, 0.9)
-    for depth in (1, 2)
-}
 
 
 @dataclass(frozen=True)
@@ -98,9 +65,13 @@ class Work:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
 
+    def run(self, name: str, rate: float, seed: int = 0, images: int = IMAGES) -> Path:
+        """The place of a pretraining's run folder."""
+        return self.out / "runs" / f"{name}-{images}-{rate:g}-{seed}"
+
     def pretrained(self, row: Row, name: str, rate: float, seed: int = 0, images: int = IMAGES) -> Path:
         """The run folder of a pretraining, trained now if it is not there."""
-        run = self.out / "runs" / f"{name}-{images}-{rate:g}-{seed}"
+        run = self.run(name, rate, seed, images)
         length = (f"train.images={images}", f"train.warmup={round(WARM_UP * images)}", f"train.lr={rate:g}")
         if not (run / "encoder.safetensors").exists():
             settings = (*SHAPE, *QUIET, *length, *row.settings)
@@ -231,54 +202,6 @@ def in_time(work: Work, name: str, row: Row, rate: float, seconds: float, images
     }
 
 
-def rounds_of(row: Row, data: Path) -> Callable[[], harness.Timing]:
-    """One row's steps, as its recipe trains, for `harness.interleave`."""
-    import torch
-
-    from mpp.execution import choose, forward_pass
-    from mpp.loop import build_optimizer, update
-    from mpp.recipe import load_recipe
-    from mpp.run.images import open_images
-    from mpp.run.start import at_start
-
-    torch.set_num_threads(1)
-    length = ("train.images=1_000_000", "train.warmup=0", "train.epochs=null")
-    recipe = load_recipe(row.recipe, [*SHAPE, *length, "data.val=null", f"data.path={data}", *row.settings])
-    images = open_images(recipe, None, lambda what, make: make())
-    config = recipe.in_steps(len(images.batches.index)).train
-    objective = at_start(recipe).train()
-    execution = choose(objective, images.batches, config)
-    optimizer, forward = build_optimizer(objective, config), forward_pass(objective, config, execution)
-    batches = [images.batches.at(step) for step in range(4)]
-    numbers = itertools.count(1)
-
-    def steps() -> harness.Timing:
-        start = 0.0
-        for number in range(1 + STEPS):
-            start = time.perf_counter() if number == 1 else start  # the first warms up
-            step = next(numbers)
-            batch = batches[step % len(batches)]
-            update(forward, objective, optimizer, batch, config, execution.micro_batch, 0, step)
-            objective.after_step(0.5)
-        return harness.Timing(STEPS * config.batch, time.perf_counter() - start)
-
-    return steps
-
-
-def speed(work: Work, rows: dict[str, Row], rounds: int) -> dict[str, Any]:
-    """Images a second of every row: medians of rounds that took turns, and all rounds."""
-    contenders = [harness.Contender(name, rounds_of, {"row": row, "data": work.data}) for name, row in rows.items()]
-    timings = harness.interleave(contenders, rounds)
-    return {
-        name: {
-            "images/s": statistics.median(run.rate for run in runs),
-            "peak MiB": runs[-1].peak_mib,
-            "rounds": [{"images/s": run.rate, "foreign cores": run.foreign_cores} for run in runs],
-        }
-        for name, runs in timings.items()
-    }
-
-
 def timed(work: Work, names: Sequence[str], factors: Sequence[float] = (1.0,)) -> dict[str, Any]:
     """Rows for equal times, by the benchmark of `speed`; a variant's rate is its row's."""
     rates, found = json.loads((work.out / "speed.json").read_bytes()), dict[str, Any]()
@@ -295,6 +218,8 @@ def timed(work: Work, names: Sequence[str], factors: Sequence[float] = (1.0,)) -
 def gather(work: Work) -> None:
     """Puts all that is known by now into one file beside the other benchmarks' results."""
     lines = {name: json.loads(path.read_bytes()) for name in ROWS if (path := work.out / f"line-{name}.json").exists()}
+    for name, found in lines.items():
+        found["task"] = at_the_end(work.run(name, found["rate"]))
     speed = work.out / "speed.json"
     facts = {
         "hardware": {"cpu": harness.processor(), "cores": len(os.sched_getaffinity(0)), "threads": 1},
@@ -309,6 +234,13 @@ def gather(work: Work) -> None:
     path = work.out / "objectives-cifar10.json"
     path.write_bytes(encoded(facts, indent=1))
     harness.say(f"written: {path}")
+
+
+def at_the_end(run: Path) -> dict[str, float]:
+    """How well an objective did at its own task on training images, beside its guesses: means of the last LAST."""
+    last = read_lines(run / "metrics.jsonl")[-LAST:]
+    others = {"step", "norm", "lr", "images/s", "waiting", "memory"}
+    return {name: statistics.fmean(line[name] for line in last) for name in last[-1] if name not in others}
 
 
 def found_in(work: Work, pattern: str) -> list[Path]:
@@ -326,7 +258,7 @@ def main() -> None:
     work = Work(options.data.resolve(), options.out.resolve())
     if options.what == "speed":
         rows = {name: row for name, row in (ROWS | VARIANTS).items() if name in (options.rows or ROWS | VARIANTS)}
-        found = work.kept("speed", lambda: speed(work, rows, options.rounds))
+        found = work.kept("speed", lambda: speed(work.data, rows, options.rounds))
     elif options.what == "table":
         found = lines(work, options.rows or list(ROWS))
     elif options.what == "best":

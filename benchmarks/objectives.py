@@ -74,7 +74,7 @@ class Work:
         run = self.run(name, rate, seed, images)
         length = (f"train.images={images}", f"train.warmup={round(WARM_UP * images)}", f"train.lr={rate:g}")
         if not (run / "encoder.safetensors").exists():
-            settings = (*SHAPE, *QUIET, *length, *row.settings)
+            settings = (*SHAPE, *QUIET, *length, *row.encoder, *row.settings)
             self.mpp("pretrain", row.recipe, f"data.path={self.data}", f"out={run}", f"seed={seed}", *settings)
         return run
 
@@ -82,22 +82,23 @@ class Work:
         """The share of SCORE training images that a linear classifier gets right that was fitted to FIT others."""
         return float(self.kept(f"runs/{run.name}-held-out", lambda: held_out(run, self.data)))
 
-    def tested(self, run: Path, seed: int) -> dict[str, float]:
+    def tested(self, row: Row, run: Path, seed: int) -> dict[str, float]:
         """Figures on the test images: frozen features, and fine-tuning with a tenth of the labels."""
 
         def test() -> dict[str, float]:
-            return self.frozen(run) | {"fine-tuned": self.fine_tuned(run.name, seed, "--from", run)}
+            return self.frozen(run) | {"fine-tuned": self.fine_tuned(row, run.name, seed, "--from", run)}
 
         found: dict[str, float] = self.kept(f"runs/{run.name}-test", test)
         return found
 
-    def untrained(self, run: Path, seed: int) -> dict[str, float]:
-        """The same of the encoder that a run began with, which is every objective's of that seed."""
+    def untrained(self, row: Row, run: Path, seed: int) -> dict[str, float]:
+        """The same of the encoder that a run began with, which is that of every row of the same seed and encoder."""
+        kind = "".join(f"-{setting}" for setting in row.encoder)
 
         def test() -> dict[str, float]:
-            return self.frozen(run, "--untrained") | {"fine-tuned": self.fine_tuned(f"scratch-{seed}", seed)}
+            return self.frozen(run, "--untrained") | {"fine-tuned": self.fine_tuned(row, f"scratch{kind}-{seed}", seed)}
 
-        found: dict[str, float] = self.kept(f"untrained-{seed}", test)
+        found: dict[str, float] = self.kept(f"untrained{kind}-{seed}", test)
         return found
 
     def frozen(self, run: Path, *options: str) -> dict[str, float]:
@@ -108,9 +109,9 @@ class Work:
         names = {("linear", "top1"): "linear", ("knn", "top1"): "k-NN", ("few-shot", "5-shot"): "5-shot"}
         return {names[key]: row["value"] for row in rows if (key := (row["protocol"], row["metric"])) in names}
 
-    def fine_tuned(self, name: str, seed: int, *start: str | Path) -> float:
+    def fine_tuned(self, row: Row, name: str, seed: int, *start: str | Path) -> float:
         out = self.out / "runs" / f"{name}-fine-tuned"
-        settings = (*SHAPE, *LABELS, f"data.path={self.data}", f"seed={seed}", "log.tensorboard=false")
+        settings = (*SHAPE, *LABELS, *row.encoder, f"data.path={self.data}", f"seed={seed}", "log.tensorboard=false")
         self.mpp("finetune", "cifar10/finetune", *start, f"out={out}", *settings)
         return float(json.loads((out / "scores.json").read_bytes())["top1"])
 
@@ -165,7 +166,7 @@ def line(work: Work, name: str) -> dict[str, Any]:
         "held out": scores[f"{rate:g}"],
         "tried": scores,
     }
-    return figures | {"test": [work.tested(run, 0)], "untrained": [work.untrained(run, 0)]}
+    return figures | {"test": [work.tested(row, run, 0)], "untrained": [work.untrained(row, run, 0)]}
 
 
 def lines(work: Work, names: Sequence[str]) -> dict[str, Any]:
@@ -185,8 +186,8 @@ def more_seeds(work: Work, name: str) -> dict[str, Any]:
     runs = [work.pretrained(row, name, rate, seed) for seed in SEEDS]
     pairs = list(zip(runs, SEEDS, strict=True))
     return {
-        "test": [work.tested(run, seed) for run, seed in pairs],
-        "untrained": [work.untrained(run, seed) for run, seed in pairs],
+        "test": [work.tested(row, run, seed) for run, seed in pairs],
+        "untrained": [work.untrained(row, run, seed) for run, seed in pairs],
     }
 
 
@@ -198,7 +199,7 @@ def in_time(work: Work, name: str, row: Row, rate: float, seconds: float, images
         "title": row.title,
         "seconds": seconds,
         "images": images,
-        "test": [work.tested(run, seed) for run, seed in zip(runs, SEEDS, strict=True)],
+        "test": [work.tested(row, run, seed) for run, seed in zip(runs, SEEDS, strict=True)],
     }
 
 

@@ -13,6 +13,7 @@ class Row:
     title: str
     recipe: str
     settings: tuple[str, ...] = ()
+    encoder: tuple[str, ...] = ()  # settings of fine-tuning as well
 
 
 ROWS = {
@@ -22,7 +23,7 @@ ROWS = {
     "simmim": Row("SimMIM", "cifar10/simmim"),
     "maskfeat": Row("MaskFeat", "cifar10/maskfeat"),
     "data2vec": Row("data2vec", "cifar10/data2vec"),
-    "igpt": Row("Autoregressive, colours (iGPT)", "cifar10/igpt"),
+    "igpt": Row("Autoregressive, colours (iGPT)", "cifar10/igpt", encoder=("model.causal=true",)),
     "aim": Row("Autoregressive, pixels (AIM)", "cifar10/aim"),
 }
 FORMS = ("mpp", "mpp_dropped", "mae")

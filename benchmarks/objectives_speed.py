@@ -25,7 +25,9 @@ def rounds_of(row: Row, data: Path) -> Callable[[], harness.Timing]:
 
     torch.set_num_threads(1)
     length = ("train.images=1_000_000", "train.warmup=0", "train.epochs=null")
-    recipe = load_recipe(row.recipe, [*SHAPE, *length, "data.val=null", f"data.path={data}", *row.settings])
+    recipe = load_recipe(
+        row.recipe, [*SHAPE, *length, "data.val=null", f"data.path={data}", *row.encoder, *row.settings]
+    )
     images = open_images(recipe, None, lambda what, make: make())
     config = recipe.in_steps(len(images.batches.index)).train
     objective = at_start(recipe).train()

@@ -170,3 +170,29 @@ def test_an_encoder_says_why_its_tokens_know_of_what_is_behind_them():
         ({"stem": "overlap"}, "model.stem overlap shows a token the pixels of other patches"),
     ]:
         assert shaken(ViT(tiny_config(**changes))).config.unordered == reason
+
+
+@torch.no_grad()
+def test_a_causal_encoder_is_so_in_every_pass():
+    plain, causal = (ViT(tiny_config(pool="avg", causal=causal)).eval() for causal in (False, True))
+    causal.load_state_dict(plain.state_dict())
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    tokens = plain.encode(plain.embed(images), causal=0)
+    assert torch.equal(causal.encode(causal.embed(images)), tokens)
+    assert torch.equal(causal(images), plain.pool(tokens))
+    assert not torch.equal(causal(images), plain(images))
+    assert torch.equal(causal.encode(causal.embed(images), causal=24), plain.encode(plain.embed(images), causal=24))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"pool": "cls"}, "model.causal shows a class token no patch, and model.pool cls reads it"),
+        ({"pool": "cls_avg"}, "model.causal shows a class token no patch, and model.pool cls_avg reads it"),
+        ({"pool": "avg", "mixer": ("conv",)}, "model.causal shows a patch those before it alone, and model.mixer conv"),
+        ({"pool": "avg", "stem": "conv"}, "model.causal shows a patch those before it alone, and model.stem conv"),
+    ],
+)
+def test_what_can_not_be_causal_is_refused_by_its_key(settings, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_config(causal=True, **settings)

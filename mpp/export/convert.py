@@ -175,6 +175,8 @@ def write(given: Given, folder: Path, to: str) -> None:
         if not isinstance(given.encoder, ViT):
             kind = given.encoder.config.name
             raise ConvertError(f"{shown(given.path)}: {to}: model.name {kind} has no place there, expected vit")
+        if given.encoder.config.causal:
+            raise ConvertError(f"{shown(given.path)}: {to}: model.causal has no place there; export and onnx keep it")
         try:
             contents = WRITERS[to].write(given.encoder, given.head, given.classes)
         except ValueError as error:

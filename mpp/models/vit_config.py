@@ -28,6 +28,7 @@ class ViTConfig(TrunkConfig, EncoderConfig):
     stem_width: int = 64  # channels of the hybrid stem's first convolution; its first stage gives four times as many
     # avg: of the normalised patches; avg_norm: then normalised; cls_avg: class token and average, one behind the other
     pool: Literal["cls", "avg", "avg_norm", "cls_avg", "map"] = "cls"
+    causal: bool = False  # each patch sees itself and those before it alone, in every pass: iGPT's encoder
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,6 +36,12 @@ class ViTConfig(TrunkConfig, EncoderConfig):
         if self.patch < 1 or height % self.patch or width % self.patch or min(height, width) < self.patch:
             raise ValueError(f"model.image ({height}, {width}) must be a multiple of model.patch ({self.patch})")
         self._check_stem()
+        if self.causal and self.unordered:
+            raise ValueError(f"model.causal shows a patch those before it alone, and {self.unordered}")
+        if self.causal and self.pool in OF_CLASS_TOKEN:
+            raise ValueError(
+                f"model.causal shows a class token no patch, and model.pool {self.pool} reads it; take avg or map"
+            )
 
     def _check_mixers(self) -> None:
         if "cross" in self.mixer:

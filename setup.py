@@ -50,6 +50,6 @@ setup(
             "onnxscript>=0.7",
             "onnxruntime>=1.32",
         ],
-        "bench": ["timm>=1.0", "vit-pytorch>=1.11", "webdataset>=1.0"],
+        "bench": ["timm>=1.0", "vit-pytorch>=1.11", "webdataset>=1.0", "lightly>=1.6", "transformers>=5.0"],
     },
 )

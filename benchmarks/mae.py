@@ -3,7 +3,7 @@
     python -m benchmarks.mae [--sizes tiny32 vit_s] [--rounds 5] [--threads 2] [--compiled]
 
 Forward, backward and AdamW on one batch in memory, 75 % of the patches dropped, a class token, MAE's loss on normalised
-pixels. The peers' images are float32 made beforehand, ours are uint8 as always. `pip install lightly transformers`.
+pixels. The peers' images are float32 made beforehand, ours are uint8 as always. `pip install -e ".[bench]"`.
 """
 
 import argparse

@@ -202,6 +202,7 @@ EXPORTED = {
         for name in ("learned2d", "sincos2d", "sincos2d_mae", "sincos2d_timm", "relative", "rope", "rope_capi", "none")
     },
     **{f"pool {name}": {"pool": name} for name in ("avg", "avg_norm", "map")},
+    "causal": {"causal": True, "pool": "avg"},
     "mixers by layer": {"mixer": ("pool", "attention"), "depth": 2, "pool": "avg"},
     "everything else": {
         **{"norm": "rms", "swiglu": True, "qk_norm": True, "qkv_bias": False, "bias": False},
@@ -268,6 +269,13 @@ def resnet(norm: str) -> ResNet:
 @pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
 def test_a_resnet_is_exported(norm, tmp_path):
     assert_exported_equal(classifier(resnet(norm)), tmp_path)
+
+
+def test_a_causal_encoder_is_refused_by_formats_of_others(tmp_path):
+    path = saved(tiny(causal=True, pool="avg"), tmp_path)
+    for to in ("timm", "huggingface", "google"):
+        line = refused(tmp_path, path, tmp_path / "out", to)
+        assert line == f"{path}: {to}: model.causal has no place there; export and onnx keep it"
 
 
 def test_a_resnet_is_written_for_mpp_and_refused_by_the_others(tmp_path):

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from conftest import shaken, tiny_config
+from learning import idle, trained
 from torch import Tensor
 
 import mpp
@@ -254,20 +255,14 @@ def test_pictures_show_what_is_predicted_of_each_patch_and_the_first_one_as_it_i
 def test_it_learns_with_any_pool_and_nothing_but_the_pool_is_idle(pool, prefix, batch):
     head = DEEP if prefix == "random" else PatchHeadConfig()
     objective = Autoregressive(ViT(tiny_config(pool=pool)), AutoregressiveConfig(prefix=prefix, head=head))
-    optimizer, losses = torch.optim.Adam(objective.parameters(), lr=3e-3), []
     batch.images[:] = batch.images[:, :, :1, :1]  # each image of one colour, which every patch tells
-    for _ in range(25):
-        loss, _ = objective.compute(batch.images, None if prefix == "none" else torch.tensor([1, 5, 12, 20]))
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
+    lengths = None if prefix == "none" else torch.tensor([1, 5, 12, 20])
+    losses = trained(objective, lambda: objective.compute(batch.images, lengths))
     first = math.log(512) * (1 if prefix == "none" else (23 + 19 + 12 + 4) / 48)
     assert losses[0] == pytest.approx(first), "the first guess is uniform"
     assert losses[-1] < 0.5 * losses[0]
-    idle = [name for name, part in objective.named_parameters() if part.grad is None or not part.grad.any()]
     of_pool = ("encoder.pooling.", *["encoder.norm."] * (pool == "avg_norm"))
-    assert [name for name in idle if not name.startswith(of_pool)] == []
+    assert [name for name in idle(objective) if not name.startswith(of_pool)] == []
 
 
 def test_bfloat16_gives_nearly_the_same_loss_in_float32(batch):

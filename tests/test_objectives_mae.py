@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import shaken, tiny_config
+from learning import idle, trained
 from numpy_mae import sincos
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -176,16 +177,10 @@ def test_it_learns_with_any_decoder_and_nothing_in_it_is_idle(pool, positions, m
     mixers = ("attention",) if mixer == "attention" else ("conv", "attention")
     decoder = DecoderConfig(width=32, depth=2, heads=2, mixer=mixers, positions=positions)
     objective = MAE(ViT(tiny_config(pool=pool, positions="sincos2d")), MAEConfig(decoder=decoder, normalised=False))
-    optimizer, losses = torch.optim.Adam(objective.parameters(), lr=3e-3), []
     batch.images[:] = batch.images[:, :, :1, :1]  # each image of one colour, which every patch tells
-    for _ in range(20):
-        loss, _ = objective(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
+    losses = trained(objective, lambda: objective(batch), 20)
     assert losses[-1] < 0.5 * losses[0]
-    assert [name for name, part in objective.named_parameters() if part.grad is None or not part.grad.any()] == []
+    assert idle(objective) == []
 
 
 def test_two_thousand_draws_drop_each_patch_as_often():

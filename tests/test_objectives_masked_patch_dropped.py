@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import shaken, tiny_config
+from learning import idle, trained
 from tiny_runs import Cut, PowerCut, digests, losses, run, small_splits, write_recipe
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -121,17 +122,11 @@ def test_fates_have_fixed_counts_and_fall_on_each_hidden_patch_as_often(mask):
 def test_the_first_guess_is_uniform_and_nothing_is_idle_afterwards(batch):
     encoder = ViT(tiny_config(pool="avg"))
     objective = MaskedPatchPrediction(encoder, MaskedPatchConfig(split=(0.8, 0.1, 0.1), decoder=SMALL))
-    optimizer, found = torch.optim.Adam(objective.parameters(), lr=3e-3), []
     batch.images[:] = batch.images[:, :, :1, :1]  # each image of one colour, which every patch tells
-    for _ in range(20):
-        loss, _ = objective(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        found.append(loss.item())
-        optimizer.step()
+    found = trained(objective, lambda: objective(batch), 20)
     assert found[0] == pytest.approx(math.log(512), rel=1e-5)
     assert found[-1] < 0.5 * found[0]
-    assert [name for name, part in objective.named_parameters() if part.grad is None or not part.grad.any()] == []
+    assert idle(objective) == []
 
 
 def test_it_costs_less_than_the_full_form(batch):

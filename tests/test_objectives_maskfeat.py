@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from conftest import shaken, tiny_config
+from learning import check_bfloat16, check_compiled, idle, trained
 
 from mpp import targets
 from mpp.batch import Batch
@@ -76,33 +77,21 @@ def test_it_learns_and_nothing_in_it_is_idle(mask):
     images[:2] = torch.arange(48) * 5  # brighter to the right, or downward: every patch tells
     images[2:] = (torch.arange(32) * 5)[:, None]
     batch = Batch(images.to(torch.uint8))
-    optimizer, losses = torch.optim.Adam(objective.parameters(), lr=3e-3), []
-    for _ in range(25):
-        loss, _ = objective(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
+    losses = trained(objective, lambda: objective(batch))
     assert losses[-1] < 0.3 * losses[0]
-    assert [name for name, part in objective.named_parameters() if part.grad is None or not part.grad.any()] == []
+    assert idle(objective) == []
 
 
 def test_it_compiles_as_a_whole(batch):
     objective = build()
     hidden = objective.draw(4, CPU)
-    compiled = torch.compile(objective.compute, backend="aot_eager", fullgraph=True)
-    found, expected = compiled(batch.images, hidden), objective.compute(batch.images, hidden)
-    torch.testing.assert_close(found, expected)
+    check_compiled(objective.compute, batch.images, hidden)
 
 
 def test_bfloat16_gives_nearly_the_same_loss_in_float32(batch):
     objective = build()
     hidden = objective.draw(4, CPU)
-    exact, _ = objective.compute(batch.images, hidden)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = objective.compute(batch.images, hidden)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    check_bfloat16(objective.compute, batch.images, hidden)
 
 
 # Pictures

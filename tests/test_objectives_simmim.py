@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import shaken, tiny_config
+from learning import check_bfloat16, check_compiled, idle, trained
 from torch import Tensor
 
 from mpp import targets
@@ -128,34 +129,22 @@ def test_the_loss_is_the_mean_over_hidden_patches_alone_and_they_are_not_seen(po
 @pytest.mark.parametrize("mask", ["random", "blocks", "units", "inverse_block"])
 def test_it_learns_and_nothing_in_it_is_idle(mask, batch):
     objective = SimMIM(ViT(tiny_config(pool="avg", positions="sincos2d")), SimMIMConfig(mask=mask, share=0.5))
-    optimizer, losses = torch.optim.Adam(objective.parameters(), lr=3e-3), []
     batch.images[:] = batch.images[:, :, :1, :1]  # each image of one colour, which every patch tells
-    for _ in range(25):
-        loss, _ = objective(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
+    losses = trained(objective, lambda: objective(batch))
     assert losses[-1] < 0.6 * losses[0]
-    assert [name for name, part in objective.named_parameters() if part.grad is None or not part.grad.any()] == []
+    assert idle(objective) == []
 
 
 def test_it_compiles_as_a_whole(batch):
     objective = build()
     hidden = objective.draw(4, CPU)
-    compiled = torch.compile(objective.compute, backend="aot_eager", fullgraph=True)
-    found, expected = compiled(batch.images, hidden), objective.compute(batch.images, hidden)
-    torch.testing.assert_close(found, expected)
+    check_compiled(objective.compute, batch.images, hidden)
 
 
 def test_bfloat16_gives_nearly_the_same_loss_in_float32(batch):
     objective = build()
     hidden = objective.draw(4, CPU)
-    exact, _ = objective.compute(batch.images, hidden)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = objective.compute(batch.images, hidden)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    check_bfloat16(objective.compute, batch.images, hidden)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

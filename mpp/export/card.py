@@ -106,6 +106,7 @@ def _details(config: ViTConfig) -> str:
         counted(config.registers, "register"): config.registers > 0,
         "LayerScale": config.layer_scale is not None,
         "normed queries and keys": config.qk_norm,
+        "causal attention": config.causal,
         "queries, keys and values without bias": not config.qkv_bias,
         "no bias in its other linear layers": not config.bias,
         "no bias in its stem": not config.stem_bias,

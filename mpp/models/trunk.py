@@ -60,7 +60,7 @@ class Trunk(nn.Module):
 
     config: TrunkConfig
     given = 0  # tokens in front that `encode` is given
-    ordered = False  # whether `encode` is causal where it is not told
+    always_causal = False  # whether `encode` is causal where it is not told
     activation_checkpointing = False  # recompute a block in the backward pass instead of keeping what it computed
 
     def __init__(self, config: TrunkConfig, grid: Grid, context: int | None = None, front: int = 0) -> None:
@@ -175,7 +175,7 @@ class Trunk(nn.Module):
         grid = grid or self.own_grid
         self._check(tokens, keep, places, at, layers, grid, context, context_at)
         self._check_front(tokens, front)
-        causal = 0 if causal is None and self.ordered else causal
+        causal = 0 if causal is None and self.always_causal else causal
         if causal is not None:
             check_causal(self.config, tokens, causal)
         positions = self.positions.patches(grid).to(tokens.dtype)  # (n, d), or (1, d)

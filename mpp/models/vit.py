@@ -32,7 +32,7 @@ class ViT(Encoder, Trunk):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
-        self.width, self.layers, self.ordered = config.vector, config.depth, config.causal
+        self.width, self.layers, self.always_causal = config.vector, config.depth, config.causal
         self.tokens = config.prefix + math.prod(config.grid)
         self.stem = STEMS[config.stem](config)
         self._put_together(config.grid)
